@@ -1,0 +1,62 @@
+# make help lists what there is. Everything runs in .venv, which `make setup` makes without root.
+
+PYTHON ?= python3
+VENV := .venv/bin
+KERNELS := mpi_ops/kernels
+LIBRARY := $(KERNELS)/libgq_kernels.so
+CXX_FILES = $(shell git ls-files '*.cpp' '*.cc' '*.h' '*.hpp' '*.cu' '*.cuh')
+SHELL_FILES = $(shell git grep -lE '^\#!.*\b(ba)?sh\b' -- . ':!*.md')
+
+# What the tools need to find each other: mpirun, cmake and the linters are in .venv/bin.
+export PATH := $(CURDIR)/$(VENV):$(PATH)
+ifeq ($(shell id -u),0)
+# Open MPI refuses to start as root, the usual user in a container, unless both are set.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+ifneq ($(origin CXX),default)
+export CXX
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build lint format test demo bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with everything in it (about 10 minutes the first time, 2 with a cached Horovod)
+	@$(PYTHON) tools/setup_env.py
+	@$(MAKE) --silent --no-print-directory $(LIBRARY)
+
+build: setup ## rebuild the native kernels if their sources changed
+
+$(LIBRARY): $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) setup.py
+	$(VENV)/python setup.py --quiet build_ext --inplace
+
+lint: setup ## ruff, mypy, clang-format, shellcheck
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(if $(CXX_FILES),$(VENV)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(if $(SHELL_FILES),$(VENV)/shellcheck $(SHELL_FILES))
+
+format: setup ## let ruff and clang-format rewrite the sources
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+	$(if $(CXX_FILES),$(VENV)/clang-format -i $(CXX_FILES))
+
+test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
+	$(VENV)/python -m pytest tests $(PYTEST_ARGS)
+
+demo: setup ## train the example with and without compression
+	$(VENV)/python examples/deeplight/demo.py
+
+bench: setup ## kernel throughput on this machine
+	$(VENV)/python benchmarks/kernels.py
+
+clean: ## remove what building and testing left
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(LIBRARY)
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## also remove .venv (the cached Horovod wheel stays)
+	rm -rf .venv .setup.lock

