@@ -1,0 +1,52 @@
+"""The token: what Horovod itself reduces while our own operations reduce the gradient.
+
+`compress` hands Horovod a token of four float32 numbers in place of the gradient. Horovod reduces
+it with whatever op and scaling the user chose, so its first element comes back as the factor
+between the mean over ranks and the result that the user asked for: 1 for Average, the number of
+ranks for Sum. The other three are a fingerprint of the tensor, times that factor if all ranks
+agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+from .config import ConfigMismatchError
+
+# Fingerprints are small integers, so that sums over any number of ranks stay exact enough.
+_FINGERPRINT_RANGE = 251
+
+
+def make(name: str, count: int, dtype: str) -> tuple[float, ...]:
+    """Token of a tensor: 1, then its fingerprint."""
+    digest = hashlib.blake2b(f"{name}\0{count}\0{dtype}".encode(), digest_size=3).digest()
+    return (1.0, *(1.0 + byte % _FINGERPRINT_RANGE for byte in digest))
+
+
+def factor(reduced: Sequence[float], own: Sequence[float], name: str, world_size: int) -> float:
+    """What to multiply the mean over ranks by. Exactly 1 for Average and `world_size` for Sum.
+
+    Raises ConfigMismatchError where the ranks reduced different tensors under one name.
+    """
+    scale = reduced[0]
+    # One rank that differs by 1 moves the mean by 1 / world_size; rounding moves it far less.
+    tolerance = 0.25 / world_size
+    agree = math.isfinite(scale) and scale != 0.0
+    if agree:
+        agree = all(
+            abs(theirs / scale - mine) <= tolerance
+            for theirs, mine in zip(reduced[1:], own[1:], strict=True)
+        )
+    if not agree:
+        raise ConfigMismatchError(
+            f"GlobalQSGD: the ranks disagree about tensor {name!r}: the reduced fingerprint is "
+            f"{list(reduced)}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
+            "the same name, number of elements and dtype, with op Average or Sum."
+        )
+    for exact in (1.0, float(world_size)):
+        # Horovod's pre- and postscale factors cancel up to float32 rounding only.
+        if math.isclose(scale, exact, rel_tol=1e-5):
+            return exact
+    return scale

@@ -1,0 +1,1 @@
+"""Quantization kernels. `host` runs on CPUs."""

@@ -1,0 +1,296 @@
+// Element functions of Global-QSGD, one source for every backend.
+//
+// The host library (host.cpp) and the CUDA kernels include this header, so a gradient gives the
+// same codes on a CPU and on a GPU, bit for bit. Nothing here depends on fused multiply-add
+// (compile with -ffp-contract=off / --fmad=false), on denormal floats, or on the rounding mode
+// being changed.
+//
+// Layout shared by all kernels: elements are grouped in rows of kRow = 32 consecutive elements (a
+// warp). A payload row holds whole element rows as lanes, so that lane packing never shuffles
+// across a vector or a warp: payload row r, column j packs the elements (r * lanes + k) * 32 + j
+// for k = 0 .. lanes-1.
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
+#include <cstdint>
+#include <cstring>
+#endif
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define GQ_HD __host__ __device__ __forceinline__
+#else
+#define GQ_HD static inline __attribute__((always_inline))
+#endif
+
+namespace gq {
+
+constexpr int kRow = 32;
+constexpr uint32_t kAbsMask = 0x7fffffffu;
+constexpr uint32_t kInfBits = 0x7f800000u;
+constexpr uint32_t kNaNBits = 0x7fc00000u;
+
+// ---------------------------------------------------------------------------------------- bit
+// patterns
+
+GQ_HD uint32_t bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+GQ_HD float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+GQ_HD int32_t round_to_int(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float2int_rn(value);
+#else
+  return static_cast<int32_t>(__builtin_rintf(value));
+#endif
+}
+
+GQ_HD float smaller(float a, float b) { return a < b ? a : b; }
+GQ_HD float larger(float a, float b) { return a > b ? a : b; }
+
+// -------------------------------------------------------------------------------------- element
+// types
+
+// IEEE half and bfloat16 as bit patterns: conversions are integer arithmetic, hence the same on all
+// backends and vectorizable without F16C.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+GQ_HD float load(float value) { return value; }
+// Beyond the range of float32 a double becomes Inf, which reaches every rank as NaN.
+GQ_HD float load(double value) { return static_cast<float>(value); }
+GQ_HD float load(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+GQ_HD float load(Half value) {
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  // Rebias the exponent by 127 - 15 = 112; Inf and NaN (exponent 31) need it twice.
+  const uint32_t rebias = 112u << 23;
+  const uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0u);
+  // A denormal half is a small multiple of 2^-24.
+  const uint32_t denormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return float_of(sign | (magnitude < 0x0400u ? denormal : normal));
+}
+
+GQ_HD void store(float* out, float value) { *out = value; }
+GQ_HD void store(double* out, float value) { *out = static_cast<double>(value); }
+GQ_HD void store(BFloat16* out, float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = ((bits >> 16) & 0x8000u) | 0x7fc0u;
+  out->bits = static_cast<uint16_t>((bits & kAbsMask) > kInfBits ? nan : rounded);
+}
+GQ_HD void store(Half* out, float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t magnitude = bits & kAbsMask;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // The unit of 0.5f in the last place is 2^-24, the smallest half: the addition rounds to it.
+  const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  uint32_t half = magnitude < bits_of(0x1p-14f) ? denormal : normal;
+  half = magnitude >= bits_of(65520.0f) ? 0x7c00u : half;  // the first float that rounds to Inf
+  half = magnitude > kInfBits ? 0x7e00u : half;
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+// ------------------------------------------------------------------------------------------
+// randomness
+
+// Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// Seven rounds are the fewest that pass BigCrush in that paper's Table 2 (ten are its safety margin
+// for general use); the dither of a gradient is not an adversarial use, and rounds are most of its
+// cost.
+constexpr int kPhiloxRounds = 7;
+
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxKeyStep1 = 0xBB67AE85u;
+
+struct Random {
+  uint32_t key[2];     // identifies (seed, tensor)
+  uint32_t stream[2];  // (step, rank and stage)
+};
+
+template <int kRounds>
+GQ_HD void philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
+                      uint32_t out[4]) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#else
+#pragma GCC unroll 16
+#endif
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
+    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c2;
+    const uint32_t high0 = static_cast<uint32_t>(product0 >> 32);
+    const uint32_t high1 = static_cast<uint32_t>(product1 >> 32);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = high0 ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
+  }
+  out[0] = c0;
+  out[1] = c1;
+  out[2] = c2;
+  out[3] = c3;
+}
+
+GQ_HD void random_block(const Random& random, uint64_t counter, uint32_t out[4]) {
+  philox4x32<kPhiloxRounds>(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32),
+                            random.stream[0], random.stream[1], random.key[0], random.key[1], out);
+}
+
+// One Philox block of four words serves the eight elements that stand in one column of a group of
+// eight rows: counter = group * 32 + column, element row h of the group takes half h of the block.
+constexpr int kGroupRows = 8;
+
+// The 32 random bits of row h, 0 <= h < 8, out of its word h / 2: its own half on top, the other
+// half below. Every element's 32 bits are exactly uniform. The two elements that share a word are
+// independent in their upper 16 bits; standard dithering uses those alone, exponential dithering
+// the upper 23, where the shared bits can matter only if the own 16 tie (probability 2^-16).
+GQ_HD uint32_t random_bits(uint32_t word, int h) {
+  return h % 2 ? word : (word << 16) | (word >> 16);
+}
+
+// ----------------------------------------------------------------------------------------------
+// scales
+
+// Multiplying by `pre` (1 or a power of two, exact) and then by `factor` divides by a norm that may
+// be denormal without the reciprocal overflowing.
+struct Scale {
+  float pre;
+  float factor;
+};
+
+constexpr float kTinyNorm = 0x1p-60f;
+
+// A norm travels as the bit pattern of a non-negative float: integer order is float order and
+// finite < Inf < NaN, so an integer Max-allreduce carries a NaN of one rank to all ranks. Where a
+// norm decodes values it becomes NaN if it is not finite, and then so does every element of its
+// block.
+GQ_HD bool norm_is_finite(int32_t norm_bits) { return static_cast<uint32_t>(norm_bits) < kInfBits; }
+GQ_HD float norm_of(int32_t norm_bits) {
+  return float_of(norm_is_finite(norm_bits) ? static_cast<uint32_t>(norm_bits) : kNaNBits);
+}
+
+// numerator / norm, for 2^-100 <= numerator <= 2^31; zero where the norm is zero or not finite.
+GQ_HD Scale scale_down(int32_t norm_bits, float numerator) {
+  if (norm_bits == 0 || !norm_is_finite(norm_bits)) return {1.0f, 0.0f};
+  const float norm = norm_of(norm_bits);
+  if (norm < kTinyNorm) return {0x1p64f, numerator / (norm * 0x1p64f)};
+  return {1.0f, numerator / norm};
+}
+
+// norm / denominator, for 1 <= denominator <= 2^31; NaN where the norm is not finite.
+GQ_HD Scale scale_up(int32_t norm_bits, float denominator) {
+  const float norm = norm_of(norm_bits);
+  if (norm < kTinyNorm) return {0x1p-64f, norm * 0x1p64f / denominator};
+  return {1.0f, norm / denominator};
+}
+
+// ---------------------------------------------------------------------------------- standard
+// dithering
+
+// Levels k/s, k = -s .. s. `scale` is 65536 * s / norm: the value becomes fixed point with 16
+// fractional bits, and adding 16 uniform bits before the floor rounds it without bias (QSGD,
+// Alistarh et al. 2017, with the global norm of Global-QSGD). `limit` = 65536 * s makes |code| <= s
+// hold exactly, whatever the rounding of the scale.
+GQ_HD int32_t quantize_standard(float value, Scale scale, float limit, uint32_t random32) {
+  const float scaled = value * scale.pre * scale.factor;
+  const float clamped = larger(smaller(scaled, limit), -limit);
+  return (round_to_int(clamped) + static_cast<int32_t>(random32 >> 16)) >> 16;
+}
+
+// The signed low `bits` bits of a balanced-radix word, and the word without them.
+GQ_HD int32_t lowest_lane(int32_t word, int bits) {
+  return static_cast<int32_t>(static_cast<uint32_t>(word) << (32 - bits)) >> (32 - bits);
+}
+GQ_HD int32_t drop_lane(int32_t word, int32_t lane, int bits) { return (word - lane) >> bits; }
+
+// |mean| <= norm holds exactly: rounding of the scale must not turn the largest float into Inf.
+GQ_HD float dequantize_standard(int32_t lane_sum, Scale scale, float norm) {
+  const float mean = static_cast<float>(lane_sum) * scale.factor * scale.pre;
+  return larger(smaller(mean, norm), -norm);
+}
+
+// ------------------------------------------------------------------------------- exponential
+// dithering
+
+// A code of `kBits` bits is a sign and a level number e = 0 .. top, top = 2^(kBits-1) - 1. Level 0
+// is zero, level e is 2^(e - top).
+template <int kBits>
+struct Exponential {
+  static constexpr int kTop = (1 << (kBits - 1)) - 1;
+  static constexpr uint32_t kSign = 1u << (kBits - 1);
+  static constexpr uint32_t kBias = 128u - kTop;  // float exponent field of the smallest level
+};
+
+// Unbiased rounding of `value` to a level, saturating at the magnitude whose bit pattern is
+// `top_bits` (at most that of 1). For y = |value| at least the smallest level, z = 2y; below it, z
+// = y + smallest, which is linear in y between the same two powers of two. Adding 23 uniform bits
+// to the mantissa carries into the exponent with exactly the unbiased probability. Comparing bit
+// patterns orders non-negative floats and saturates a NaN.
+template <int kBits>
+GQ_HD uint32_t encode_exponential(float value, uint32_t top_bits, uint32_t random32) {
+  using E = Exponential<kBits>;
+  const uint32_t smallest = E::kBias << 23;
+  const uint32_t bits = bits_of(value);
+  const uint32_t magnitude = bits & kAbsMask;
+  const uint32_t y = magnitude < top_bits ? magnitude : top_bits;
+  const float z = float_of(y) + float_of(y > smallest ? y : smallest);
+  const uint32_t level = ((bits_of(z) + (random32 >> 9)) >> 23) - E::kBias;
+  return ((bits >> (32 - kBits)) & E::kSign) | level;
+}
+
+// `scale` is 2^-headroom / norm and `top_bits` the bit pattern of 2^-headroom, the level of the
+// norm.
+template <int kBits>
+GQ_HD uint32_t quantize_exponential(float value, Scale scale, uint32_t top_bits,
+                                    uint32_t random32) {
+  return encode_exponential<kBits>(value * scale.pre * scale.factor, top_bits, random32);
+}
+
+constexpr uint32_t kOneBits = 127u << 23;  // bit pattern of 1.0f
+
+// The code stands in the low bits; with eight bits it is sign-extended (an int8_t widened), which
+// puts the sign and the level where a float has its own with one shift.
+template <int kBits>
+GQ_HD float decode_exponential(int32_t code) {
+  using E = Exponential<kBits>;
+  const uint32_t word = static_cast<uint32_t>(code);
+  if (kBits == 8) return float_of((word << 23) & 0xbfffffffu);
+  const uint32_t level = word & (E::kSign - 1u);
+  const uint32_t magnitude = (level == 0 ? 0u : level + (E::kBias - 1u)) << 23;
+  return float_of(((word & E::kSign) << (32 - kBits)) | magnitude);
+}
+
+}  // namespace gq

@@ -1,0 +1,484 @@
+// Host kernels: thin loops over elements.h with a C interface for ctypes.
+//
+// Every loop works on rows of 32 elements with a constant trip count, which compilers turn into two
+// AVX-512 or four AVX2 vectors. setup.py compiles this file once for each instruction set (GQ_ISA
+// is the suffix of the exported names, -march the compiler's flag) and isa.cpp names the best one
+// at run time. No inline function of the standard library is used: its out-of-line copy could be
+// shared between instruction sets. Pointers need the natural alignment of their type only.
+
+#include "vector_host.h"
+
+#define GQ_JOIN2(name, isa) name##_##isa
+#define GQ_JOIN(name, isa) GQ_JOIN2(name, isa)
+#define GQ_EXPORT(name) extern "C" __attribute__((visibility("default"))) int GQ_JOIN(name, GQ_ISA)
+
+#define GQ_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+using namespace gq;
+
+// Codes of the element types in the C interface; mpi_ops/kernels/host.py holds the same list.
+enum DType { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+constexpr int kStatusOk = 0;
+constexpr int kStatusBadDType = 1;
+constexpr int kStatusBadBits = 2;
+
+GQ_INLINE int64_t rows_of(int64_t count) { return (count + kRow - 1) / kRow; }
+
+// ------------------------------------------------------------------------------------------------
+// norms
+
+template <typename T>
+GQ_INLINE void absmax(const T* x, int64_t count, int64_t block, int32_t* norms) {
+  for (int64_t begin = 0, b = 0; begin < count; begin += block, ++b) {
+    const int64_t end = begin + block < count ? begin + block : count;
+    int32_t largest = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t bits = static_cast<int32_t>(bits_of(load(x[i])) & kAbsMask);
+      largest = bits > largest ? bits : largest;
+    }
+    norms[b] = largest;
+  }
+}
+
+template <typename T>
+GQ_INLINE void l2norm(const T* x, int64_t count, int64_t block, int32_t* norms) {
+  for (int64_t begin = 0, b = 0; begin < count; begin += block, ++b) {
+    const int64_t end = begin + block < count ? begin + block : count;
+    // Sixteen partial sums in double: no overflow of squares, a fixed order, and room to vectorize.
+    double sums[16] = {};
+    int64_t i = begin;
+    for (; i + 16 <= end; i += 16)
+      for (int j = 0; j < 16; ++j) {
+        const double value = load(x[i + j]);
+        sums[j] += value * value;
+      }
+    for (int j = 0; i < end; ++i, ++j) {
+      const double value = load(x[i]);
+      sums[j] += value * value;
+    }
+    double sum = 0;
+    for (int j = 0; j < 16; ++j) sum += sums[j];
+    const double root = __builtin_sqrt(sum);
+    // Round up, so that the float norm still bounds every |x|.
+    float norm = static_cast<float>(root);
+    if (norm < root) norm = float_of(bits_of(norm) + 1u);
+    // A finite block whose norm exceeds float32 keeps the largest finite norm: larger than any |x|.
+    if (__builtin_isinf(norm) && !__builtin_isinf(root)) norm = 0x1.fffffep127f;
+    norms[b] = static_cast<int32_t>(__builtin_isnan(root) ? kNaNBits : bits_of(norm));
+  }
+}
+
+// --------------------------------------------------------------------------------------------- row
+// walk
+
+// Walks over the rows of a tensor and gives the norm bits of each row's block.
+struct RowNorms {
+  const int32_t* norms;
+  int64_t rows_per_block;
+  int64_t left = 0;
+  int32_t current = 0;
+
+  // False where the row is the first of a block, so that its scale has to be computed.
+  inline __attribute__((always_inline)) bool same_block() {
+    if (left != 0) {
+      --left;
+      return true;
+    }
+    current = *norms++;
+    left = rows_per_block - 1;
+    return false;
+  }
+};
+
+constexpr int kGroup = kGroupRows * kRow;  // elements that share one call of random_group
+
+// The first `count` of `kGroup` elements, padded with zeros.
+template <typename T>
+GQ_INLINE void prefetch_group(const T* x) {
+  constexpr int kAhead =
+      4;  // groups; the generator's arithmetic hides less of the memory than plain loads
+  for (size_t byte = 0; byte < kGroup * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(x + kAhead * kGroup) + byte);
+}
+
+template <typename T>
+GQ_INLINE const T* padded_group(const T* x, int64_t count, T* buffer) {
+  if (count >= kGroup) return x;
+  __builtin_memset(static_cast<void*>(buffer), 0, sizeof(T) * kGroup);
+  __builtin_memcpy(static_cast<void*>(buffer), x, sizeof(T) * static_cast<size_t>(count));
+  return buffer;
+}
+
+// -------------------------------------------------------------------------------------------
+// quantizing
+
+GQ_INLINE void next_scales(RowNorms& rows, int count, float numerator, Scale& scale,
+                           Scale* scales) {
+  for (int h = 0; h < count; ++h) {
+    if (!rows.same_block()) scale = scale_down(rows.current, numerator);
+    scales[h] = scale;
+  }
+}
+
+template <typename T>
+GQ_INLINE int32_t standard_code(const T* x, const uint32_t (*words)[kRow], const Scale* scales,
+                                float limit, int h, int j) {
+  return quantize_standard(load(x[h * kRow + j]), scales[h], limit,
+                           random_bits(words[h / 2][j], h));
+}
+
+// kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere.
+template <typename T, int kLanes>
+GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
+                                      const int32_t* norms, int bits, int levels,
+                                      const Random& random, int32_t* payload) {
+  const int lanes = 32 / bits;
+  const float limit = 65536.0f * static_cast<float>(levels);
+  RowNorms row_norms{norms, block / kRow};
+  Scale scale = {1.0f, 0.0f};
+  int lane = 0;
+  for (int64_t begin = 0, group = 0; begin < count; begin += kGroup, ++group) {
+    const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
+    Scale scales[kGroupRows] = {};
+    next_scales(row_norms, rows, limit, scale, scales);
+    alignas(64) uint32_t words[4][kRow];
+    random_group(random, static_cast<uint64_t>(group), words);
+    T buffer[kGroup];
+    prefetch_group(x + begin);
+    const T* values = padded_group(x + begin, count - begin, buffer);
+    if constexpr (kLanes > 0) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kGroupRows / kLanes; ++p) {
+        if (p * kLanes >= rows) break;
+        for (int j = 0; j < kRow; ++j) {
+          uint32_t word = 0;
+#pragma GCC unroll 8
+          for (int k = 0; k < kLanes; ++k)
+            word += static_cast<uint32_t>(
+                        standard_code(values, words, scales, limit, p * kLanes + k, j))
+                    << (bits * k);
+          payload[j] = static_cast<int32_t>(word);
+        }
+        payload += kRow;
+      }
+    } else {
+      for (int h = 0; h < rows; ++h) {
+        if (lane == 0) __builtin_memset(payload, 0, sizeof(int32_t) * kRow);
+        for (int j = 0; j < kRow; ++j)
+          payload[j] += static_cast<int32_t>(
+              static_cast<uint32_t>(standard_code(values, words, scales, limit, h, j))
+              << (bits * lane));
+        if (++lane == lanes) {
+          lane = 0;
+          payload += kRow;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kBits>
+GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t block,
+                                         const int32_t* norms, int headroom, const Random& random,
+                                         uint8_t* codes) {
+  constexpr int kPerByte = 8 / kBits;
+  const uint32_t top_bits = static_cast<uint32_t>(127 - headroom) << 23;  // 2^-headroom
+  RowNorms row_norms{norms, block / kRow};
+  Scale scale = {1.0f, 0.0f};
+  for (int64_t begin = 0, group = 0; begin < count; begin += kGroup, ++group) {
+    const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
+    Scale scales[kGroupRows] = {};
+    next_scales(row_norms, rows, float_of(top_bits), scale, scales);
+    alignas(64) uint32_t words[4][kRow];
+    random_group(random, static_cast<uint64_t>(group), words);
+    T buffer[kGroup];
+    prefetch_group(x + begin);
+    const T* values = padded_group(x + begin, count - begin, buffer);
+#pragma GCC unroll 8
+    for (int p = 0; p < kGroupRows / kPerByte; ++p) {
+      if (p * kPerByte >= rows) break;
+      alignas(64) uint32_t packed[kRow];
+      for (int j = 0; j < kRow; ++j) {
+        uint32_t byte = 0;
+#pragma GCC unroll 2
+        for (int k = 0; k < kPerByte; ++k) {
+          const int h = p * kPerByte + k;
+          byte |= quantize_exponential<kBits>(load(values[h * kRow + j]), scales[h], top_bits,
+                                              random_bits(words[h / 2][j], h))
+                  << (kBits * k);
+        }
+        packed[j] = byte;
+      }
+      narrow_row(packed, codes);
+      codes += kRow;
+    }
+  }
+}
+
+// -----------------------------------------------------------------------------------------
+// dequantizing
+
+// Results from this size on are written past the caches, which they would only flush.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+template <typename T>
+GQ_INLINE bool worth_streaming(const T* out, int64_t count) {
+  return count * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
+         reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+template <typename T>
+GQ_INLINE void store_row(T* out, int64_t row, int64_t count, bool stream, const T* values) {
+  const int64_t begin = row * kRow;
+  const int64_t width = count - begin < kRow ? count - begin : kRow;
+  void* to = out + begin;
+  if (width < kRow)
+    __builtin_memcpy(to, values, sizeof(T) * static_cast<size_t>(width));
+  else if (stream)
+    stream_copy(to, values, sizeof(T) * kRow);
+  else
+    __builtin_memcpy(to, values, sizeof(T) * kRow);
+}
+
+template <typename T>
+GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, int64_t block,
+                                        const int32_t* norms, int bits, int64_t divisor, T* out) {
+  const int lanes = 32 / bits;
+  const int64_t rows = rows_of(count);
+  RowNorms row_norms{norms, block / kRow};
+  Scale scale = {1.0f, 0.0f};
+  const bool stream = worth_streaming(out, count);
+  alignas(64) int32_t words[kRow];
+  for (int64_t row = 0; row < rows; payload += kRow) {
+    __builtin_memcpy(words, payload, sizeof words);
+    for (int k = 0; k < lanes && row < rows; ++k, ++row) {
+      if (!row_norms.same_block()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
+      const float norm = norm_of(row_norms.current);
+      alignas(64) T values[kRow];
+      for (int j = 0; j < kRow; ++j) {
+        const int32_t code = lowest_lane(words[j], bits);
+        words[j] = drop_lane(words[j], code, bits);
+        store(values + j, dequantize_standard(code, scale, norm));
+      }
+      store_row(out, row, count, stream, values);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <typename T, int kBits>
+GQ_INLINE void dequantize_exponential_rows(const uint8_t* codes, int64_t count, int64_t block,
+                                           const int32_t* norms, int headroom, T* out) {
+  constexpr int kPerByte = 8 / kBits;
+  const float raise = float_of(static_cast<uint32_t>(127 + headroom) << 23);  // 2^headroom
+  const int64_t rows = rows_of(count);
+  RowNorms row_norms{norms, block / kRow};
+  const bool stream = worth_streaming(out, count);
+  float norm = 0.0f;
+  for (int64_t row = 0; row < rows; codes += kRow) {
+    alignas(64) int32_t packed[kRow];
+    widen_row(codes, packed);
+#pragma GCC unroll 2
+    for (int k = 0; k < kPerByte; ++k, ++row) {
+      if (row >= rows) break;
+      if (!row_norms.same_block()) norm = norm_of(row_norms.current);
+      alignas(64) T values[kRow];
+      for (int j = 0; j < kRow; ++j)
+        store(values + j, decode_exponential<kBits>(packed[j] >> (kBits * k)) * raise * norm);
+      store_row(out, row, count, stream, values);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+// ------------------------------------------------------------------------------- reducing
+// exponential codes
+
+// out = round(factor * sum of inputs), one stochastic rounding whatever the number of inputs.
+// kInputs is the number of inputs where it is fixed (the binary operation of MPI), 0 where it is
+// `inputs`.
+template <int kBits, int kInputs>
+GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
+                                       float factor, const Random& random, uint8_t* out) {
+  constexpr int kPerByte = 8 / kBits;
+  constexpr int kGroupBytes = kGroup / kPerByte;
+  const int n = kInputs > 0 ? kInputs : inputs;
+  for (int64_t begin = 0, group = 0; begin < bytes; begin += kGroupBytes, ++group) {
+    alignas(64) uint32_t words[4][kRow];
+    random_group(random, static_cast<uint64_t>(group), words);
+    const int width = bytes - begin < kGroupBytes ? static_cast<int>(bytes - begin) : kGroupBytes;
+    if (width == kGroupBytes) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kGroupRows / kPerByte; ++p) {
+        const int64_t at = begin + p * kRow;
+        alignas(64) float sums[kPerByte][kRow] = {};
+        alignas(64) int32_t widened[kRow];
+        for (int i = 0; i < n; ++i) {
+          widen_row(codes[i] + at, widened);
+#pragma GCC unroll 2
+          for (int k = 0; k < kPerByte; ++k)
+            for (int j = 0; j < kRow; ++j)
+              sums[k][j] += decode_exponential<kBits>(widened[j] >> (kBits * k));
+        }
+        alignas(64) uint32_t packed[kRow];
+        for (int j = 0; j < kRow; ++j) {
+          uint32_t byte = 0;
+#pragma GCC unroll 2
+          for (int k = 0; k < kPerByte; ++k) {
+            const int h = p * kPerByte + k;
+            byte |= encode_exponential<kBits>(sums[k][j] * factor, kOneBits,
+                                              random_bits(words[h / 2][j], h))
+                    << (kBits * k);
+          }
+          packed[j] = byte;
+        }
+        narrow_row(packed, out + at);
+      }
+    } else {
+      for (int b = 0; b < width; ++b) {
+        uint32_t byte = 0;
+        for (int k = 0; k < kPerByte; ++k) {
+          const int h = b / kRow * kPerByte + k;
+          float sum = 0.0f;
+          for (int i = 0; i < n; ++i)
+            sum +=
+                decode_exponential<kBits>(static_cast<int8_t>(codes[i][begin + b]) >> (kBits * k));
+          byte |= encode_exponential<kBits>(sum * factor, kOneBits,
+                                            random_bits(words[h / 2][b % kRow], h))
+                  << (kBits * k);
+        }
+        out[begin + b] = static_cast<uint8_t>(byte);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------ C
+// interface
+
+// Runs `statement` with T bound to the element type of `dtype`.
+#define GQ_DISPATCH(dtype, statement) \
+  switch (dtype) {                    \
+    case kFloat32: {                  \
+      using T = float;                \
+      statement;                      \
+      return kStatusOk;               \
+    }                                 \
+    case kFloat64: {                  \
+      using T = double;               \
+      statement;                      \
+      return kStatusOk;               \
+    }                                 \
+    case kFloat16: {                  \
+      using T = Half;                 \
+      statement;                      \
+      return kStatusOk;               \
+    }                                 \
+    case kBFloat16: {                 \
+      using T = BFloat16;             \
+      statement;                      \
+      return kStatusOk;               \
+    }                                 \
+    default:                          \
+      return kStatusBadDType;         \
+  }
+
+GQ_EXPORT(gq_absmax)(int dtype, const void* x, int64_t count, int64_t block, int32_t* norms) {
+  GQ_DISPATCH(dtype, absmax(static_cast<const T*>(x), count, block, norms));
+}
+
+GQ_EXPORT(gq_l2norm)(int dtype, const void* x, int64_t count, int64_t block, int32_t* norms) {
+  GQ_DISPATCH(dtype, l2norm(static_cast<const T*>(x), count, block, norms));
+}
+
+GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
+                                const int32_t* norms, int bits, int levels, const uint32_t* random,
+                                int32_t* payload) {
+  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
+  switch (32 / bits) {
+    case 2:
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 2>(static_cast<const T*>(x), count, block,
+                                                       norms, bits, levels, generator, payload)));
+    case 4:
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 4>(static_cast<const T*>(x), count, block,
+                                                       norms, bits, levels, generator, payload)));
+    case 8:
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8>(static_cast<const T*>(x), count, block,
+                                                       norms, bits, levels, generator, payload)));
+    default:
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 0>(static_cast<const T*>(x), count, block,
+                                                       norms, bits, levels, generator, payload)));
+  }
+}
+
+GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t count, int64_t block,
+                                  const int32_t* norms, int bits, int64_t divisor, void* out) {
+  GQ_DISPATCH(dtype, dequantize_standard_rows(payload, count, block, norms, bits, divisor,
+                                              static_cast<T*>(out)));
+}
+
+GQ_EXPORT(gq_quantize_exponential)(int dtype, const void* x, int64_t count, int64_t block,
+                                   const int32_t* norms, int bits, int headroom,
+                                   const uint32_t* random, uint8_t* codes) {
+  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
+  if (bits == 8) {
+    GQ_DISPATCH(dtype, (quantize_exponential_rows<T, 8>(static_cast<const T*>(x), count, block,
+                                                        norms, headroom, generator, codes)));
+  }
+  if (bits == 4) {
+    GQ_DISPATCH(dtype, (quantize_exponential_rows<T, 4>(static_cast<const T*>(x), count, block,
+                                                        norms, headroom, generator, codes)));
+  }
+  return kStatusBadBits;
+}
+
+GQ_EXPORT(gq_dequantize_exponential)(int dtype, const uint8_t* codes, int64_t count, int64_t block,
+                                     const int32_t* norms, int bits, int headroom, void* out) {
+  if (bits == 8) {
+    GQ_DISPATCH(dtype, (dequantize_exponential_rows<T, 8>(codes, count, block, norms, headroom,
+                                                          static_cast<T*>(out))));
+  }
+  if (bits == 4) {
+    GQ_DISPATCH(dtype, (dequantize_exponential_rows<T, 4>(codes, count, block, norms, headroom,
+                                                          static_cast<T*>(out))));
+  }
+  return kStatusBadBits;
+}
+
+GQ_EXPORT(gq_reduce_exponential)(const uint8_t* const* codes, int inputs, int64_t bytes, int bits,
+                                 float factor, const uint32_t* random, uint8_t* out) {
+  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
+  if (bits == 8 && inputs == 2) {
+    reduce_exponential_rows<8, 2>(codes, inputs, bytes, factor, generator, out);
+    return kStatusOk;
+  }
+  if (bits == 4 && inputs == 2) {
+    reduce_exponential_rows<4, 2>(codes, inputs, bytes, factor, generator, out);
+    return kStatusOk;
+  }
+  if (bits == 8) {
+    reduce_exponential_rows<8, 0>(codes, inputs, bytes, factor, generator, out);
+    return kStatusOk;
+  }
+  if (bits == 4) {
+    reduce_exponential_rows<4, 0>(codes, inputs, bytes, factor, generator, out);
+    return kStatusOk;
+  }
+  return kStatusBadBits;
+}
+
+// Random words as the quantizers see them, for tests against the published generator.
+GQ_EXPORT(gq_philox)(const uint32_t* counter, const uint32_t* key, int rounds, uint32_t* out) {
+  if (rounds == 7)
+    philox4x32<7>(counter[0], counter[1], counter[2], counter[3], key[0], key[1], out);
+  else if (rounds == 10)
+    philox4x32<10>(counter[0], counter[1], counter[2], counter[3], key[0], key[1], out);
+  else
+    return kStatusBadBits;
+  return kStatusOk;
+}

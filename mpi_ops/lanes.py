@@ -1,0 +1,74 @@
+"""Lanes, levels, blocks and headroom: the sizes that every quantizer and every transport share.
+
+A *code* is the integer that stands for one element. Standard codes are summed inside *lanes* of
+`bits` bits, several to an int32 word (balanced radix: word = sum of lane_k * 2**(bits*k), lanes
+signed). A *block* is the run of elements that share one norm. Elements are handled in rows of
+`ROW`, the width of a GPU warp; payloads are padded to whole rows.
+"""
+
+from __future__ import annotations
+
+ROW = 32
+WORD_BITS = 32
+STANDARD_BITS = range(2, 17)
+EXPONENTIAL_BITS = (4, 8)
+
+# What the default lane width keeps at least: levels s on each side of zero. The squared error of
+# the mean is at most n * (norm / (2 s n))**2 per element, so at 7 levels the standard deviation of
+# the mean's error is at most norm / (14 * sqrt(n)).
+DEFAULT_MINIMUM_LEVELS = 7
+# Widths that the default chooses from: they fill an int32 word with 4, 3 and 2 lanes.
+DEFAULT_WIDTHS = (8, 10, 16)
+
+
+def levels(bits: int, world_size: int) -> int:
+    """Levels s on each side of zero, such that the sum of all ranks' codes never leaves its lane.
+
+    s = floor((2**(bits-1) - 1) / world_size); every partial sum, in any order, is within
+    world_size * s <= 2**(bits-1) - 1. Zero means that `bits` is too small for `world_size`.
+    """
+    return (2 ** (bits - 1) - 1) // world_size
+
+
+def minimum_bits(world_size: int, minimum_levels: int = 1) -> int:
+    """Smallest lane width that leaves at least `minimum_levels` levels (may exceed 16)."""
+    return (minimum_levels * world_size).bit_length() + 1
+
+
+def default_bits(world_size: int) -> int:
+    """Lane width of the default configuration: 8 bits up to 18 ranks, 10 up to 73, 16 beyond."""
+    for bits in DEFAULT_WIDTHS:
+        if levels(bits, world_size) >= DEFAULT_MINIMUM_LEVELS:
+            return bits
+    return DEFAULT_WIDTHS[-1]
+
+
+def rows(count: int) -> int:
+    """Rows of `ROW` elements that hold `count` elements."""
+    return -(-count // ROW)
+
+
+def blocks(count: int, block_size: int) -> int:
+    """Norms of a tensor of `count` elements; an empty tensor has none."""
+    return -(-count // block_size)
+
+
+def whole_tensor_block(count: int) -> int:
+    """Block size that makes one block of all `count` elements."""
+    return max(rows(count), 1) * ROW
+
+
+def standard_words(count: int, bits: int) -> int:
+    """int32 words that carry `count` standard codes of `bits` bits."""
+    return -(-rows(count) // (WORD_BITS // bits)) * ROW
+
+
+def exponential_bytes(count: int, bits: int) -> int:
+    """Bytes that carry `count` exponential codes of `bits` bits."""
+    return -(-rows(count) // (8 // bits)) * ROW
+
+
+def shard_bytes(count: int, bits: int, world_size: int) -> int:
+    """Bytes of exponential codes that each rank reduces: whole rows, the same on every rank."""
+    byte_rows = exponential_bytes(count, bits) // ROW
+    return -(-byte_rows // world_size) * ROW
