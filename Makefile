@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV := .venv/bin
 KERNELS := mpi_ops/kernels
 LIBRARY := $(KERNELS)/libgq_kernels.so
-CXX_FILES = $(shell git ls-files '*.cpp' '*.cc' '*.h' '*.hpp' '*.cu' '*.cuh')
-SHELL_FILES = $(shell git grep -lE '^\#!.*\b(ba)?sh\b' -- . ':!*.md')
+CXX_FILES = $(wildcard $(shell git ls-files '*.cpp' '*.cc' '*.h' '*.hpp' '*.cu' '*.cuh'))
+# By their first line, since scripts on PATH have no suffix.
+SHELL_FILES = $(shell git ls-files | while read -r f; do head -n 1 "$$f" 2>/dev/null | \
+	grep -qaE '^.!.*[/ ](ba|da)?sh( |$$)' && echo "$$f"; done)
 
-# What the tools need to find each other: mpirun, cmake and the linters are in .venv/bin.
+# The tools find each other: mpirun, cmake and the linters are in .venv/bin. Set-up itself runs in
+# the caller's Python, since it may have to make .venv anew.
+CALLERS_PATH := $(PATH)
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 ifeq ($(shell id -u),0)
 # Open MPI refuses to start as root, the usual user in a container, unless both are set.
@@ -19,13 +23,14 @@ export CXX
 endif
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help setup build lint format test demo bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv with everything in it (about 10 minutes the first time, 2 with a cached Horovod)
-	@$(PYTHON) tools/setup_env.py
+setup: ## make .venv with everything in it (first time 10 to 20 minutes)
+	@PATH="$(CALLERS_PATH)" $(PYTHON) tools/setup_env.py
 	@$(MAKE) --silent --no-print-directory $(LIBRARY)
 
 build: setup ## rebuild the native kernels if their sources changed

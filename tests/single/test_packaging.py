@@ -1,0 +1,202 @@
+"""What users install: the sdist, the wheel, the pins, and the messages of the set-up script."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = (".git", ".venv", "build", "dist", ".*_cache", "__pycache__", "*.egg-info", "*.so")
+PACKAGES = ("gq_horovod", "mpi_ops")
+# Importing the packages must be quick and must not need these.
+HEAVY = ("torch", "tensorflow", "keras", "horovod", "mpi4py.MPI", "cupy")
+PRINT_HEAVY = (
+    "import sys, gq_horovod, mpi_ops; "
+    f"print(gq_horovod.__file__, *(name for name in {HEAVY} if name in sys.modules), sep='\\n')"
+)
+
+
+def run(*command: object, cwd: Path = ROOT, **env: str) -> str:
+    """Run a command; its output, or a failure that shows it."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the sdist of this tree, and the wheel built from that sdist."""
+    # A copy, because building writes build/ and *.egg-info beside the sources.
+    source = tmp_path_factory.mktemp("packaging") / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*SKIPPED))
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", source.parent, cwd=source)
+    return source.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(artifacts: Path) -> Path:
+    (path,) = artifacts.glob("*.whl")
+    return path
+
+
+def test_sdist_holds_what_a_build_and_a_test_run_need(artifacts: Path) -> None:
+    (path,) = artifacts.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "pyproject.toml", "setup.py", "Makefile", "requirements.txt"} <= names
+    assert {"tools/setup_env.py", "tests/single/test_packaging.py"} <= names
+    kernels = ROOT / "mpi_ops" / "kernels"
+    sources = [p for p in kernels.iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")]
+    assert {str(p.relative_to(ROOT)) for p in sources} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_wheel_is_for_any_python_3_on_this_platform(wheel: Path) -> None:
+    platform = re.sub("[-.]", "_", sysconfig.get_platform())
+    assert wheel.name == f"gq_horovod-{version('gq-horovod')}-py3-none-{platform}.whl"
+
+
+def test_wheel_contents(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name.split("/")[0].split("-")[0] for name in names} == set(PACKAGES)
+    assert {"gq_horovod/py.typed", "mpi_ops/py.typed"} <= names
+    assert "mpi_ops/kernels/libgq_kernels.so" in names
+    # The CUDA kernels are compiled from the headers at run time.
+    assert "mpi_ops/kernels/elements.h" in names
+    shipped = (".py", ".h", ".cu", ".cuh")
+    for package in PACKAGES:
+        files = [path for path in (ROOT / package).rglob("*") if path.suffix in shipped]
+        assert {str(path.relative_to(ROOT)) for path in files} <= names
+
+
+def test_wheel_requires_numpy_and_never_horovod(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    requires = metadata.get_all("Requires-Dist")
+    assert [r for r in requires if "extra ==" not in r] == ["numpy"]
+    # Horovod must match the user's own torch, TensorFlow and MPI; pip would build another one.
+    assert not [r for r in requires if "horovod" in r]
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "torch",
+        "tensorflow",
+        "mpi",
+        "cuda12",
+        "cuda13",
+    }
+    assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_wheel_works_with_nothing_but_numpy(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel)
+    # numpy is borrowed through links, and with it nothing else of this environment.
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for entry in Path(sysconfig.get_path("platlib")).glob("numpy*"):
+        (site / entry.name).symlink_to(entry)
+    loaded = run(python, "-P", "-c", PRINT_HEAVY, cwd=tmp_path).split()
+    assert loaded == [str(site / "gq_horovod" / "__init__.py")]
+    load = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).gq_best_isa)"
+    run(python, "-c", load, site / "mpi_ops" / "kernels" / "libgq_kernels.so")
+
+
+def test_import_is_light_where_everything_is_installed() -> None:
+    assert run(sys.executable, "-c", PRINT_HEAVY).split()[1:] == []
+
+
+def test_version_is_the_installed_one() -> None:
+    import gq_horovod
+
+    assert getattr(gq_horovod, "__version__", version("gq-horovod")) == version("gq-horovod")
+
+
+# ------------------------------------------------------------------------------------------ set-up
+
+
+def test_requirements_are_exact_pins_from_the_index() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert {"torch==2.13.0", "tensorflow==2.18.1", "numpy==2.0.2"} <= set(pins)
+    for pin in pins:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9a-z.]+", pin), pin
+    names = [re.sub("[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins]
+    assert len(names) == len(set(names))
+
+
+@pytest.fixture
+def bare_checkout(tmp_path: Path) -> Path:
+    """A checkout without .venv, just enough for the set-up script to start."""
+    for name in ("tools/setup_env.py", "requirements.txt", "pyproject.toml"):
+        target = tmp_path / "checkout" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+    return tmp_path / "checkout"
+
+
+def setup_fails(checkout: Path, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "tools/setup_env.py"],
+        cwd=checkout,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (checkout / ".venv").exists()
+    return done.stdout
+
+
+def path_with(directory: Path, *programs: str) -> str:
+    """A PATH on which only these programs are found."""
+    directory.mkdir()
+    for program in programs:
+        (directory / program).symlink_to(shutil.which(program) or pytest.skip(f"no {program}"))
+    return str(directory)
+
+
+def test_setup_says_that_the_compiler_is_missing(bare_checkout: Path, tmp_path: Path) -> None:
+    output = setup_fails(bare_checkout, PATH=path_with(tmp_path / "bin", "make"), CXX="")
+    assert "setup failed: No C++ compiler was found (g++)." in output
+    assert "apt-get install g++" in output
+
+
+def test_setup_says_that_the_compiler_is_too_old(bare_checkout: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old-g++"
+    old.write_text("#!/bin/sh\necho \"error: unrecognized option '-std=c++17'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    output = setup_fails(bare_checkout, CXX=str(old))
+    assert "does not build C++17:\nerror: unrecognized option" in output
+
+
+def test_setup_says_that_make_is_missing(bare_checkout: Path, tmp_path: Path) -> None:
+    output = setup_fails(bare_checkout, PATH=path_with(tmp_path / "bin", "g++"))
+    assert "setup failed: `make` is missing" in output
+
+
+def test_setup_is_silent_about_hosts() -> None:
+    """No file of the set-up may tie users to one package index."""
+    for name in ("tools/setup_env.py", "requirements.txt", "pyproject.toml", "Makefile"):
+        assert "://" not in (ROOT / name).read_text(), name
