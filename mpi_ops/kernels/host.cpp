@@ -95,15 +95,16 @@ struct RowNorms {
 
 constexpr int kGroup = kGroupRows * kRow;  // elements that share one call of random_group
 
-// The first `count` of `kGroup` elements, padded with zeros.
-template <typename T>
-GQ_INLINE void prefetch_group(const T* x) {
-  constexpr int kAhead =
-      4;  // groups; the generator's arithmetic hides less of the memory than plain loads
-  for (size_t byte = 0; byte < kGroup * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(x + kAhead * kGroup) + byte);
+// Asks for the bytes that the fourth iteration from now will read: the arithmetic of the generator
+// leaves the processor too little room to run ahead by itself.
+template <int kBytes>
+GQ_INLINE void prefetch(const void* bytes) {
+  constexpr int kAhead = 4;
+  for (int b = 0; b < kBytes; b += 64)
+    __builtin_prefetch(static_cast<const char*>(bytes) + kAhead * kBytes + b);
 }
 
+// The first `count` of `kGroup` elements, padded with zeros.
 template <typename T>
 GQ_INLINE const T* padded_group(const T* x, int64_t count, T* buffer) {
   if (count >= kGroup) return x;
@@ -147,7 +148,7 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
     alignas(64) uint32_t words[4][kRow];
     random_group(random, static_cast<uint64_t>(group), words);
     T buffer[kGroup];
-    prefetch_group(x + begin);
+    prefetch<kGroup * sizeof(T)>(x + begin);
     const T* values = padded_group(x + begin, count - begin, buffer);
     if constexpr (kLanes > 0) {
 #pragma GCC unroll 8
@@ -195,7 +196,7 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
     alignas(64) uint32_t words[4][kRow];
     random_group(random, static_cast<uint64_t>(group), words);
     T buffer[kGroup];
-    prefetch_group(x + begin);
+    prefetch<kGroup * sizeof(T)>(x + begin);
     const T* values = padded_group(x + begin, count - begin, buffer);
 #pragma GCC unroll 8
     for (int p = 0; p < kGroupRows / kPerByte; ++p) {
@@ -309,16 +310,21 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
   for (int64_t begin = 0, group = 0; begin < bytes; begin += kGroupBytes, ++group) {
     alignas(64) uint32_t words[4][kRow];
     random_group(random, static_cast<uint64_t>(group), words);
+    for (int i = 0; i < n; ++i) prefetch<kGroupBytes>(codes[i] + begin);
     const int width = bytes - begin < kGroupBytes ? static_cast<int>(bytes - begin) : kGroupBytes;
     if (width == kGroupBytes) {
 #pragma GCC unroll 8
       for (int p = 0; p < kGroupRows / kPerByte; ++p) {
         const int64_t at = begin + p * kRow;
-        alignas(64) float sums[kPerByte][kRow] = {};
+        alignas(64) float sums[kPerByte][kRow];
         alignas(64) int32_t widened[kRow];
-        for (int i = 0; i < n; ++i) {
-          widen_row(codes[i] + at, widened);
+        widen_row(codes[0] + at, widened);
+        for (int k = 0; k < kPerByte; ++k)
+          for (int j = 0; j < kRow; ++j)
+            sums[k][j] = decode_exponential<kBits>(widened[j] >> (kBits * k));
 #pragma GCC unroll 2
+        for (int i = 1; i < n; ++i) {
+          widen_row(codes[i] + at, widened);
           for (int k = 0; k < kPerByte; ++k)
             for (int j = 0; j < kRow; ++j)
               sums[k][j] += decode_exponential<kBits>(widened[j] >> (kBits * k));
