@@ -1,10 +1,10 @@
 """The token: what Horovod itself reduces while our own operations reduce the gradient.
 
-`compress` hands Horovod a token of four float32 numbers in place of the gradient. Horovod reduces
-it with whatever op and scaling the user chose, so its first element comes back as the factor
-between the mean over ranks and the result that the user asked for: 1 for Average, the number of
-ranks for Sum. The other three are a fingerprint of the tensor, times that factor if all ranks
-agree.
+`compress` hands Horovod a token of four float32 numbers in place of the gradient: 1, and a
+fingerprint of the tensor. Horovod reduces it with the op and the scaling that the user chose, all
+of them linear, so the fingerprint comes back as itself, times the first number, if all ranks
+reduced the same tensor. The scaling itself is not read off the token: ranks that have called
+hvd.join() send zeros, which Horovod averages with the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ def make(name: str, count: int, dtype: str) -> tuple[float, ...]:
     return (1.0, *(1.0 + byte % _FINGERPRINT_RANGE for byte in digest))
 
 
-def factor(reduced: Sequence[float], own: Sequence[float], name: str, world_size: int) -> float:
-    """What to multiply the mean over ranks by. Exactly 1 for Average and `world_size` for Sum.
-
-    Raises ConfigMismatchError where the ranks reduced different tensors under one name.
-    """
+def check(reduced: Sequence[float], own: Sequence[float], name: str, world_size: int) -> None:
+    """Raise ConfigMismatchError where the ranks reduced different tensors under one name."""
     scale = reduced[0]
     # One rank that differs by 1 moves the mean by 1 / world_size; rounding moves it far less.
     tolerance = 0.25 / world_size
@@ -43,10 +40,5 @@ def factor(reduced: Sequence[float], own: Sequence[float], name: str, world_size
         raise ConfigMismatchError(
             f"GlobalQSGD: the ranks disagree about tensor {name!r}: the reduced fingerprint is "
             f"{list(reduced)}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
-            "the same name, number of elements and dtype, with op Average or Sum."
+            "the same name, number of elements and dtype."
         )
-    for exact in (1.0, float(world_size)):
-        # Horovod's pre- and postscale factors cancel up to float32 rounding only.
-        if math.isclose(scale, exact, rel_tol=1e-5):
-            return exact
-    return scale

@@ -14,8 +14,8 @@ What happens to a gradient, from its backward hook on:
 2. The norms of its blocks go out as an asynchronous Max-allreduce under the parameter's name, and
    Horovod gets a token to reduce in place of the gradient (see `token`).
 3. Whenever a later hook calls, the norms that have arrived are used: the codes go out.
-4. `decompress(token)` waits for the codes, and returns mean * token, which is what the user's `op`
-   means.
+4. `decompress(token)` waits for the codes, and returns the mean, or what else the user's `op` and
+   scaling make of it.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class _Caller(NamedTuple):
     name: str  # of the operation, the same on every rank
     op: int
     process_set: Any
+    scaling: float = 1.0  # of the result, beside what op does
 
 
 _HOOK = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
@@ -159,6 +160,7 @@ def _find_caller(tensor: torch.Tensor, frame: FrameType | None) -> _Caller:
 
 
 def _optimizer_caller(optimizer: Any, parameter: torch.Tensor) -> _Caller:
+    # gradient_predivide_factor only divides before the sum what it multiplies after it.
     name = optimizer._parameter_names[parameter]
     return _checked(_Caller(name, optimizer.op, optimizer.process_set))
 
@@ -170,7 +172,8 @@ def _function_caller(variables: dict[str, Any], name: str | None) -> _Caller:
             "every rank, got None; pass name=."
         )
     op = hvd_ops.handle_average_backwards_compatibility(variables["op"], variables["average"])
-    return _checked(_Caller(name, op, variables["process_set"]))
+    scaling = variables["prescale_factor"] * variables["postscale_factor"]
+    return _checked(_Caller(name, op, variables["process_set"], scaling))
 
 
 def _checked(caller: _Caller) -> _Caller:
@@ -210,6 +213,7 @@ class _Context(NamedTuple):
     group: _Group
     reduction: InFlight
     token: tuple[float, ...]
+    factor: float  # result = mean over ranks * factor
     template: torch.Tensor  # on the meta device: shape, dtype and strides, no memory
     device: torch.device
 
@@ -335,7 +339,8 @@ class GlobalQSGD:
         )
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
-        return torch.tensor(mark), _Context(group, reduction, mark, template, device)
+        factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
+        return torch.tensor(mark), _Context(group, reduction, mark, factor, template, device)
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
@@ -344,12 +349,11 @@ class GlobalQSGD:
         if isinstance(ctx, torch.dtype):
             return tensor.to(ctx)
         assert isinstance(ctx, _Context)
-        name, world_size = ctx.reduction.name, ctx.group.plan.world_size
-        factor = token.factor(tensor.tolist(), ctx.token, name, world_size)
+        token.check(tensor.tolist(), ctx.token, ctx.reduction.name, ctx.group.plan.world_size)
         mean = ctx.group.pipeline.finish(ctx.reduction).owner
         assert isinstance(mean, torch.Tensor)
-        if factor != 1.0:
-            mean.mul_(factor)
+        if ctx.factor != 1:
+            mean.mul_(ctx.factor)
         if not ctx.template.is_contiguous():
             # A channels_last gradient stays one: its optimizer state has these strides too.
             strided = torch.empty_strided(mean.shape, ctx.template.stride(), dtype=mean.dtype)
