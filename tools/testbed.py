@@ -1,0 +1,317 @@
+#!/usr/bin/env python3
+"""Several hosts with a slow network, on one Linux machine.
+
+Every host is a network namespace with an address of its own; the hosts meet at a bridge in one more
+namespace, and a token bucket filter limits each link in both directions. MPI programs start on the
+hosts as on real ones and see a network of, say, 1 Gbit/s instead of loopback. Nothing outside these
+namespaces changes: no interface or address is added to the machine, and no packet leaves it.
+
+    python tools/testbed.py --hosts 4 --rate 1gbit -- COMMAND ...
+
+runs COMMAND on host 0. `{mpirun}` in COMMAND stands for mpirun with the options that start one
+rank on each host, so `-- '{mpirun}' python train.py` trains on all of them.
+
+Needs `ip` and `tc` (Debian: iproute2), and root or a kernel that lets users make user namespaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+INTERFACE = "eth0"  # each host's only link, inside its namespace
+SUBNET = "10.213.77"  # addresses that exist only inside the namespaces; host i has .(i+1)
+
+
+def unavailable() -> str | None:
+    """Return why hosts cannot be made here, or None if they can (as root, or after `as_root`)."""
+    missing = [tool for tool in ("ip", "tc", "nsenter") if not shutil.which(tool, path=_path())]
+    if missing:
+        return f"{' and '.join(missing)} not found (Debian: apt-get install iproute2 util-linux)"
+    if os.geteuid() == 0:
+        probe = ["unshare", "--net", "ip", "link", "add", "probe", "type", "bridge"]
+        reason = "this container may not create network namespaces (it lacks CAP_SYS_ADMIN)"
+    else:
+        probe = ["unshare", "--user", "--map-root-user", "--net", "--mount", *_COVER_RUN, "true"]
+        reason = "not root, and this system gives users no user namespaces of their own"
+    try:
+        _run(probe)
+    except (OSError, subprocess.CalledProcessError):
+        return reason
+    return None
+
+
+# `ip netns` keeps its names under /run, which a user may not write to: a private one covers it.
+_COVER_RUN = ("sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh")
+
+
+def as_root() -> None:
+    """If this process is not root, start it again as root of a user namespace of its own.
+
+    Does not return in that case. Call it first thing, when `unavailable()` is None.
+    """
+    if os.geteuid() == 0:
+        return
+    command = ["unshare", "--user", "--map-root-user", "--net", "--mount", *_COVER_RUN]
+    os.execvp(command[0], [*command, *sys.orig_argv])
+
+
+def _path() -> str:
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # where users lack ip and tc
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a tool to its end and return its output; raises CalledProcessError with its message."""
+    done = subprocess.run(
+        command, text=True, capture_output=True, env={**os.environ, "PATH": _path()}
+    )
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    return done.stdout
+
+
+def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
+    """Return (received, sent) bytes of an interface of the network namespace of this process.
+
+    A packet counts with its headers, once for each interface it passes.
+    """
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == interface:
+            fields = counters.split()
+            return int(fields[0]), int(fields[8])
+    raise ValueError(
+        f"interface_bytes: expected an interface listed in /proc/net/dev, got {interface!r}"
+    )
+
+
+class Testbed:
+    """`hosts` hosts, each on a link of `rate` in either direction; a context manager.
+
+    Args:
+        hosts: number of hosts, 1 to 250. Host i is the namespace `{prefix}{i}`.
+        rate: speed of each link as `tc` writes it, such as "1gbit" or "200mbit".
+        prefix: start of the namespaces' names. One testbed of a prefix exists at a time; a second
+            one waits, so that they neither collide nor measure each other's load.
+
+    The hosts are removed, with every process that still runs on them, on leaving the context: at
+    its end, on an exception, on SIGINT, on SIGTERM, and when the interpreter exits. After a SIGKILL
+    the next testbed of that prefix removes them.
+    """
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+
+    def __init__(self, hosts: int = 4, rate: str = "1gbit", prefix: str = "gq") -> None:
+        if not 1 <= hosts <= 250:
+            raise ValueError(f"Testbed: expected 1 to 250 hosts, got {hosts}")
+        self.hosts = hosts
+        self.rate = rate
+        self.names = [f"{prefix}{i}" for i in range(hosts)]
+        self.addresses = [f"{SUBNET}.{i + 1}" for i in range(hosts)]
+        self._prefix = prefix
+        self._switch = f"{prefix}switch"
+        self._lock: IO[str] | None = None
+        self._agent: Path | None = None
+        self._old_sigterm: Any = None
+
+    def __enter__(self) -> Testbed:
+        self._acquire()
+        atexit.register(self.close)
+        if threading.current_thread() is threading.main_thread():
+            self._old_sigterm = signal.signal(signal.SIGTERM, _exit_on_signal)
+        try:
+            self._remove()  # what a killed predecessor left behind
+            self._create()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hosts and everything that runs on them. Does nothing the second time."""
+        if self._lock is None:
+            return
+        with _no_interrupts():
+            self._remove()
+            if self._agent:
+                self._agent.unlink(missing_ok=True)
+            self._lock.close()  # gives the lock back
+            self._lock = None
+            atexit.unregister(self.close)
+        if self._old_sigterm is not None:
+            signal.signal(signal.SIGTERM, self._old_sigterm)
+            self._old_sigterm = None
+
+    def command(self, host: int, command: Sequence[str]) -> list[str]:
+        """Return the command that runs `command` on a host."""
+        return ["nsenter", f"--net=/run/netns/{self.names[host]}", "--", *command]
+
+    def mpirun_args(self, slots: int = 1) -> list[str]:
+        """Return the options with which Open MPI's mpirun, run on host 0, uses all hosts.
+
+        `slots` ranks are placed on each host, in blocks: ranks 0 to slots - 1 on host 0, and so on.
+        MPI talks TCP over the shaped links only, also between ranks of one host.
+        """
+        network = f"{SUBNET}.0/24"
+        return [
+            *("--host", ",".join(f"{address}:{slots}" for address in self.addresses)),
+            *("-np", str(slots * self.hosts), "--map-by", "slot", "--bind-to", "none"),
+            *("--mca", "plm_rsh_agent", f"sh {self._agent}", "--mca", "plm_rsh_no_tree_spawn", "1"),
+            *("--mca", "oob_tcp_if_include", network),
+            *("--mca", "pml", "ob1", "--mca", "btl", "tcp,self"),
+            *("--mca", "btl_tcp_if_include", network),
+        ]
+
+    def host_bytes(self, host: int) -> tuple[int, int]:
+        """Return (received, sent) bytes of a host's link since it was made."""
+        shown = _run(["ip", "-n", self.names[host], "-s", "-j", "link", "show", INTERFACE])
+        statistics = json.loads(shown)[0]["stats64"]
+        return statistics["rx"]["bytes"], statistics["tx"]["bytes"]
+
+    def _acquire(self) -> None:
+        """Take the lock that says who owns the namespaces of this prefix."""
+        self._lock = Path(f"/run/{self._prefix}-testbed.lock").open("a")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("testbed: waiting for another testbed to finish", file=sys.stderr, flush=True)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def _create(self) -> None:
+        switch = self._switch
+        _run(["ip", "netns", "add", switch])
+        _run(["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])
+        _run(["ip", "-n", switch, "link", "set", "bridge", "up"])
+        for i, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
+            port = f"port{i}"
+            _run(["ip", "netns", "add", name])
+            _run(
+                f"ip -n {switch} link add {port} type veth "
+                f"peer name {INTERFACE} netns {name}".split()
+            )
+            _run(["ip", "-n", switch, "link", "set", port, "master", "bridge", "up"])
+            _run(["ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE])
+            _run(["ip", "-n", name, "link", "set", "lo", "up"])
+            _run(["ip", "-n", name, "link", "set", INTERFACE, "up"])
+            # A queue limits what leaves through an interface: one at the host for what it sends,
+            # one at the switch for what it receives. The bucket holds 2 ms at 1 Gbit/s, enough for
+            # the largest packet that the kernel hands over in one piece (64 KiB).
+            for namespace, device in ((name, INTERFACE), (switch, port)):
+                _run(
+                    f"tc -n {namespace} qdisc add dev {device} root "
+                    f"tbf rate {self.rate} burst 256kb latency 50ms".split()
+                )
+        self._agent = self._write_agent()
+
+    def _write_agent(self) -> Path:
+        """Write what mpirun runs in place of ssh: `sh AGENT ADDRESS COMMAND ...`."""
+        cases = "\n".join(
+            f"{address}) host={name} ;;"
+            for name, address in zip(self.names, self.addresses, strict=True)
+        )
+        path = Path(f"/run/{self._prefix}-testbed-agent.sh")
+        path.write_text(
+            f'case "$1" in\n{cases}\n'
+            '*) echo "testbed: no host $1" >&2; exit 1 ;;\nesac\nshift\n'
+            # As ssh does, give the words to a shell: mpirun sends one line of shell script.
+            'exec nsenter --net="/run/netns/$host" -- sh -c "$*"\n'
+        )
+        return path
+
+    def _remove(self) -> None:
+        """Remove this prefix's namespaces. Never raises: it runs while other errors are handled."""
+        existing = []
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            listed = [line.split()[0] for line in _run(["ip", "netns", "list"]).splitlines()]
+            existing = [name for name in listed if self._owns(name)]
+        for wanted in (signal.SIGTERM, signal.SIGKILL):
+            if not any(self._signal(name, wanted) for name in existing):
+                break
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline and any(map(self._processes, existing)):
+                time.sleep(0.05)
+        for name in existing:
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                _run(["ip", "netns", "delete", name])
+
+    def _owns(self, name: str) -> bool:
+        return re.fullmatch(rf"{re.escape(self._prefix)}(switch|[0-9]+)", name) is not None
+
+    def _processes(self, name: str) -> list[int]:
+        try:
+            return [int(pid) for pid in _run(["ip", "netns", "pids", name]).split()]
+        except (OSError, subprocess.CalledProcessError):
+            return []
+
+    def _signal(self, name: str, number: signal.Signals) -> bool:
+        processes = self._processes(name)
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return bool(processes)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Let a second Ctrl-C wait until the hosts are gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hosts", type=int, default=4, help="number of hosts (default 4)")
+    parser.add_argument("--rate", default="1gbit", help="speed of a link (default 1gbit)")
+    parser.add_argument("--slots", type=int, default=1, help="MPI ranks on each host (default 1)")
+    parser.add_argument("command", nargs="+", help="what to run on host 0, after --")
+    arguments = parser.parse_args()
+    if reason := unavailable():
+        print(f"testbed: {reason}", file=sys.stderr)
+        return 1
+    as_root()
+    with Testbed(arguments.hosts, arguments.rate) as testbed:
+        mpirun = ["mpirun", *testbed.mpirun_args(arguments.slots)]
+        command: list[str] = []
+        for word in arguments.command:
+            command += mpirun if word == "{mpirun}" else [word]
+        try:
+            return subprocess.run(testbed.command(0, command)).returncode
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
