@@ -37,8 +37,7 @@ constexpr uint32_t kAbsMask = 0x7fffffffu;
 constexpr uint32_t kInfBits = 0x7f800000u;
 constexpr uint32_t kNaNBits = 0x7fc00000u;
 
-// ---------------------------------------------------------------------------------------- bit
-// patterns
+// ----------------------------------------------------------------------------------- bit patterns
 
 GQ_HD uint32_t bits_of(float value) {
 #if defined(__CUDA_ARCH__)
@@ -71,8 +70,7 @@ GQ_HD int32_t round_to_int(float value) {
 GQ_HD float smaller(float a, float b) { return a < b ? a : b; }
 GQ_HD float larger(float a, float b) { return a > b ? a : b; }
 
-// -------------------------------------------------------------------------------------- element
-// types
+// ---------------------------------------------------------------------------------- element types
 
 // IEEE half and bfloat16 as bit patterns: conversions are integer arithmetic, hence the same on all
 // backends and vectorizable without F16C.
@@ -119,8 +117,7 @@ GQ_HD void store(Half* out, float value) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// ------------------------------------------------------------------------------------------
-// randomness
+// ------------------------------------------------------------------------------------- randomness
 
 // Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 // Seven rounds are the fewest that pass BigCrush in that paper's Table 2 (ten are its safety margin
@@ -181,8 +178,15 @@ GQ_HD uint32_t random_bits(uint32_t word, int h) {
   return h % 2 ? word : (word << 16) | (word >> 16);
 }
 
-// ----------------------------------------------------------------------------------------------
-// scales
+// One term of the hash that keys a reduction by its contents: a sum of products with odd constants
+// that differ from word to word (multilinear hashing; the constants are a Weyl sequence of the
+// golden ratio).
+GQ_HD uint64_t content_term(uint32_t word, int position) {
+  const uint32_t constant = 0x9E3779B9u * (2u * static_cast<uint32_t>(position) + 1u);
+  return static_cast<uint64_t>(word) * constant;
+}
+
+// ----------------------------------------------------------------------------------------- scales
 
 // Multiplying by `pre` (1 or a power of two, exact) and then by `factor` divides by a norm that may
 // be denormal without the reciprocal overflowing.
@@ -217,8 +221,7 @@ GQ_HD Scale scale_up(int32_t norm_bits, float denominator) {
   return {1.0f, norm / denominator};
 }
 
-// ---------------------------------------------------------------------------------- standard
-// dithering
+// ----------------------------------------------------------------------------- standard dithering
 
 // Levels k/s, k = -s .. s. `scale` is 65536 * s / norm: the value becomes fixed point with 16
 // fractional bits, and adding 16 uniform bits before the floor rounds it without bias (QSGD,
@@ -242,8 +245,7 @@ GQ_HD float dequantize_standard(int32_t lane_sum, Scale scale, float norm) {
   return larger(smaller(mean, norm), -norm);
 }
 
-// ------------------------------------------------------------------------------- exponential
-// dithering
+// -------------------------------------------------------------------------- exponential dithering
 
 // A code of `kBits` bits is a sign and a level number e = 0 .. top, top = 2^(kBits-1) - 1. Level 0
 // is zero, level e is 2^(e - top).

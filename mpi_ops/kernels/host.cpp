@@ -27,8 +27,7 @@ constexpr int kStatusBadBits = 2;
 
 GQ_INLINE int64_t rows_of(int64_t count) { return (count + kRow - 1) / kRow; }
 
-// ------------------------------------------------------------------------------------------------
-// norms
+// ------------------------------------------------------------------------------------------ norms
 
 template <typename T>
 GQ_INLINE void absmax(const T* x, int64_t count, int64_t block, int32_t* norms) {
@@ -71,8 +70,7 @@ GQ_INLINE void l2norm(const T* x, int64_t count, int64_t block, int32_t* norms) 
   }
 }
 
-// --------------------------------------------------------------------------------------------- row
-// walk
+// --------------------------------------------------------------------------------------- row walk
 
 // Walks over the rows of a tensor and gives the norm bits of each row's block.
 struct RowNorms {
@@ -104,17 +102,16 @@ GQ_INLINE void prefetch(const void* bytes) {
     __builtin_prefetch(static_cast<const char*>(bytes) + kAhead * kBytes + b);
 }
 
-// The first `count` of `kGroup` elements, padded with zeros.
-template <typename T>
+// The next `kSize` elements; where only `count` are left, those and zeros.
+template <int kSize, typename T>
 GQ_INLINE const T* padded_group(const T* x, int64_t count, T* buffer) {
-  if (count >= kGroup) return x;
-  __builtin_memset(static_cast<void*>(buffer), 0, sizeof(T) * kGroup);
+  if (count >= kSize) return x;
+  __builtin_memset(static_cast<void*>(buffer), 0, sizeof(T) * kSize);
   __builtin_memcpy(static_cast<void*>(buffer), x, sizeof(T) * static_cast<size_t>(count));
   return buffer;
 }
 
-// -------------------------------------------------------------------------------------------
-// quantizing
+// ------------------------------------------------------------------------------------- quantizing
 
 GQ_INLINE void next_scales(RowNorms& rows, int count, float numerator, Scale& scale,
                            Scale* scales) {
@@ -149,7 +146,7 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
     random_group(random, static_cast<uint64_t>(group), words);
     T buffer[kGroup];
     prefetch<kGroup * sizeof(T)>(x + begin);
-    const T* values = padded_group(x + begin, count - begin, buffer);
+    const T* values = padded_group<kGroup>(x + begin, count - begin, buffer);
     if constexpr (kLanes > 0) {
 #pragma GCC unroll 8
       for (int p = 0; p < kGroupRows / kLanes; ++p) {
@@ -197,7 +194,7 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
     random_group(random, static_cast<uint64_t>(group), words);
     T buffer[kGroup];
     prefetch<kGroup * sizeof(T)>(x + begin);
-    const T* values = padded_group(x + begin, count - begin, buffer);
+    const T* values = padded_group<kGroup>(x + begin, count - begin, buffer);
 #pragma GCC unroll 8
     for (int p = 0; p < kGroupRows / kPerByte; ++p) {
       if (p * kPerByte >= rows) break;
@@ -219,8 +216,7 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
   }
 }
 
-// -----------------------------------------------------------------------------------------
-// dequantizing
+// ----------------------------------------------------------------------------------- dequantizing
 
 // Results from this size on are written past the caches, which they would only flush.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
@@ -295,77 +291,85 @@ GQ_INLINE void dequantize_exponential_rows(const uint8_t* codes, int64_t count, 
   if (stream) stream_fence();
 }
 
-// ------------------------------------------------------------------------------- reducing
-// exponential codes
+// --------------------------------------------------------------------- reducing exponential codes
+
+// The two inputs of a keyed reduction, mixed into 64 bits; symmetric in them.
+GQ_INLINE uint64_t content_key(const uint8_t* a, const uint8_t* b, int bytes) {
+  uint64_t key = 0;
+  for (int i = 0; i < bytes / 4; ++i) {
+    uint32_t word_a, word_b;
+    __builtin_memcpy(&word_a, a + 4 * i, sizeof word_a);
+    __builtin_memcpy(&word_b, b + 4 * i, sizeof word_b);
+    key += content_term(word_a + word_b, i);
+  }
+  return key;
+}
 
 // out = round(factor * sum of inputs), one stochastic rounding whatever the number of inputs.
-// kInputs is the number of inputs where it is fixed (the binary operation of MPI), 0 where it is
-// `inputs`.
-template <int kBits, int kInputs>
+// kInputs is the number of inputs where it is fixed, 0 where it is `inputs`; `out` may be one of
+// the inputs. A keyed reduction (of two inputs) takes the stream of its dither from the inputs'
+// contents.
+template <int kBits, int kInputs, bool kKeyed>
 GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
                                        float factor, const Random& random, uint8_t* out) {
   constexpr int kPerByte = 8 / kBits;
-  constexpr int kGroupBytes = kGroup / kPerByte;
+  constexpr int kByteRows = kGroupRows / kPerByte;
+  constexpr int kGroupBytes = kByteRows * kRow;
   const int n = kInputs > 0 ? kInputs : inputs;
   for (int64_t begin = 0, group = 0; begin < bytes; begin += kGroupBytes, ++group) {
+    const int64_t left = bytes - begin;
+    uint8_t padded[2][kGroupBytes];
+    Random stream = random;
+    if constexpr (kKeyed) {
+      const uint64_t key =
+          content_key(padded_group<kGroupBytes>(codes[0] + begin, left, padded[0]),
+                      padded_group<kGroupBytes>(codes[1] + begin, left, padded[1]), kGroupBytes);
+      stream.stream[0] ^= static_cast<uint32_t>(key);
+      stream.stream[1] ^= static_cast<uint32_t>(key >> 32);
+    }
     alignas(64) uint32_t words[4][kRow];
-    random_group(random, static_cast<uint64_t>(group), words);
-    for (int i = 0; i < n; ++i) prefetch<kGroupBytes>(codes[i] + begin);
-    const int width = bytes - begin < kGroupBytes ? static_cast<int>(bytes - begin) : kGroupBytes;
-    if (width == kGroupBytes) {
-#pragma GCC unroll 8
-      for (int p = 0; p < kGroupRows / kPerByte; ++p) {
-        const int64_t at = begin + p * kRow;
-        alignas(64) float sums[kPerByte][kRow];
+    random_group(stream, static_cast<uint64_t>(group), words);
+    alignas(64) float sums[kGroupRows][kRow];
+#pragma GCC unroll 2
+    for (int i = 0; i < n; ++i) {
+      prefetch<kGroupBytes>(codes[i] + begin);
+      const uint8_t* from = padded_group<kGroupBytes>(codes[i] + begin, left, padded[0]);
+      for (int p = 0; p < kByteRows; ++p) {
         alignas(64) int32_t widened[kRow];
-        widen_row(codes[0] + at, widened);
-        for (int k = 0; k < kPerByte; ++k)
-          for (int j = 0; j < kRow; ++j)
-            sums[k][j] = decode_exponential<kBits>(widened[j] >> (kBits * k));
+        widen_row(from + p * kRow, widened);
 #pragma GCC unroll 2
-        for (int i = 1; i < n; ++i) {
-          widen_row(codes[i] + at, widened);
-          for (int k = 0; k < kPerByte; ++k)
-            for (int j = 0; j < kRow; ++j)
-              sums[k][j] += decode_exponential<kBits>(widened[j] >> (kBits * k));
-        }
-        alignas(64) uint32_t packed[kRow];
-        for (int j = 0; j < kRow; ++j) {
-          uint32_t byte = 0;
-#pragma GCC unroll 2
-          for (int k = 0; k < kPerByte; ++k) {
-            const int h = p * kPerByte + k;
-            byte |= encode_exponential<kBits>(sums[k][j] * factor, kOneBits,
-                                              random_bits(words[h / 2][j], h))
-                    << (kBits * k);
-          }
-          packed[j] = byte;
-        }
-        narrow_row(packed, out + at);
-      }
-    } else {
-      for (int b = 0; b < width; ++b) {
-        uint32_t byte = 0;
         for (int k = 0; k < kPerByte; ++k) {
-          const int h = b / kRow * kPerByte + k;
-          float sum = 0.0f;
-          for (int i = 0; i < n; ++i)
-            sum +=
-                decode_exponential<kBits>(static_cast<int8_t>(codes[i][begin + b]) >> (kBits * k));
-          byte |= encode_exponential<kBits>(sum * factor, kOneBits,
-                                            random_bits(words[h / 2][b % kRow], h))
-                  << (kBits * k);
+          float* sum = sums[p * kPerByte + k];
+          for (int j = 0; j < kRow; ++j) {
+            const float value = decode_exponential<kBits>(widened[j] >> (kBits * k));
+            sum[j] = i == 0 ? value : sum[j] + value;
+          }
         }
-        out[begin + b] = static_cast<uint8_t>(byte);
       }
     }
+    uint8_t* to = left < kGroupBytes ? padded[0] : out + begin;
+    for (int p = 0; p < kByteRows; ++p) {
+      alignas(64) uint32_t packed[kRow];
+      for (int j = 0; j < kRow; ++j) {
+        uint32_t byte = 0;
+#pragma GCC unroll 2
+        for (int k = 0; k < kPerByte; ++k) {
+          const int h = p * kPerByte + k;
+          byte |= encode_exponential<kBits>(sums[h][j] * factor, kOneBits,
+                                            random_bits(words[h / 2][j], h))
+                  << (kBits * k);
+        }
+        packed[j] = byte;
+      }
+      narrow_row(packed, to + p * kRow);
+    }
+    if (left < kGroupBytes) __builtin_memcpy(out + begin, padded[0], static_cast<size_t>(left));
   }
 }
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------ C
-// interface
+// ------------------------------------------------------------------------------------ C interface
 
 // Runs `statement` with T bound to the element type of `dtype`.
 #define GQ_DISPATCH(dtype, statement) \
@@ -456,26 +460,35 @@ GQ_EXPORT(gq_dequantize_exponential)(int dtype, const uint8_t* codes, int64_t co
   return kStatusBadBits;
 }
 
-GQ_EXPORT(gq_reduce_exponential)(const uint8_t* const* codes, int inputs, int64_t bytes, int bits,
-                                 float factor, const uint32_t* random, uint8_t* out) {
+GQ_EXPORT(gq_reduce_exponential)
+(const uint8_t* const* codes, int inputs, int64_t bytes, int bits, float factor,
+ const uint32_t* random, uint8_t* out) {
   const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
-  if (bits == 8 && inputs == 2) {
-    reduce_exponential_rows<8, 2>(codes, inputs, bytes, factor, generator, out);
-    return kStatusOk;
-  }
-  if (bits == 4 && inputs == 2) {
-    reduce_exponential_rows<4, 2>(codes, inputs, bytes, factor, generator, out);
-    return kStatusOk;
-  }
-  if (bits == 8) {
-    reduce_exponential_rows<8, 0>(codes, inputs, bytes, factor, generator, out);
-    return kStatusOk;
-  }
-  if (bits == 4) {
-    reduce_exponential_rows<4, 0>(codes, inputs, bytes, factor, generator, out);
-    return kStatusOk;
-  }
-  return kStatusBadBits;
+  if (bits == 8 && inputs == 2)
+    reduce_exponential_rows<8, 2, false>(codes, inputs, bytes, factor, generator, out);
+  else if (bits == 4 && inputs == 2)
+    reduce_exponential_rows<4, 2, false>(codes, inputs, bytes, factor, generator, out);
+  else if (bits == 8)
+    reduce_exponential_rows<8, 0, false>(codes, inputs, bytes, factor, generator, out);
+  else if (bits == 4)
+    reduce_exponential_rows<4, 0, false>(codes, inputs, bytes, factor, generator, out);
+  else
+    return kStatusBadBits;
+  return kStatusOk;
+}
+
+// The operation of MPI: inout = round(in + inout), a pure function of the two and of `random`.
+GQ_EXPORT(gq_add_exponential)
+(const uint8_t* in, uint8_t* inout, int64_t bytes, int bits, const uint32_t* random) {
+  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
+  const uint8_t* codes[2] = {in, inout};
+  if (bits == 8)
+    reduce_exponential_rows<8, 2, true>(codes, 2, bytes, 1.0f, generator, inout);
+  else if (bits == 4)
+    reduce_exponential_rows<4, 2, true>(codes, 2, bytes, 1.0f, generator, inout);
+  else
+    return kStatusBadBits;
+  return kStatusOk;
 }
 
 // Random words as the quantizers see them, for tests against the published generator.

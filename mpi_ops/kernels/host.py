@@ -96,6 +96,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_POINTER, _INT, _LONG, _INT),
         *(ctypes.c_float, _POINTER, _POINTER),
     ),
+    "add_exponential": (_POINTER, _POINTER, _LONG, _INT, _POINTER),
     "philox": (_POINTER, _POINTER, _INT, _POINTER),
 }
 
@@ -330,6 +331,19 @@ def reduce_exponential(
         *(factor, dither.ctypes.data, result.ctypes.data),
     )
     return result
+
+
+def add_exponential(
+    source: int, target: int, size: int, *, bits: int, dither: NDArray[np.uint32]
+) -> None:
+    """The operation of an MPI reduction: target = round(source + target), in place.
+
+    `source` and `target` are addresses of `size` bytes of codes, as MPI hands them to an operation.
+    The result is a pure function of `dither` and of the two blocks, symmetric in the blocks: ranks
+    that compute the same pair get the same bytes, and different hops of a reduction round
+    independently. Saturates at level 1. Raises ValueError for `bits` other than 4 and 8.
+    """
+    _call("add_exponential", source, target, size, bits, dither.ctypes.data)
 
 
 def philox(counter: Sequence[int], key: Sequence[int], rounds: int) -> NDArray[np.uint32]:
