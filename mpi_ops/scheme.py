@@ -1,0 +1,130 @@
+"""How gradients are quantized: options, validated once, and what follows for a world size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from . import lanes
+
+# One norm for 256 elements costs 4/256 bytes each and shrinks the error of heavy-tailed gradients
+# many times (docs/design.md, "Blocks").
+DEFAULT_BLOCK_SIZE = 256
+
+
+class ConfigMismatchError(RuntimeError):
+    """Ranks of one job run with different configurations, or disagree about a tensor."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Options of the quantizers. Raises ValueError or TypeError on values that cannot work."""
+
+    FUNCTION: ClassVar[str] = "mpi_ops"  # what errors name
+
+    # "standard": evenly spaced levels, summed in flight by Allreduce. "exponential": powers of two,
+    # whose error does not grow with the number of ranks, reduced by Alltoall and Allgather.
+    levels: Literal["standard", "exponential"] = "standard"
+    # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
+    bits: int | None = None
+    # Elements that share a norm, a multiple of 32. "auto": 256; one norm per tensor for 8-bit
+    # exponential levels, whose relative error does not depend on the norm. None: one per tensor.
+    block_size: int | Literal["auto"] | None = "auto"
+    # Norm of a block on one rank; the global norm is its maximum over ranks. "max" is the better
+    # one; "l2" is QSGD's.
+    norm: Literal["max", "l2"] = "max"
+    # Key of the dither. Runs with the same seed, data and number of ranks are reproducible.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.levels not in ("standard", "exponential"):
+            self._fail("levels", "'standard' or 'exponential'", self.levels, "choose one of them")
+        if self.norm not in ("max", "l2"):
+            self._fail("norm", "'max' or 'l2'", self.norm, "choose one of them")
+        self._require_integer("seed", self.seed)
+        if self.bits is not None:
+            self._check_bits(self.bits)
+        self._check_block_size()
+
+    def _fail(self, argument: str, expected: str, got: object, remedy: str) -> None:
+        raise ValueError(f"{self.FUNCTION}: {argument} must be {expected}, got {got!r}; {remedy}.")
+
+    def _require_integer(self, argument: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"{self.FUNCTION}: {argument} must be an integer, got {value!r} of type "
+                f"{type(value).__name__}; pass an int."
+            )
+
+    def _check_bits(self, bits: int) -> None:
+        self._require_integer("bits", bits)
+        if self.levels == "standard" and bits not in lanes.STANDARD_BITS:
+            self._fail(
+                "bits", "between 2 and 16 for standard levels", bits, "leave it out for the default"
+            )
+        if self.levels == "exponential" and bits not in lanes.EXPONENTIAL_BITS:
+            self._fail(
+                "bits", "4 or 8 for exponential levels", bits, "leave it out for the default of 8"
+            )
+
+    def _check_block_size(self) -> None:
+        if self.block_size in ("auto", None):
+            return
+        self._require_integer("block_size", self.block_size)
+        assert isinstance(self.block_size, int)
+        if self.block_size <= 0 or self.block_size % lanes.ROW:
+            self._fail(
+                "block_size",
+                f"a positive multiple of {lanes.ROW}, 'auto' or None",
+                self.block_size,
+                "256 suits most models, None means one norm per tensor",
+            )
+
+    def plan(self, world_size: int) -> Plan:
+        """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""
+        if self.levels == "exponential":
+            bits = 8 if self.bits is None else self.bits
+            return Plan(self.levels, bits, 0, self._block_size(bits), self.norm, world_size)
+        bits = lanes.default_bits(world_size) if self.bits is None else self.bits
+        levels = lanes.levels(bits, world_size)
+        if levels == 0:
+            needed = lanes.minimum_bits(world_size)
+            remedy = (
+                f"use bits={needed} or more, or leave bits out"
+                if needed in lanes.STANDARD_BITS
+                else "use levels='exponential', whose width does not depend on the world size"
+            )
+            self._fail(
+                "bits",
+                f"at least {needed} for standard levels on {world_size} ranks "
+                "(the sum of all codes has to fit its lane)",
+                bits,
+                remedy,
+            )
+        return Plan(self.levels, bits, levels, self._block_size(bits), self.norm, world_size)
+
+    def _block_size(self, bits: int) -> int | None:
+        if self.block_size != "auto":
+            return self.block_size
+        whole = self.levels == "exponential" and bits == 8
+        return None if whole else DEFAULT_BLOCK_SIZE
+
+    def describe(self) -> dict[str, Any]:
+        """The options as plain data, for comparison between ranks and for logs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration resolved for a world size: everything that a reduction has to know."""
+
+    levels: str
+    bits: int
+    level_count: int  # levels on each side of zero; 0 for exponential levels
+    block_size: int | None  # None: one block
+    norm: str
+    world_size: int
+
+    def block_for(self, count: int) -> int:
+        """Elements per norm in a tensor of `count` elements."""
+        return self.block_size or lanes.whole_tensor_block(count)
