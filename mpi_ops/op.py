@@ -1,0 +1,69 @@
+"""The MPI operation that adds exponential codes.
+
+    from mpi_ops.op import exponential_sum
+
+    comm.Allreduce(codes, total, op=exponential_sum(bits=8))
+
+Each element of the two buffers is a byte of codes: one 8-bit code, or two 4-bit codes. A sum is
+rounded to a level without bias, and saturates at level 1: quantize with enough `headroom` (n - 1 is
+enough for n ranks in any order of additions, see `chain_headroom`).
+
+The result of one application is a pure function of the two blocks, symmetric in them, so every rank
+gets the same bytes under every algorithm of the MPI library, even where several ranks compute the
+same pair. Importing this module imports mpi4py, which starts MPI.
+"""
+
+from __future__ import annotations
+
+import atexit
+from functools import cache
+from typing import Any
+
+from mpi4py import MPI
+
+from . import lanes
+from .dither import Stage, dither
+from .kernels import host
+
+# Level 1 has to lie 2**headroom above the largest |x|; 127 levels leave room for that to about 100
+# ranks. Beyond, doubling at more than 90 of the additions has a probability below 2**-4000, and
+# saturates instead of wrapping.
+MAXIMUM_HEADROOM = {8: 90, 4: 5}
+
+
+def chain_headroom(world_size: int, bits: int = 8) -> int:
+    """Headroom that a sum over `world_size` ranks needs in any topology.
+
+    Each stochastic addition can at most double the larger of its inputs, and a chain has
+    world_size - 1 of them.
+    """
+    return min(world_size - 1, MAXIMUM_HEADROOM[bits])
+
+
+@cache
+def exponential_sum(bits: int = 8, seed: int = 0) -> MPI.Op:
+    """The operation, commutative, for buffers of codes of `bits` bits (8, or 4 packed).
+
+    Works with Reduce, Allreduce, Reduce_scatter, Scan, their nonblocking forms and one-byte
+    datatypes. `seed` must be the same on every rank. MPI has few slots for operations: this one is
+    made once for each (bits, seed) and freed at exit; do not free it.
+    """
+    if bits not in lanes.EXPONENTIAL_BITS:
+        raise ValueError(f"exponential_sum: bits must be 4 or 8, got {bits!r}.")
+    random = dither(seed, "mpi_ops.exponential_sum", 0, 0, Stage.REDUCE)
+    # Made before the operation is: the callback must not fail, an exception there aborts the job.
+    host.add_exponential(0, 0, 0, bits=bits, dither=random)
+
+    def add(source: Any, target: Any, datatype: MPI.Datatype) -> None:  # MPI.buffer
+        host.add_exponential(
+            source.address, target.address, source.nbytes, bits=bits, dither=random
+        )
+
+    operation = MPI.Op.Create(add, commute=True)
+    atexit.register(_free, operation)
+    return operation
+
+
+def _free(operation: MPI.Op) -> None:
+    if not MPI.Is_finalized():
+        operation.Free()
