@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops import lanes
+from mpi_ops import codec
 from mpi_ops.dither import Stage, dither
-from mpi_ops.kernels import host as kernels
 from mpi_ops.kernels.host import Buffer
 
 from .config import Plan
@@ -67,11 +66,6 @@ class Task:
     seed: int
     step: int  # how many times this tensor was reduced before
 
-    @property
-    def block_size(self) -> int:
-        """Elements per norm."""
-        return self.plan.block_for(self.x.size)
-
     def dither(self, stage: Stage) -> NDArray[np.uint32]:
         """Randomness of one stage on this rank."""
         return dither(self.seed, self.name, self.step, self.rank, stage)
@@ -82,62 +76,32 @@ Reduction = Generator[Handle, Array, Buffer]
 
 def global_norms(task: Task) -> Generator[Handle, Array, Array]:
     """Norm of each block over all ranks, as bit patterns; NaN and Inf of one rank reach all."""
-    measure = kernels.l2norm if task.plan.norm == "l2" else kernels.absmax
-    local = measure(task.x, task.block_size)
-    return (yield task.collectives.allreduce_max(local, f"{task.name}.norm"))
+    return (
+        yield task.collectives.allreduce_max(codec.norms(task.x, task.plan), f"{task.name}.norm")
+    )
 
 
 def standard(task: Task) -> Reduction:
     """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
-    plan, block_size = task.plan, task.block_size
     norms = yield from global_norms(task)
-    payload = kernels.quantize_standard(
-        task.x,
-        norms,
-        block_size=block_size,
-        bits=plan.bits,
-        levels=plan.level_count,
-        dither=task.dither(Stage.QUANTIZE),
-    )
+    payload = codec.quantize(task.x, norms, task.plan, task.dither(Stage.QUANTIZE))
     payload = yield task.collectives.allreduce_sum(payload, f"{task.name}.codes")
     mean = task.new_output()
-    kernels.dequantize_standard(
-        payload,
-        norms,
-        mean,
-        block_size=block_size,
-        bits=plan.bits,
-        divisor=plan.level_count * plan.world_size,
-    )
+    codec.dequantize(payload, norms, task.plan, mean)
     return mean
 
 
 def exponential(task: Task) -> Reduction:
     """Codes of powers of two: each rank reduces one shard of all ranks' codes with one rounding."""
-    plan, block_size, count = task.plan, task.block_size, task.x.size
+    plan = task.plan
     norms = yield from global_norms(task)
-    size = lanes.exponential_bytes(count, plan.bits)
-    shard = lanes.shard_bytes(count, plan.bits, plan.world_size)
-    codes = np.empty(shard * plan.world_size, dtype=np.uint8)
-    codes[size:] = 0
-    kernels.quantize_exponential(
-        task.x,
-        norms,
-        block_size=block_size,
-        bits=plan.bits,
-        dither=task.dither(Stage.QUANTIZE),
-        out=codes[:size],
-    )
+    codes = np.empty(codec.shard_size(task.x.size, plan) * plan.world_size, dtype=np.uint8)
+    codec.quantize(task.x, norms, plan, task.dither(Stage.QUANTIZE), out=codes)
     pieces = yield task.collectives.alltoall(codes, f"{task.name}.codes")
-    mean_codes = kernels.reduce_exponential(
-        np.split(pieces, plan.world_size),
-        bits=plan.bits,
-        factor=1.0 / plan.world_size,
-        dither=task.dither(Stage.REDUCE),
-    )
-    codes = yield task.collectives.allgather(mean_codes, f"{task.name}.mean")
+    shard = codec.reduce(np.split(pieces, plan.world_size), plan, task.dither(Stage.REDUCE))
+    codes = yield task.collectives.allgather(shard, f"{task.name}.mean")
     mean = task.new_output()
-    kernels.dequantize_exponential(codes[:size], norms, mean, block_size=block_size, bits=plan.bits)
+    codec.dequantize(codes, norms, plan, mean)
     return mean
 
 

@@ -66,9 +66,3 @@ def standard_words(count: int, bits: int) -> int:
 def exponential_bytes(count: int, bits: int) -> int:
     """Bytes that carry `count` exponential codes of `bits` bits."""
     return -(-rows(count) // (8 // bits)) * ROW
-
-
-def shard_bytes(count: int, bits: int, world_size: int) -> int:
-    """Bytes of exponential codes that each rank reduces: whole rows, the same on every rank."""
-    byte_rows = exponential_bytes(count, bits) // ROW
-    return -(-byte_rows // world_size) * ROW

@@ -20,7 +20,7 @@ class ConfigMismatchError(RuntimeError):
 class Scheme:
     """Options of the quantizers. Raises ValueError or TypeError on values that cannot work."""
 
-    FUNCTION: ClassVar[str] = "mpi_ops"  # what errors name
+    FUNCTION: ClassVar[str] = "mpi_ops.allreduce"  # what errors name
 
     # "standard": evenly spaced levels, summed in flight by Allreduce. "exponential": powers of two,
     # whose error does not grow with the number of ranks, reduced by Alltoall and Allgather.

@@ -1,0 +1,379 @@
+"""A compressed Allreduce for plain MPI programs.
+
+    from mpi4py import MPI
+    from mpi_ops.reduction import allreduce
+
+    mean = allreduce(gradient, MPI.COMM_WORLD)
+
+Each rank sends every other rank its share of the codes, reduces its own share from all ranks' codes
+(standard: an integer sum; exponential: decoded, averaged, rounded once), and sends the result to
+every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an Allreduce can
+do, and one rank decides each share, so all ranks get the same bytes.
+
+Tensors are cut into chunks, several of which are in flight: while some travel, others are
+quantized, reduced or decoded. Importing this module imports mpi4py, which starts MPI.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from . import agreement, codec, lanes
+from .dither import Stage, dither
+from .kernels import host
+from .kernels.host import Buffer
+from .scheme import Plan, Scheme
+
+Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
+
+# A chunk's buffers hold twice its compressed size. Four of at least eight chunks in flight keep
+# that below the compressed size of the tensor; large chunks make messages that fill the network.
+CHUNKS_IN_FLIGHT = 4
+MINIMUM_CHUNKS = 8
+MAXIMUM_CHUNK = 1 << 20  # elements
+MINIMUM_CHUNK = 1 << 14
+
+# Tags tell apart the chunks and the two exchanges of 16 operations in flight on one communicator.
+# MPI guarantees tags up to 32767.
+_TAGS = 32768
+MAXIMUM_CHUNKS = 1024
+_DESCRIPTION_BYTES = 1024
+
+
+@dataclass
+class _Channel:
+    """A private duplicate of a user's communicator."""
+
+    comm: MPI.Intracomm
+    operations: int = 0  # started so far, the same on every rank
+
+    def next_operation(self) -> int:
+        self.operations += 1
+        return self.operations - 1
+
+
+_channels: list[_Channel] = []
+
+
+def _release(comm: MPI.Comm, keyval: int, channel: _Channel) -> None:
+    if channel in _channels:
+        _channels.remove(channel)
+        channel.comm.Free()
+
+
+def _release_all() -> None:
+    if not MPI.Is_finalized():
+        for channel in list(_channels):
+            _channels.remove(channel)
+            channel.comm.Free()
+
+
+_keyval = MPI.Comm.Create_keyval(delete_fn=_release)
+atexit.register(_release_all)
+
+
+def _channel(comm: Any) -> _Channel:
+    """The duplicate that belongs to `comm`; made at the first use, freed with `comm` or at exit."""
+    if not isinstance(comm, MPI.Comm) or comm == MPI.COMM_NULL:
+        raise ValueError(
+            f"mpi_ops.allreduce: comm must be a communicator that is not freed, got {comm!r}; "
+            "pass MPI.COMM_WORLD or a part of it."
+        )
+    if comm.Is_inter():
+        raise ValueError(
+            "mpi_ops.allreduce: comm must be an intracommunicator, got an intercommunicator; "
+            "merge it first (comm.Merge())."
+        )
+    channel = comm.Get_attr(_keyval)
+    if channel is None:
+        duplicate = comm.Dup()
+        assert isinstance(duplicate, MPI.Intracomm)
+        channel = _Channel(duplicate)
+        _channels.append(channel)
+        comm.Set_attr(_keyval, channel)
+    assert isinstance(channel, _Channel)
+    return channel
+
+
+class Request:
+    """A reduction in flight. Communication advances inside test() and wait() only."""
+
+    def __init__(self, steps: Steps, out: NDArray[Any]) -> None:
+        self._steps: Steps | None = steps
+        self._out = out
+
+    def test(self) -> bool:
+        """Advance; whether the result is complete. Raises what the reduction raises."""
+        if self._steps is not None:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._steps = None
+        return self._steps is None
+
+    def wait(self) -> NDArray[Any]:
+        """The result, after blocking until it is complete."""
+        while not self.test():
+            os.sched_yield()
+        return self._out
+
+
+def allreduce(
+    array: Any,
+    comm: MPI.Comm = MPI.COMM_WORLD,
+    *,
+    levels: Literal["standard", "exponential"] = "exponential",
+    bits: int | None = None,
+    block_size: int | Literal["auto"] | None = "auto",
+    norm: Literal["max", "l2"] = "max",
+    average: bool = True,
+    seed: int = 0,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Average (or sum) an array over the ranks of `comm` with Global-QSGD codes on the wire.
+
+    Arguments:
+        array: float16, float32, float64 (or ml_dtypes.bfloat16) in host memory: a NumPy array or
+            anything that NumPy reads through the buffer or the DLPack protocol, of any shape. It is
+            not modified. An array that is not C-contiguous is copied.
+        comm: an intracommunicator; the call is collective and works on a private duplicate.
+        levels, bits, block_size, norm, seed: as in `mpi_ops.scheme.Scheme`.
+        average: False gives the sum.
+        out: C-contiguous array of the same shape and dtype for the result, not overlapping `array`.
+
+    Returns `out` or a new array: unbiased, equal on every rank bit for bit; NaN in blocks where any
+    rank has a NaN or Inf. Memory beyond that: the norms, and at most the compressed size.
+    Deterministic in `seed`, the data and the number of earlier calls on `comm`.
+
+    Raises ConfigMismatchError on every rank if size, dtype or options differ between ranks, and
+    ValueError or TypeError for options that cannot work; the other ranks then get
+    ConfigMismatchError. Blocks.
+    """
+    return iallreduce(
+        array,
+        comm,
+        levels=levels,
+        bits=bits,
+        block_size=block_size,
+        norm=norm,
+        average=average,
+        seed=seed,
+        out=out,
+    ).wait()
+
+
+def iallreduce(
+    array: Any,
+    comm: MPI.Comm = MPI.COMM_WORLD,
+    *,
+    levels: Literal["standard", "exponential"] = "exponential",
+    bits: int | None = None,
+    block_size: int | Literal["auto"] | None = "auto",
+    norm: Literal["max", "l2"] = "max",
+    average: bool = True,
+    seed: int = 0,
+    out: NDArray[Any] | None = None,
+) -> Request:
+    """Start an `allreduce`; the result is that of the request's wait().
+
+    `array` and `out` must be left alone until then. Several may be in flight on one communicator,
+    if every rank starts them in the same order. Errors are raised by test() and wait().
+    """
+    channel = _channel(comm)
+    operation = channel.next_operation()  # counted on every rank, whatever happens next
+    problem: Exception | None = None
+    prepared: _Prepared | None = None
+    try:
+        scheme = Scheme(levels=levels, bits=bits, block_size=block_size, norm=norm, seed=seed)
+        prepared = _prepare(array, out, scheme, channel.comm.size, average, operation)
+    except (ValueError, TypeError) as error:
+        problem = error  # raised once the other ranks have been told
+    steps = _reduction(channel, prepared, problem)
+    request = Request(steps, prepared.out if prepared is not None else np.empty(0))
+    request.test()  # the agreement and the norms go out now
+    return request
+
+
+@dataclass
+class _Prepared:
+    """A checked call."""
+
+    x: Buffer
+    out: NDArray[Any]
+    target: Buffer  # the memory of out
+    scheme: Scheme
+    plan: Plan
+    average: bool
+    operation: int
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **asdict(self.scheme),
+            "elements": self.x.size,
+            "dtype": self.x.dtype,
+            "average": self.average,
+        }
+
+
+def _prepare(
+    array: Any,
+    out: NDArray[Any] | None,
+    scheme: Scheme,
+    world_size: int,
+    average: bool,
+    operation: int,
+) -> _Prepared:
+    values = array if isinstance(array, np.ndarray) else _as_numpy(array)
+    if values.dtype.name not in host.DTYPES:
+        raise TypeError(
+            "mpi_ops.allreduce: array must have one of the dtypes "
+            f"{', '.join(host.DTYPES)}, got {values.dtype}; convert it first, or use "
+            "comm.Allreduce."
+        )
+    plan = scheme.plan(world_size)
+    if out is None:
+        out = np.empty(values.shape, dtype=values.dtype)
+    elif out.shape != values.shape or out.dtype != values.dtype or not out.flags.c_contiguous:
+        raise ValueError(
+            f"mpi_ops.allreduce: out must be a C-contiguous array of shape {values.shape} and "
+            f"dtype {values.dtype}, got shape {out.shape}, dtype {out.dtype} and strides "
+            f"{out.strides}; leave it out to get a new array."
+        )
+    elif np.may_share_memory(out, values):
+        raise ValueError(
+            "mpi_ops.allreduce: out must not share memory with array, got overlapping arrays; "
+            "the norms of all ranks are compared with array until it is quantized."
+        )
+    x = Buffer.of(np.ascontiguousarray(values))
+    return _Prepared(x, out, Buffer.of(out), scheme, plan, average, operation)
+
+
+def _as_numpy(array: Any) -> NDArray[Any]:
+    if hasattr(array, "__cuda_array_interface__"):
+        raise TypeError(
+            f"mpi_ops.allreduce: array must be in host memory, got {type(array).__name__} on a "
+            "GPU; copy it to the host first."
+        )
+    return np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
+
+
+# ---------------------------------------------------------------------------------------- the steps
+
+
+def _finish(requests: list[MPI.Request]) -> Steps:
+    while not MPI.Request.Testall(requests):
+        yield
+
+
+def _reduction(channel: _Channel, prepared: _Prepared | None, problem: Exception | None) -> Steps:
+    """Agree, exchange norms, then exchange the chunks, CHUNKS_IN_FLIGHT of them at a time."""
+    local = None
+    if prepared is not None:
+        local = codec.norms(prepared.x, prepared.plan)
+    yield from _require_agreement(channel, prepared, problem)
+    assert prepared is not None
+    assert local is not None
+    norms = np.empty_like(local)
+    yield from _finish([channel.comm.Iallreduce(local, norms, op=MPI.MAX)])
+    del local
+    waiting = _chunks(channel, prepared, norms)
+    active = [chunk for _, chunk in zip(range(CHUNKS_IN_FLIGHT), waiting, strict=False)]
+    while active:
+        for place, chunk in enumerate(active):
+            if next(chunk, chunk) is chunk:  # exhausted: this chunk is in `out`
+                following = next(waiting, None)
+                if following is None:
+                    del active[place]
+                    break
+                active[place] = following
+        if active:
+            yield
+    if not prepared.average:
+        np.multiply(prepared.out, prepared.plan.world_size, out=prepared.out)
+
+
+def _require_agreement(
+    channel: _Channel, prepared: _Prepared | None, problem: Exception | None
+) -> Steps:
+    description = prepared.describe() if prepared is not None else {"error": str(problem)}
+    encoded = agreement.encode(description)
+    fingerprint = int.from_bytes(encoded.tobytes(), "little") % (2**61 - 1)
+    extremes = np.array([fingerprint, -fingerprint])
+    largest = np.empty_like(extremes)
+    yield from _finish([channel.comm.Iallreduce(extremes, largest, op=MPI.MAX)])
+    if problem is None and largest[0] == fingerprint and largest[1] == -fingerprint:
+        return
+    # Every rank comes here, or none: all see the same two extremes.
+    padded = np.zeros(_DESCRIPTION_BYTES, dtype=np.uint8)
+    if encoded.size > padded.size:
+        encoded = agreement.encode({"error": str(description)[: _DESCRIPTION_BYTES // 4]})
+    padded[: encoded.size] = encoded
+    gathered = np.empty((channel.comm.size, _DESCRIPTION_BYTES), dtype=np.uint8)
+    yield from _finish([channel.comm.Iallgather(padded, gathered)])
+    if problem is not None:
+        raise problem
+    agreement.require_same(agreement.decode(gathered, _DESCRIPTION_BYTES), "mpi_ops.allreduce")
+
+
+def _chunks(channel: _Channel, prepared: _Prepared, norms: NDArray[np.int32]) -> Iterator[Steps]:
+    """The exchange of each chunk, not started yet."""
+    plan, count = prepared.plan, prepared.x.size
+    # Whole blocks and whole groups of lanes: chunks share neither norms nor words.
+    unit = np.lcm(plan.block_size or lanes.ROW, lanes.ROW * 32)
+    wanted = min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
+    size = int(-(-wanted // unit) * unit)
+    size = max(size, int(-(-count // (MAXIMUM_CHUNKS * unit)) * unit))
+    for index, start in enumerate(range(0, count, size)):
+        stop = min(start + size, count)
+        if plan.block_size is None:
+            own = norms
+        else:
+            own = norms[start // plan.block_size : lanes.blocks(stop, plan.block_size)]
+        yield _exchange(channel, prepared, index, start, stop, own)
+
+
+def _exchange(
+    channel: _Channel,
+    prepared: _Prepared,
+    index: int,
+    start: int,
+    stop: int,
+    norms: NDArray[np.int32],
+) -> Steps:
+    """Quantize a chunk, reduce this rank's share of it, gather all shares, dequantize."""
+    comm, plan = channel.comm, prepared.plan
+    x = _part(prepared.x, start, stop)
+    name = f"mpi_ops.allreduce.{index}"
+    seed, step = prepared.scheme.seed, prepared.operation
+    shape = (comm.size, codec.shard_size(x.size, plan))
+    tag = (prepared.operation * 2 * MAXIMUM_CHUNKS + 2 * index) % _TAGS
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+
+    payload = np.empty(shape, dtype=codec.payload_dtype(plan))
+    pieces = np.empty_like(payload)
+    random = dither(seed, name, step, comm.rank, Stage.QUANTIZE)
+    codec.quantize(x, norms, plan, random, out=payload.reshape(-1))
+    pieces[comm.rank] = payload[comm.rank]
+    requests = [comm.Irecv(pieces[rank], rank, tag) for rank in others]
+    requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
+    yield from _finish(requests)
+
+    random = dither(seed, name, step, comm.rank, Stage.REDUCE)
+    codec.reduce(pieces, plan, random, out=payload[comm.rank])
+    requests = [comm.Irecv(payload[rank], rank, tag + 1) for rank in others]
+    requests += [comm.Isend(payload[comm.rank], rank, tag + 1) for rank in others]
+    yield from _finish(requests)
+    codec.dequantize(payload.reshape(-1), norms, plan, _part(prepared.target, start, stop))
+
+
+def _part(buffer: Buffer, start: int, stop: int) -> Buffer:
+    item = host.ITEM_BYTES[buffer.dtype]
+    return Buffer(buffer.pointer + start * item, buffer.dtype, stop - start, buffer.owner)
