@@ -40,6 +40,7 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements.txt"
 STAMP = VENV / ".gq-horovod-setup"  # hash of the inputs of the last set-up that passed its checks
+INSTALLING = VENV / ".gq-horovod-installing"  # there while pip installs: a sign of a broken run
 HOROVOD_STAMP = VENV / ".gq-horovod-wheel"  # cache key of the Horovod wheel installed in .venv
 LOG = ROOT / "build" / "setup.log"
 
@@ -50,7 +51,8 @@ MIN_FREE_GB = 7  # .venv takes 4 GB, about twice that with torch's CUDA wheel; t
 # (file, old text, new text) in Horovod's source tree. The headers of current torch and TensorFlow
 # need C++17. The run-path is made relative to the library, so that one cached wheel serves every
 # .venv: its three entries are .venv/lib (libmpi), torch/lib and tensorflow. Debug information would
-# cost a third of the compile time and nine tenths of the wheel.
+# cost a third of the compile time and nine tenths of the wheel. CUDA enters only when the caller
+# asks with HOROVOD_GPU_OPERATIONS: torch's CUDA wheel and an nvcc by chance do not make a toolkit.
 HOROVOD_PATCH = (
     ("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
     ("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
@@ -67,6 +69,12 @@ HOROVOD_PATCH = (
         'string(REPLACE "-O2" "-O3" CMAKE_CXX_FLAGS_RELWITHDEBINFO '
         '"${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")',
         'set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")',
+    ),
+    (
+        "cmake/Modules/FindPytorch.cmake",
+        'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n',
+        'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n'
+        "if(NOT HAVE_CUDA)\n    set(Pytorch_CUDA FALSE)\nendif()\n",
     ),
 )
 HOROVOD_SWITCHES = {
@@ -114,7 +122,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def run(command: list, *, env: dict | None = None, every: float = 15.0) -> None:
+def run(command: list, *, env: dict | None = None, every: float = 20.0) -> None:
     """Run `command` with its output in the log; every `every` seconds print what it is doing."""
     command = [str(part) for part in command]
     start = time.monotonic()
@@ -160,8 +168,11 @@ def doing(offset: int) -> str:
     percent = re.findall(r"\[ *(\d+)%\]", output)
     if percent:
         return f"compiling, {percent[-1]} %"
-    steps = re.findall(r"^ *((?:Collecting|Downloading|Building|Installing) .*)$", output, re.M)
+    verbs = "Collecting|Downloading|Building|Installing|Requirement already satisfied:"
+    steps = re.findall(rf"^ *((?:{verbs}) .*)$", output, re.M)
     step = steps[-1] if steps else "working"
+    if step.startswith("Installing collected packages:"):
+        return f"installing {step.count(',') + 1} packages"
     return step if len(step) <= 76 else step[:73] + "..."
 
 
@@ -178,7 +189,8 @@ REMEDIES = (
     ),
     (
         r"NewConnectionError|Temporary failure in name resolution|Max retries exceeded|ProxyError"
-        r"|ReadTimeout|ConnectTimeout|Connection (?:refused|reset|broken|to .* timed out)|SSLError",
+        r"|ReadTimeout|ConnectTimeout|Connection (?:refused|reset|broken|to .* timed out)|SSLError"
+        r"|\(from versions: none\)",
         "pip could not reach its package index. Check the network connection, HTTPS_PROXY, and\n"
         "`python3 -m pip config list`. Then run `make setup` again; it goes on from here.",
     ),
@@ -370,10 +382,10 @@ def venv_is_usable() -> bool:
     return answer.strip() == f"3 11 {VENV}" and not moved
 
 
-def make_venv() -> bool:
-    """Make .venv unless a usable one is there. Returns whether it is new."""
-    if venv_is_usable():
-        return False
+def make_venv() -> None:
+    """Make .venv unless a usable one is there."""
+    if venv_is_usable() and not INSTALLING.exists():
+        return
     if VENV.is_symlink() or VENV.is_file():
         VENV.unlink()
     elif VENV.exists():
@@ -391,7 +403,6 @@ def make_venv() -> bool:
             "Python has neither ensurepip nor pip, so it cannot make a virtual environment.",
             "Debian, Ubuntu: `apt-get install python3-venv`.",
         )
-    return True
 
 
 def importable(module: str) -> bool:
@@ -399,7 +410,10 @@ def importable(module: str) -> bool:
 
 
 def install_pins() -> None:
+    # Packages that pip was killed over can look complete to the next pip: hence the mark.
+    INSTALLING.touch()
     run([VENV_PYTHON, "-m", "pip", "install", "-r", REQUIREMENTS])
+    INSTALLING.unlink()
 
 
 # ------------------------------------------------------------------------------- stage 4: Horovod
@@ -423,18 +437,19 @@ def horovod_build_inputs(compiler: str) -> dict:
         "import json, sys; from importlib.metadata import version\n"
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
     )
-    cuda = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or os.path.exists("/usr/local/cuda")
+    switches = horovod_switches()
+    cuda = any(name.startswith("HOROVOD_GPU") for name in switches)
     return {
         "horovod": HOROVOD_SHA256,
         "patch": HOROVOD_PATCH,
-        "switches": horovod_switches(),
+        "switches": switches,
         "packages": json.loads(output_of([VENV_PYTHON, "-c", query, *BUILT_AGAINST])),
         "python": sys.implementation.cache_tag,
         "platform": sysconfig.get_platform(),
         "libc": platform.libc_ver(),
         "compiler": output_of([*shlex.split(compiler), "--version"]).splitlines()[:1],
         "flags": {name: os.environ.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")},
-        "cuda": cuda,
+        "nvcc": output_of(["nvcc", "--version"]) if cuda else "",
     }
 
 
@@ -616,51 +631,42 @@ def up_to_date() -> bool:
         return False
 
 
-def set_up(stages: Stages) -> None:
+def set_up() -> None:
+    LOG.write_text("")
+    say(f"setup: full log in {LOG}")
+    stages = Stages(6)
     with stages.stage("check the machine"):
         compiler = check_machine()
     with stages.stage("make .venv"):
-        new = make_venv()
+        make_venv()
         with contextlib.suppress(FileNotFoundError):
             STAMP.unlink()
-    try:
-        with stages.stage("install the pinned packages"):
-            install_pins()
-        with stages.stage(f"build or fetch Horovod {HOROVOD}, and install it"):
-            install_horovod(compiler)
-        with stages.stage("install gq-horovod, editable"):
-            install_project(compiler)
-        with stages.stage("check that Horovod works"):
-            verify()
-    except SetupError as error:
-        if not new:
-            error.remedy += "\n.venv was there before; `make distclean setup` makes it anew."
-        raise
+    with stages.stage("install the pinned packages"):
+        install_pins()
+    with stages.stage(f"build or fetch Horovod {HOROVOD}, and install it"):
+        install_horovod(compiler)
+    with stages.stage("install gq-horovod, editable"):
+        install_project(compiler)
+    with stages.stage("check that Horovod works"):
+        verify()
+    show_versions()
+    write_atomically(STAMP, inputs_hash() + "\n")
+    say(f"setup: done in {time.monotonic() - stages.begin:.0f} s")
 
 
 def main() -> int:
     try:
         check_python()
-        if up_to_date():
-            say("setup: .venv is up to date")
-            return 0
-        LOG.parent.mkdir(parents=True, exist_ok=True)
-        with locked(ROOT / ".setup.lock", "another set-up runs in this directory: waiting for it"):
-            if up_to_date():
-                say("setup: .venv is up to date")
-                return 0
-            LOG.write_text("")
-            say(f"setup: full log in {LOG}")
-            stages = Stages(6)
-            set_up(stages)
-            show_versions()
-            write_atomically(STAMP, inputs_hash() + "\n")
-            say(f"setup: done in {time.monotonic() - stages.begin:.0f} s")
+        if not up_to_date():
+            LOG.parent.mkdir(parents=True, exist_ok=True)
+            with locked(ROOT / ".setup.lock", "another set-up runs here: waiting for it"):
+                if not up_to_date():
+                    set_up()
+                    return 0
+        say("setup: .venv is up to date")
         return 0
     except SetupError as error:
         say(f"\nsetup failed: {error.what}\n\n{error.remedy}")
-        if LOG.is_file():
-            say(f"\nFull log: {LOG}")
         return 1
     except KeyboardInterrupt:
         say("\nsetup stopped; `make setup` goes on from here.")

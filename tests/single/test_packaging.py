@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib.util
 import os
 import re
 import shutil
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import threading
+import time
+import types
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -194,6 +198,81 @@ def test_setup_says_that_the_compiler_is_too_old(bare_checkout: Path, tmp_path: 
 def test_setup_says_that_make_is_missing(bare_checkout: Path, tmp_path: Path) -> None:
     output = setup_fails(bare_checkout, PATH=path_with(tmp_path / "bin", "g++"))
     assert "setup failed: `make` is missing" in output
+
+
+@pytest.fixture
+def setup_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
+    """tools/setup_env.py as a module, with its cache in tmp_path and a build that takes no time."""
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("GQ_HOROVOD_CACHE", str(tmp_path / "cache"))
+    module.builds = []
+
+    def build_horovod(scratch: Path, compiler: str) -> Path:
+        module.builds.append(compiler)
+        time.sleep(0.2)  # long enough for the other set-up to come to the lock
+        with zipfile.ZipFile(scratch / "horovod-0.28.1-py3-none-any.whl", "w") as archive:
+            archive.writestr("horovod/__init__.py", "x = 1")
+        return Path(archive.filename)
+
+    monkeypatch.setattr(module, "build_horovod", build_horovod)
+    return module
+
+
+def test_horovod_is_built_once_for_several_set_ups_at_once(setup_env: types.ModuleType) -> None:
+    wheels = []
+    several = [
+        threading.Thread(target=lambda: wheels.append(setup_env.horovod_wheel("key", {}, "g++")))
+        for _ in range(3)
+    ]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join()
+    assert setup_env.builds == ["g++"]
+    assert len(wheels) == 3
+    assert len(set(wheels)) == 1
+    # Nothing half-made stays in the cache.
+    cache = setup_env.cache_directory() / "wheels"
+    assert {path.name for path in cache.iterdir()} == {"key", "key.lock"}
+
+
+def test_damaged_wheel_in_the_cache_is_built_again(setup_env: types.ModuleType) -> None:
+    wheel = setup_env.horovod_wheel("key", {}, "g++")
+    wheel.write_bytes(wheel.read_bytes()[:-30])
+    assert setup_env.horovod_wheel("key", {}, "g++") == wheel
+    assert len(setup_env.builds) == 2
+    assert zipfile.ZipFile(wheel).testzip() is None
+
+
+def test_cache_key_follows_what_horovod_is_built_against(
+    setup_env: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = setup_env.horovod_build_inputs("g++")
+    assert inputs["packages"]["torch"].startswith("2.13.0")
+    assert inputs["compiler"]
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "1")  # a run-time setting: no reason to build again
+    assert setup_env.horovod_build_inputs("g++") == inputs
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+    assert setup_env.horovod_build_inputs("g++") != inputs
+
+
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        ("OSError: [Errno 28] No space left on device", "The disk is full"),
+        ("c++: fatal error: Killed signal terminated program cc1plus", "GQ_HOROVOD_JOBS=1"),
+        ("ConnectTimeoutError('Connection to x timed out')", "Check the network connection"),
+        ("No matching distribution (from versions: none)", "Check the network connection"),
+        ("THESE PACKAGES DO NOT MATCH THE HASHES", "not the one this project was tested with"),
+        ("something else", "The last lines above say why"),
+    ],
+)
+def test_setup_advice_follows_the_failure(
+    setup_env: types.ModuleType, output: str, advice: str
+) -> None:
+    assert advice in setup_env.remedy_for(output)
 
 
 def test_setup_is_silent_about_hosts() -> None:
