@@ -105,6 +105,20 @@ def reduce_case(bits: int, number: int) -> Case:
     )
 
 
+def add_case(bits: int) -> Case:
+    def run(inputs: list[Array], out: Array) -> None:
+        out[:] = inputs[1]
+        host.add_exponential(
+            inputs[0].ctypes.data, out.ctypes.data, out.size, bits=bits, dither=KEY
+        )
+
+    return Case(
+        run,
+        lambda count, dtype: [random_bytes(count, seed) for seed in range(2)],
+        lambda count, dtype: (count, np.uint8),
+    )
+
+
 CASES = {
     "absmax": norm_case(host.absmax),
     "l2norm": norm_case(host.l2norm),
@@ -117,6 +131,7 @@ CASES = {
         for bits in (4, 8)
         for number in (1, 2, 3)
     },
+    **{f"add exponential {bits}": add_case(bits) for bits in (4, 8)},
 }
 
 

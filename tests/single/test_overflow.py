@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from reference import ROW, Array, allowance, buffer, float_bits, pack_lanes, unpack_lanes
 
-from mpi_ops import lanes
+from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
+from mpi_ops.scheme import Scheme
 
 WORLD_SIZES = range(1, 201)
 KEY = dither(0, "w", 0, 0, Stage.QUANTIZE)
@@ -116,10 +117,12 @@ def test_sizes_of_payloads() -> None:
         assert lanes.exponential_bytes(count, 8) == rows * 32
         assert lanes.exponential_bytes(count, 4) == (rows + 1) // 2 * 32
         for world_size in (1, 2, 3, 7):
-            shard = lanes.shard_bytes(count, 4, world_size)
-            needed = lanes.exponential_bytes(count, 4)
-            assert shard % 32 == 0
-            assert needed <= shard * world_size < needed + 32 * world_size
+            for config in (Scheme(), Scheme(levels="exponential", bits=4)):
+                plan = config.plan(world_size)
+                shard = codec.shard_size(count, plan)
+                needed = codec.payload_size(count, plan)
+                assert shard % 32 == 0
+                assert needed <= shard * world_size < needed + 32 * world_size
         block = lanes.whole_tensor_block(count)
         assert block >= max(count, 1)
         assert block % 32 == 0

@@ -478,8 +478,8 @@ def test_faulty_exponential_rounding_fails_the_check(mutant: str, bits: int) -> 
 Reduce = Callable[[Array, int, float], Array]
 
 
-def check_reduce(reduce: Reduce, bits: int, number: int, samples: int) -> None:
-    """Assert that `reduce` rounds a sum and a mean once, without bias; saturated at level 1."""
+def check_reduce(reduce: Reduce, bits: int, number: int, samples: int, mean: bool = True) -> None:
+    """Assert that `reduce` rounds a sum (and a mean) once, without bias, and saturates at 1."""
     top = top_level(bits)
     rng = np.random.default_rng(number)
     level = rng.integers(max(top - 9, 1), top + 1, (number, 61))
@@ -491,7 +491,7 @@ def check_reduce(reduce: Reduce, bits: int, number: int, samples: int) -> None:
     codes[:, 3:5] = 0
     codes[:2, 3] = [top, 2 * top + 1]  # cancel
     codes[0, 4] = 1  # the mean is below the smallest level
-    for factor in (1.0, 1 / number):
+    for factor in (1.0, 1 / number) if mean else (1.0,):
         y = decode_exponential(codes, bits).sum(axis=0) * np.float32(factor)
         law = exponential_law(np.tile(y, (samples, 1)), bits)
         got = decode_exponential(reduce(np.tile(codes, samples), bits, factor), bits)
@@ -504,6 +504,14 @@ def kernel_reduce(codes: Array, bits: int, factor: float) -> Array:
     packed = [pack_exponential(own, bits) for own in codes]
     result = host.reduce_exponential(packed, bits=bits, dither=KEY, factor=factor)
     return unpack_exponential(result, bits, codes.shape[1])
+
+
+def kernel_add(codes: Array, bits: int, factor: float = 1.0) -> Array:
+    """The operation of MPI: the sum of two, in place."""
+    assert factor == 1
+    source, target = (pack_exponential(own, bits) for own in codes)
+    host.add_exponential(source.ctypes.data, target.ctypes.data, source.size, bits=bits, dither=KEY)
+    return unpack_exponential(target, bits, codes.shape[1])
 
 
 def numpy_reduce(rounding: Callable[..., Array]) -> Reduce:
@@ -564,6 +572,32 @@ def test_reduction_rounds_once_without_bias(bits: int, number: int) -> None:
 
 
 @pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_operation_of_mpi_rounds_without_bias(bits: int) -> None:
+    check_reduce(kernel_add, bits, 2, samples=16384, mean=False)
+
+
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_operation_of_mpi_is_a_function_of_its_blocks(bits: int) -> None:
+    """The same bytes wherever a pair is added, other randomness for every other pair and seed."""
+    count = 4096
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(1, top_level(bits), (2, count))
+    pair = kernel_add(np.stack([first, second]), bits)
+    np.testing.assert_array_equal(pair, kernel_add(np.stack([first, second]), bits))
+    np.testing.assert_array_equal(pair, kernel_add(np.stack([second, first]), bits))
+    # Change one code of each group of 256: its other sums are rounded anew.
+    other = first.copy()
+    other[::256] = 1 + other[::256] % (top_level(bits) - 1)
+    changed = kernel_add(np.stack([other, second]), bits)
+    kept = np.arange(count) % 256 != 0
+    distance = np.abs(first - second)
+    undecided = kept & (distance > 0) & (distance < 3)  # either result has 1/4 or more
+    differ = np.mean(changed[undecided] != pair[undecided])
+    assert differ > 0.25
+    np.testing.assert_array_equal(changed[kept & (distance == 0)], pair[kept & (distance == 0)])
+
+
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
 def test_reduction_model_passes_the_same_check(bits: int) -> None:
     check_reduce(numpy_reduce(dithered), bits, 4, samples=16384)
 
@@ -604,17 +638,18 @@ def paper_rule(a: int, b: int, bits: int) -> dict[float, float]:
     return {value(large - 1): down, **({value(large): 1 - down} if down < 1 else {})}
 
 
+@pytest.mark.parametrize("reduce", [kernel_reduce, kernel_add])
 @pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
-def test_two_codes_follow_the_case_rule_of_the_paper(bits: int) -> None:
+def test_two_codes_follow_the_case_rule_of_the_paper(bits: int, reduce: Reduce) -> None:
     top = top_level(bits)
     levels = range(top + 1) if bits == 4 else [0, 1, 2, 3, 9, 60, 64, 70, *range(115, top + 1)]
     codes = [level + sign * (top + 1) for level in levels for sign in (0, 1)]
     pairs = np.array([(a, b) for a in codes for b in codes])
     samples = 2048
     tiled = np.tile(pairs.T, samples)
-    result = kernel_reduce(tiled, bits, 1.0)
+    result = reduce(tiled, bits, 1.0)
     # Symmetric: an MPI library may combine the two in either order.
-    np.testing.assert_array_equal(result, kernel_reduce(tiled[::-1], bits, 1.0))
+    np.testing.assert_array_equal(result, reduce(tiled[::-1], bits, 1.0))
     values = decode_exponential(result, bits).reshape(samples, -1)
     for (a, b), column in zip(pairs.tolist(), values.T, strict=True):
         rule = paper_rule(a, b, bits)

@@ -1,0 +1,169 @@
+"""What the packages import: nothing heavy, one way only, and a clear error where it is missing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMEWORKS = {"torch", "tensorflow", "keras", "tf_keras", "horovod"}
+# Whoever imports these waits for them, or starts MPI or a GPU.
+HEAVY = (*sorted(FRAMEWORKS), "mpi4py.MPI", "cupy")
+LIGHT = [
+    "gq_horovod",
+    "gq_horovod.agreement",
+    "gq_horovod.config",
+    "gq_horovod.pipeline",
+    "gq_horovod.token",
+    "mpi_ops",
+    "mpi_ops.dither",
+    "mpi_ops.kernels.host",
+    "mpi_ops.lanes",
+    "mpi_ops.scheme",
+]
+
+
+def python(code: str) -> str:
+    """Output of code in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_are_light() -> None:
+    """One interpreter for all modules: what one of them loads stays loaded."""
+    code = "import sys, importlib\n"
+    code += f"for module in {LIGHT}:\n"
+    code += "    importlib.import_module(module)\n"
+    code += f"    print(module, [name for name in {HEAVY} if name in sys.modules])\n"
+    assert python(code).splitlines() == [f"{module} []" for module in LIGHT]
+
+
+def test_the_check_for_light_imports_sees_heavy_ones() -> None:
+    code = "import sys, mpi4py\nmpi4py.rc.initialize = False\nimport mpi4py.MPI\n"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
+    assert python(code).strip() == "['mpi4py.MPI']"
+
+
+# ---------------------------------------------------------------------------------------- direction
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """Absolute names of the modules that a module of `package` imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            base = [] if node.level == 0 else parents
+            yield ".".join([*base, *([node.module] if node.module else [])])
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def top_level_imports(path: Path) -> set[str]:
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    return {name.split(".")[0] for name in imported(path.read_text(), package)}
+
+
+@pytest.mark.parametrize("path", modules("mpi_ops"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_mpi_ops_knows_no_framework(path: Path) -> None:
+    assert not top_level_imports(path) & {"gq_horovod", *FRAMEWORKS}
+
+
+@pytest.mark.parametrize("name", ["__init__", "agreement", "config", "pipeline", "token"])
+def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:
+    """One module for each framework; everything else serves all of them."""
+    assert not top_level_imports(ROOT / "gq_horovod" / f"{name}.py") & FRAMEWORKS
+
+
+def test_kernels_know_nothing_above_them() -> None:
+    for path in modules("mpi_ops/kernels"):
+        names = set(imported(path.read_text(), "mpi_ops.kernels"))
+        own = {name for name in names if name.startswith("mpi_ops")}
+        assert own <= {"mpi_ops", "mpi_ops.lanes", "mpi_ops.kernels", "mpi_ops.kernels.host"}
+
+
+def test_the_scan_finds_every_form_of_import() -> None:
+    source = """
+import torch.nn as nn
+from tensorflow import keras
+from .config import Plan
+from .. import lanes
+from ..lanes import ROW
+def later():
+    import horovod.torch
+"""
+    assert list(imported(source, "mpi_ops.kernels")) == [
+        *("torch.nn", "tensorflow", "mpi_ops.kernels.config", "mpi_ops", "mpi_ops.lanes"),
+        "horovod.torch",
+    ]
+
+
+# ---------------------------------------------------------------------------------- what is missing
+
+BLOCKED = """
+import sys, types
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+for name in {present}:
+    sys.modules[name] = types.ModuleType(name)
+try:
+    import gq_horovod.torch
+except ImportError as error:
+    print(type(error).__name__, type(error.__cause__).__name__, error, sep="\\n")
+"""
+
+
+def test_without_torch_the_error_says_so() -> None:
+    kind, cause, text = python(BLOCKED.format(blocked="torch", present=())).strip().split("\n")
+    assert (kind, cause) == ("ImportError", "ModuleNotFoundError")
+    assert text == (
+        "gq_horovod.torch: PyTorch is not installed; `pip install gq-horovod[torch]`, or import "
+        "GlobalQSGD from the module of the framework that you use."
+    )
+
+
+def test_without_horovod_the_error_says_so() -> None:
+    code = BLOCKED.format(blocked="horovod", present=("torch",))
+    kind, cause, text = python(code).strip().split("\n")
+    assert (kind, cause) == ("ImportError", "ModuleNotFoundError")
+    assert text == (
+        "gq_horovod.torch: Horovod with PyTorch support is not installed; build it with "
+        "HOROVOD_WITH_PYTORCH=1 (its `horovodrun --check-build` shows what it has)."
+    )
+
+
+def test_horovod_without_torch_support_is_the_same_error() -> None:
+    """Its packages are there then, but their native library is not."""
+    code = BLOCKED.format(blocked="nothing", present=("torch", "horovod", "horovod.torch"))
+    assert "Horovod with PyTorch support is not installed" in python(code)
+
+
+def test_without_the_kernel_library_the_error_says_so() -> None:
+    code = """
+from pathlib import Path
+from mpi_ops.kernels import host
+host._LIBRARY = Path("/nowhere/libgq_kernels.so")
+try:
+    host.best_instruction_set()
+except ImportError as error:
+    print(error)
+"""
+    text = python(code)
+    assert text.startswith("mpi_ops: the kernel library libgq_kernels.so is not beside ")
+    assert "`make build`" in text
