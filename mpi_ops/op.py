@@ -40,7 +40,6 @@ def chain_headroom(world_size: int, bits: int = 8) -> int:
     return min(world_size - 1, MAXIMUM_HEADROOM[bits])
 
 
-@cache
 def exponential_sum(bits: int = 8, seed: int = 0) -> MPI.Op:
     """The operation, commutative, for buffers of codes of `bits` bits (8, or 4 packed).
 
@@ -50,6 +49,11 @@ def exponential_sum(bits: int = 8, seed: int = 0) -> MPI.Op:
     """
     if bits not in lanes.EXPONENTIAL_BITS:
         raise ValueError(f"exponential_sum: bits must be 4 or 8, got {bits!r}.")
+    return _operation(bits, seed)
+
+
+@cache
+def _operation(bits: int, seed: int) -> MPI.Op:
     random = dither(seed, "mpi_ops.exponential_sum", 0, 0, Stage.REDUCE)
     # Made before the operation is: the callback must not fail, an exception there aborts the job.
     host.add_exponential(0, 0, 0, bits=bits, dither=random)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ from .kernels import host
 from .kernels.host import Buffer
 from .scheme import Plan, Scheme
 
+Bytes = NDArray[np.uint8]
 Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
 
 # A chunk's buffers hold twice its compressed size. Four of at least eight chunks in flight keep
@@ -50,14 +51,26 @@ _DESCRIPTION_BYTES = 1024
 
 @dataclass
 class _Channel:
-    """A private duplicate of a user's communicator."""
+    """Private duplicates of a user's communicator, and the operations in flight on them.
 
+    MPI matches collectives by the order in which they start. The openings start when the user
+    calls, which is the same order on every rank; what follows starts when an opening is complete,
+    which may be another order, so it has a communicator of its own and operations take turns.
+    """
+
+    opening: MPI.Intracomm
     comm: MPI.Intracomm
     operations: int = 0  # started so far, the same on every rank
+    turn: int = 0  # the operation that may start its next collective
+    in_flight: list[Request] = field(default_factory=list)
 
     def next_operation(self) -> int:
         self.operations += 1
         return self.operations - 1
+
+    def free(self) -> None:
+        self.opening.Free()
+        self.comm.Free()
 
 
 _channels: list[_Channel] = []
@@ -66,14 +79,14 @@ _channels: list[_Channel] = []
 def _release(comm: MPI.Comm, keyval: int, channel: _Channel) -> None:
     if channel in _channels:
         _channels.remove(channel)
-        channel.comm.Free()
+        channel.free()
 
 
 def _release_all() -> None:
     if not MPI.Is_finalized():
         for channel in list(_channels):
             _channels.remove(channel)
-            channel.comm.Free()
+            channel.free()
 
 
 _keyval = MPI.Comm.Create_keyval(delete_fn=_release)
@@ -94,9 +107,8 @@ def _channel(comm: Any) -> _Channel:
         )
     channel = comm.Get_attr(_keyval)
     if channel is None:
-        duplicate = comm.Dup()
-        assert isinstance(duplicate, MPI.Intracomm)
-        channel = _Channel(duplicate)
+        assert isinstance(comm, MPI.Intracomm)
+        channel = _Channel(comm.Dup(), comm.Dup())
         _channels.append(channel)
         comm.Set_attr(_keyval, channel)
     assert isinstance(channel, _Channel)
@@ -106,24 +118,36 @@ def _channel(comm: Any) -> _Channel:
 class Request:
     """A reduction in flight. Communication advances inside test() and wait() only."""
 
-    def __init__(self, steps: Steps, out: NDArray[Any]) -> None:
-        self._steps: Steps | None = steps
+    def __init__(self, channel: _Channel, steps: Steps, out: NDArray[Any]) -> None:
+        self._channel = channel
+        self._steps = steps
         self._out = out
+        self._error: BaseException | None = None
+        channel.in_flight.append(self)
 
     def test(self) -> bool:
         """Advance; whether the result is complete. Raises what the reduction raises."""
-        if self._steps is not None:
-            try:
-                next(self._steps)
-            except StopIteration:
-                self._steps = None
-        return self._steps is None
+        # The others too: another rank may be waiting for a message of theirs.
+        for request in list(self._channel.in_flight):
+            request._advance()
+        if self._error is not None:
+            raise self._error
+        return self not in self._channel.in_flight
 
     def wait(self) -> NDArray[Any]:
         """The result, after blocking until it is complete."""
         while not self.test():
             os.sched_yield()
         return self._out
+
+    def _advance(self) -> None:
+        try:
+            next(self._steps)
+        except StopIteration:
+            self._channel.in_flight.remove(self)
+        except Exception as error:
+            self._error = error
+            self._channel.in_flight.remove(self)
 
 
 def allreduce(
@@ -196,9 +220,9 @@ def iallreduce(
         prepared = _prepare(array, out, scheme, channel.comm.size, average, operation)
     except (ValueError, TypeError) as error:
         problem = error  # raised once the other ranks have been told
-    steps = _reduction(channel, prepared, problem)
-    request = Request(steps, prepared.out if prepared is not None else np.empty(0))
-    request.test()  # the agreement and the norms go out now
+    steps = _reduction(channel, operation, prepared, problem)
+    request = Request(channel, steps, prepared.out if prepared is not None else np.empty(0))
+    request._advance()  # the opening goes out now
     return request
 
 
@@ -273,16 +297,35 @@ def _finish(requests: list[MPI.Request]) -> Steps:
         yield
 
 
-def _reduction(channel: _Channel, prepared: _Prepared | None, problem: Exception | None) -> Steps:
+def _reduction(
+    channel: _Channel, operation: int, prepared: _Prepared | None, problem: Exception | None
+) -> Steps:
     """Agree, exchange norms, then exchange the chunks, CHUNKS_IN_FLIGHT of them at a time."""
-    local = None
-    if prepared is not None:
-        local = codec.norms(prepared.x, prepared.plan)
-    yield from _require_agreement(channel, prepared, problem)
+    description = prepared.describe() if prepared is not None else {"error": str(problem)}
+    encoded = agreement.encode(description)
+    fingerprint = int.from_bytes(encoded.tobytes(), "little") % (2**61 - 1)
+    extremes = np.array([fingerprint, -fingerprint])
+    largest = np.empty_like(extremes)
+    opening = channel.opening.Iallreduce(extremes, largest, op=MPI.MAX)
+    local = None if prepared is None else codec.norms(prepared.x, prepared.plan)
+    yield from _finish([opening])
+    while channel.turn != operation:
+        yield
+    # Every rank sees the same two extremes, so all take the same branch.
+    if prepared is None or largest[0] != -largest[1]:
+        request, gathered = _gather(channel.comm, encoded)
+        channel.turn += 1
+        yield from _finish([request])
+        if problem is not None:
+            raise problem
+        descriptions = agreement.decode(gathered, _DESCRIPTION_BYTES)
+        agreement.require_same(descriptions, "mpi_ops.allreduce")
     assert prepared is not None
     assert local is not None
     norms = np.empty_like(local)
-    yield from _finish([channel.comm.Iallreduce(local, norms, op=MPI.MAX)])
+    exchange = channel.comm.Iallreduce(local, norms, op=MPI.MAX)
+    channel.turn += 1
+    yield from _finish([exchange])
     del local
     waiting = _chunks(channel, prepared, norms)
     active = [chunk for _, chunk in zip(range(CHUNKS_IN_FLIGHT), waiting, strict=False)]
@@ -300,27 +343,15 @@ def _reduction(channel: _Channel, prepared: _Prepared | None, problem: Exception
         np.multiply(prepared.out, prepared.plan.world_size, out=prepared.out)
 
 
-def _require_agreement(
-    channel: _Channel, prepared: _Prepared | None, problem: Exception | None
-) -> Steps:
-    description = prepared.describe() if prepared is not None else {"error": str(problem)}
-    encoded = agreement.encode(description)
-    fingerprint = int.from_bytes(encoded.tobytes(), "little") % (2**61 - 1)
-    extremes = np.array([fingerprint, -fingerprint])
-    largest = np.empty_like(extremes)
-    yield from _finish([channel.comm.Iallreduce(extremes, largest, op=MPI.MAX)])
-    if problem is None and largest[0] == fingerprint and largest[1] == -fingerprint:
-        return
-    # Every rank comes here, or none: all see the same two extremes.
+def _gather(comm: MPI.Intracomm, encoded: Bytes) -> tuple[MPI.Request, Bytes]:
+    """Start gathering every rank's description, a row each."""
     padded = np.zeros(_DESCRIPTION_BYTES, dtype=np.uint8)
     if encoded.size > padded.size:
-        encoded = agreement.encode({"error": str(description)[: _DESCRIPTION_BYTES // 4]})
+        error = encoded.tobytes()[: _DESCRIPTION_BYTES // 2].decode(errors="replace")
+        encoded = agreement.encode({"error": error})
     padded[: encoded.size] = encoded
-    gathered = np.empty((channel.comm.size, _DESCRIPTION_BYTES), dtype=np.uint8)
-    yield from _finish([channel.comm.Iallgather(padded, gathered)])
-    if problem is not None:
-        raise problem
-    agreement.require_same(agreement.decode(gathered, _DESCRIPTION_BYTES), "mpi_ops.allreduce")
+    gathered = np.empty((comm.size, _DESCRIPTION_BYTES), dtype=np.uint8)
+    return comm.Iallgather(padded, gathered), gathered
 
 
 def _chunks(channel: _Channel, prepared: _Prepared, norms: NDArray[np.int32]) -> Iterator[Steps]:
