@@ -7,6 +7,7 @@ pyproject.toml.
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class PlatformWheel(bdist_wheel):
 
 def compile_all(commands: list[list[str]]) -> None:
     """Run the compiler with each list of arguments, all at the same time."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    found = filter(None, map(shutil.which, ("g++", "c++", "clang++")))
+    compiler = shlex.split(os.environ.get("CXX") or next(found, "g++"))
     running = []
     for arguments in commands:
         print(shlex.join([*compiler, *arguments]), flush=True)

@@ -46,7 +46,7 @@ LOG = ROOT / "build" / "setup.log"
 
 HOROVOD = "0.28.1"
 HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-MIN_FREE_GB = 7  # .venv takes 4 GB, about twice that with torch's CUDA wheel; the build 1 GB
+MIN_FREE_GB = 10  # .venv takes 4 GB, or 8 with torch's CUDA wheel; the build 1 GB
 
 # (file, old text, new text) in Horovod's source tree. The headers of current torch and TensorFlow
 # need C++17. The run-path is made relative to the library, so that one cached wheel serves every
@@ -617,11 +617,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 def inputs_hash() -> str:
     """Hash of all that decides what .venv holds. When the stamp equals it, nothing is to do."""
-    digest = hashlib.sha256()
-    for path in (Path(__file__), REQUIREMENTS, ROOT / "pyproject.toml"):
-        digest.update(path.read_bytes())
-    digest.update(repr((str(ROOT), sys.version, sorted(horovod_switches().items()))).encode())
-    return digest.hexdigest()
+    import tomllib  # Python 3.11; the message for an older one comes before this
+
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    inputs = (
+        Path(__file__).read_text(),
+        REQUIREMENTS.read_text(),
+        # Not the settings of linters: they change nothing in .venv.
+        (config["build-system"], config["project"], config["tool"]["setuptools"]),
+        (str(ROOT), sys.version, sorted(horovod_switches().items())),
+    )
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
 def up_to_date() -> bool:

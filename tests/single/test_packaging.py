@@ -67,6 +67,7 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(artifacts: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "pyproject.toml", "setup.py", "Makefile", "requirements.txt"} <= names
     assert {"tools/setup_env.py", "tests/single/test_packaging.py"} <= names
+    assert {name.split("/")[0] for name in names} >= {"benchmarks", "examples", "tests", "tools"}
     kernels = ROOT / "mpi_ops" / "kernels"
     sources = [p for p in kernels.iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")]
     assert {str(p.relative_to(ROOT)) for p in sources} <= names
