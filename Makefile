@@ -36,7 +36,8 @@ setup: ## make .venv with everything in it (first time 10 to 20 minutes)
 build: setup ## rebuild the native kernels if their sources changed
 
 $(LIBRARY): $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) setup.py
-	$(VENV)/python setup.py --quiet build_ext --inplace
+	@echo "compiling the native kernels"
+	@$(VENV)/python setup.py --quiet build_ext --inplace
 
 lint: setup ## ruff, mypy, clang-format, shellcheck
 	$(VENV)/ruff check .

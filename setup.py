@@ -4,6 +4,7 @@
 pyproject.toml.
 """
 
+import logging
 import os
 import platform
 import shlex
@@ -80,7 +81,7 @@ def compile_all(commands: list[list[str]]) -> None:
     compiler = shlex.split(os.environ.get("CXX") or next(found, "g++"))
     running = []
     for arguments in commands:
-        print(shlex.join([*compiler, *arguments]), flush=True)
+        logging.info(shlex.join([*compiler, *arguments]))
         try:
             running.append(subprocess.Popen([*compiler, *arguments]))
         except FileNotFoundError:
