@@ -154,19 +154,24 @@ class Pipeline:
 
     def poll(self) -> bool:
         """Advance every reduction whose operation is complete. Whether any was."""
-        advanced = [reduction.advance() for reduction in self._in_flight.values()]
-        return any(advanced)
-
-    def finish(self, reduction: InFlight) -> Buffer:
-        """The mean of a tensor. Blocks, and advances the others meanwhile."""
         try:
-            while reduction.result is None:
-                if not self.poll():
-                    time.sleep(_POLL_SECONDS)
+            advanced = [reduction.advance() for reduction in self._in_flight.values()]
         except BaseException:
             # After a failed operation nothing that is in flight can be trusted or finished.
             self._in_flight.clear()
             raise
+        return any(advanced)
+
+    def finish(self, reduction: InFlight) -> Buffer:
+        """The mean of a tensor. Blocks, and advances the others meanwhile."""
+        while reduction.result is None:
+            if self._in_flight.get(reduction.name) is not reduction:
+                raise RuntimeError(
+                    f"GlobalQSGD: the reduction of {reduction.name!r} was given up, because an "
+                    "operation that was in flight with it failed; see the first error."
+                )
+            if not self.poll():
+                time.sleep(_POLL_SECONDS)
         if self._in_flight.get(reduction.name) is reduction:
             del self._in_flight[reduction.name]
         return reduction.result

@@ -1,6 +1,6 @@
 """The token: what Horovod itself reduces while our own operations reduce the gradient.
 
-`compress` hands Horovod a token of four float32 numbers in place of the gradient: 1, and a
+`compress` hands Horovod a token of four float64 numbers in place of the gradient: 1, and a
 fingerprint of the tensor. Horovod reduces it with the op and the scaling that the user chose, all
 of them linear, so the fingerprint comes back as itself, times the first number, if all ranks
 reduced the same tensor. The scaling itself is not read off the token: ranks that have called

@@ -340,7 +340,8 @@ class GlobalQSGD:
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
         factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
-        return torch.tensor(mark), _Context(group, reduction, mark, factor, template, device)
+        context = _Context(group, reduction, mark, factor, template, device)
+        return torch.tensor(mark, dtype=torch.float64), context
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""

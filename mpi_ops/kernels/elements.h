@@ -188,14 +188,15 @@ GQ_HD uint64_t content_term(uint32_t word, int position) {
 
 // ----------------------------------------------------------------------------------------- scales
 
-// Multiplying by `pre` (1 or a power of two, exact) and then by `factor` divides by a norm that may
-// be denormal without the reciprocal overflowing.
+// Multiplying by `pre` (1 or a power of two, exact) and then by `factor` divides by a norm of
+// any size without the reciprocal becoming Inf or denormal.
 struct Scale {
   float pre;
   float factor;
 };
 
 constexpr float kTinyNorm = 0x1p-60f;
+constexpr float kHugeNorm = 0x1p100f;
 
 // A norm travels as the bit pattern of a non-negative float: integer order is float order and
 // finite < Inf < NaN, so an integer Max-allreduce carries a NaN of one rank to all ranks. Where a
@@ -206,11 +207,12 @@ GQ_HD float norm_of(int32_t norm_bits) {
   return float_of(norm_is_finite(norm_bits) ? static_cast<uint32_t>(norm_bits) : kNaNBits);
 }
 
-// numerator / norm, for 2^-100 <= numerator <= 2^31; zero where the norm is zero or not finite.
+// numerator / norm, for 1 <= numerator <= 2^31; zero where the norm is zero or not finite.
 GQ_HD Scale scale_down(int32_t norm_bits, float numerator) {
   if (norm_bits == 0 || !norm_is_finite(norm_bits)) return {1.0f, 0.0f};
   const float norm = norm_of(norm_bits);
   if (norm < kTinyNorm) return {0x1p64f, numerator / (norm * 0x1p64f)};
+  if (norm > kHugeNorm) return {0x1p-40f, numerator / (norm * 0x1p-40f)};
   return {1.0f, numerator / norm};
 }
 
@@ -273,12 +275,12 @@ GQ_HD uint32_t encode_exponential(float value, uint32_t top_bits, uint32_t rando
   return ((bits >> (32 - kBits)) & E::kSign) | level;
 }
 
-// `scale` is 2^-headroom / norm and `top_bits` the bit pattern of 2^-headroom, the level of the
-// norm.
+// `scale` is 1 / norm and `top_bits` the bit pattern of 2^-headroom, the level of the norm.
 template <int kBits>
 GQ_HD uint32_t quantize_exponential(float value, Scale scale, uint32_t top_bits,
                                     uint32_t random32) {
-  return encode_exponential<kBits>(value * scale.pre * scale.factor, top_bits, random32);
+  const float y = value * scale.pre * scale.factor * float_of(top_bits);
+  return encode_exponential<kBits>(y, top_bits, random32);
 }
 
 constexpr uint32_t kOneBits = 127u << 23;  // bit pattern of 1.0f

@@ -189,7 +189,7 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
   for (int64_t begin = 0, group = 0; begin < count; begin += kGroup, ++group) {
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
-    next_scales(row_norms, rows, float_of(top_bits), scale, scales);
+    next_scales(row_norms, rows, 1.0f, scale, scales);
     alignas(64) uint32_t words[4][kRow];
     random_group(random, static_cast<uint64_t>(group), words);
     T buffer[kGroup];

@@ -247,9 +247,9 @@ def test_a_field_that_only_one_rank_has() -> None:
 
 
 class Late:
-    """An operation that completes after some polls, or never."""
+    """An operation that completes after some polls."""
 
-    def __init__(self, polls: float) -> None:
+    def __init__(self, polls: int) -> None:
         self.polls = polls
 
     def ready(self) -> bool:
@@ -265,7 +265,7 @@ def test_waiting_for_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(agreement.wait(Late(3)), np.arange(3))
     monkeypatch.setattr(agreement, "TIMEOUT_SECONDS", 0.05)
     with pytest.raises(ConfigMismatchError, match="not every rank has reported its configuration"):
-        agreement.wait(Late(float("inf")))
+        agreement.wait(Late(10000))  # of a millisecond and more each
 
 
 # -------------------------------------------------------------------------------------------- token
@@ -274,10 +274,9 @@ Token = tuple[float, ...]
 
 
 def average(tokens: Array, before: float = 1.0, after: float = 1.0) -> list[float]:
-    """What a ring of ranks makes of float32 tokens (rank, number): scale, add up, scale."""
-    scaled = tokens.astype(np.float32) * np.float32(before)
-    total = np.add.accumulate(scaled, axis=0, dtype=np.float32)[-1]
-    return (total * np.float32(after / len(tokens))).tolist()
+    """What a ring of ranks makes of float64 tokens (rank, number): scale, add up, scale."""
+    total = np.add.accumulate(tokens * before, axis=0)[-1]
+    return (total * (after / len(tokens))).tolist()
 
 
 def tokens_of(own: Token, world_size: int) -> Array:
@@ -319,16 +318,7 @@ def scaled_tokens_agree(world_sizes: range) -> None:
 
 def test_gradient_predivide_factor_is_no_mismatch() -> None:
     """It divides before the sum what it multiplies after it, so that nothing is exact any more."""
-    scaled_tokens_agree(range(1, 129))
-
-
-@pytest.mark.xfail(
-    strict=True,
-    raises=ConfigMismatchError,
-    reason="rounding of a ring's sum exceeds a quarter of what one rank changes",
-)
-def test_gradient_predivide_factor_is_no_mismatch_on_many_ranks() -> None:
-    scaled_tokens_agree(range(129, 513))
+    scaled_tokens_agree(range(1, 513))
 
 
 def test_ranks_that_joined_send_zeros() -> None:

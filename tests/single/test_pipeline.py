@@ -464,7 +464,6 @@ def test_a_failed_operation_clears_the_pipeline(stage: str) -> None:
         np.testing.assert_array_equal(job.mean([x]), 1)
 
 
-@pytest.mark.xfail(strict=True, reason="Pipeline.submit polls without giving up what is in flight")
 def test_a_failure_seen_while_submitting_clears_the_pipeline() -> None:
     job = Job(1)
     x = np.ones(100, dtype=np.float32)
@@ -478,6 +477,27 @@ def test_a_failure_seen_while_submitting_clears_the_pipeline() -> None:
     with pytest.raises(NetworkError, match=r"^failing.norm$"):
         submit_until_seen()
     assert not job.pipelines[0]._in_flight
+
+
+def test_what_was_given_up_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Horovod's optimizer may ask for the other tensors of a failed step later."""
+    job = Job(1)
+    x = np.ones(100, dtype=np.float32)
+    failing, other = job.submit(0, x, "failing"), job.submit(0, x, "other")
+    job.network.failing.add("failing.norm")
+    job.network.slow.add("other.norm")
+    with pytest.raises(NetworkError):
+        job.pipelines[0].finish(failing)
+
+    class WaitsForEver(BaseException):
+        """Instead of sleeping: nothing is in flight that could wake it."""
+
+    def sleep(seconds: float) -> None:
+        raise WaitsForEver
+
+    monkeypatch.setattr(pipeline.time, "sleep", sleep)
+    with pytest.raises(Exception, match="other"):
+        job.pipelines[0].finish(other)
 
 
 def test_an_output_that_cannot_be_allocated_is_an_error() -> None:
