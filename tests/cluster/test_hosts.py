@@ -1,0 +1,99 @@
+"""Ranks on several hosts: network namespaces with addresses of their own and slow links."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from tools import testbed  # noqa: E402
+
+LIMIT_SECONDS = 300
+HOSTS = 3
+
+
+@pytest.fixture(scope="module")
+def hosts() -> testbed.Testbed:
+    reason = testbed.unavailable()
+    if reason is None and os.geteuid() != 0:
+        reason = "not root"
+    if reason is not None:
+        pytest.skip(f"no hosts can be made here: {reason}")
+    with testbed.Testbed(HOSTS, "1gbit", prefix="gqtest") as bed:
+        yield bed
+
+
+def run(hosts: testbed.Testbed, *command: str) -> str:
+    """Run a Python command in one rank on each host and return what all of them printed."""
+    tools = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    arguments = [*hosts.mpirun_args(), "--tag-output", "--mca", "mpi_yield_when_idle", "1"]
+    try:
+        done = subprocess.run(
+            hosts.command(0, [str(tools / "mpirun"), *arguments, sys.executable, *command]),
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"").decode(errors="replace")
+        pytest.fail(f"no end after {LIMIT_SECONDS} s; every rank's output:\n{output}")
+    assert done.returncode == 0, f"status {done.returncode}; every rank's output:\n{done.stdout}"
+    return done.stdout
+
+
+def test_training_and_mpi_operation_over_the_network(hosts: testbed.Testbed) -> None:
+    tests = ["tests/parallel/test_training.py", "tests/parallel/test_mpi_ops.py"]
+    selected = "training or closed_form or operation"
+    options = ["-q", "--color=no", "-p", "no:cacheprovider", "-k", selected]
+    output = run(hosts, "-m", "pytest", *tests, *options)
+    passed = [line for line in output.splitlines() if " passed" in line]
+    assert len(passed) == HOSTS, output
+
+
+ONE_ALLREDUCE = """
+import sys
+import horovod.torch as hvd, torch
+from gq_horovod.torch import GlobalQSGD, allreduce
+from tools.testbed import interface_bytes
+hvd.init()
+torch.set_num_threads(1)
+compression = {"none": hvd.Compression.none}.get(sys.argv[1]) or GlobalQSGD(levels=sys.argv[1])
+x = torch.randn(4_000_000, generator=torch.Generator().manual_seed(hvd.rank()))
+allreduce(x, "warm", compression=compression)
+hvd.barrier()
+before = sum(interface_bytes())
+allreduce(x, "x", compression=compression)
+hvd.barrier()
+print(f"BYTES {sum(interface_bytes()) - before} SENT", flush=True)
+"""
+
+
+def test_bytes_on_the_wire(hosts: testbed.Testbed) -> None:
+    """As the interfaces count them, protocol headers and Horovod's own messages included."""
+    total = {}
+    for method in ("none", "standard", "exponential"):
+        output = run(hosts, "-c", ONE_ALLREDUCE, method)
+        counts = [int(count) for count in re.findall(r"BYTES (\d+) SENT", output)]
+        assert len(counts) == HOSTS, output
+        total[method] = sum(counts)
+    print(total)
+    assert total["none"] / total["standard"] >= 3.9
+    assert total["none"] / total["exponential"] >= 3.9
