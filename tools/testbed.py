@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,9 +41,13 @@ SUBNET = "10.213.77"  # addresses that exist only inside the namespaces; host i 
 
 def unavailable() -> str | None:
     """Return why hosts cannot be made here, or None if they can (as root, or after `as_root`)."""
-    missing = [tool for tool in ("ip", "tc", "nsenter") if not shutil.which(tool, path=_path())]
+    needed = ("ip", "tc", "nsenter", "unshare", "hostname")
+    missing = [tool for tool in needed if not shutil.which(tool, path=_path())]
     if missing:
-        return f"{' and '.join(missing)} not found (Debian: apt-get install iproute2 util-linux)"
+        return (
+            f"{' and '.join(missing)} not found "
+            "(Debian: apt-get install iproute2 util-linux hostname)"
+        )
     if os.geteuid() == 0:
         probe = ["unshare", "--net", "ip", "link", "add", "probe", "type", "bridge"]
         reason = "this container may not create network namespaces (it lacks CAP_SYS_ADMIN)"
@@ -83,6 +88,15 @@ def _run(command: Sequence[str]) -> str:
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
     return done.stdout
+
+
+def _enter(host: str) -> list[str]:
+    """Return the words that make the command after them run on a host."""
+    # With a name of its own. Open MPI's daemons keep their files in a directory named after the
+    # host, and those of hosts that share name and disk take it from under each other: one start in
+    # ten hangs. Horovod over Gloo tells hosts apart by their names, too.
+    named = ("unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$@"', "sh")
+    return ["nsenter", f"--net=/run/netns/{host}", "--", *named]
 
 
 def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
@@ -167,7 +181,7 @@ class Testbed:
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
         """Return the command that runs `command` on a host."""
-        return ["nsenter", f"--net=/run/netns/{self.names[host]}", "--", *command]
+        return [*_enter(self.names[host]), *command]
 
     def mpirun_args(self, slots: int = 1) -> list[str]:
         """Return the options with which Open MPI's mpirun, run on host 0, uses all hosts.
@@ -228,16 +242,15 @@ class Testbed:
 
     def _write_agent(self) -> Path:
         """Write what mpirun runs in place of ssh: `sh AGENT ADDRESS COMMAND ...`."""
-        cases = "\n".join(
-            f"{address}) host={name} ;;"
+        # As ssh does, give the words to a shell: mpirun sends one line of shell script.
+        cases = "".join(
+            f'{address}) exec {shlex.join(_enter(name))} sh -c "$*" ;;\n'
             for name, address in zip(self.names, self.addresses, strict=True)
         )
         path = Path(f"/run/{self._prefix}-testbed-agent.sh")
         path.write_text(
-            f'case "$1" in\n{cases}\n'
-            '*) echo "testbed: no host $1" >&2; exit 1 ;;\nesac\nshift\n'
-            # As ssh does, give the words to a shell: mpirun sends one line of shell script.
-            'exec nsenter --net="/run/netns/$host" -- sh -c "$*"\n'
+            f'address=$1\nshift\ncase "$address" in\n{cases}esac\n'
+            'echo "testbed: no host has the address $address" >&2\nexit 1\n'
         )
         return path
 

@@ -244,6 +244,9 @@ class TestTestbed:
         )
         with testbed.Testbed(2, "20mbit", self.PREFIX) as bed:
             assert len(self.hosts()) == 3  # and the switch
+            for host, name in enumerate(bed.names):
+                said = subprocess.run(bed.command(host, ["hostname"]), capture_output=True)
+                assert said.stdout.decode().strip() == name
             before = bed.host_bytes(0)[1]
             receiver = subprocess.Popen(
                 bed.command(1, [sys.executable, "-c", receive]), stdout=subprocess.PIPE, text=True
