@@ -157,10 +157,13 @@ class Pipeline:
         try:
             advanced = [reduction.advance() for reduction in self._in_flight.values()]
         except BaseException:
-            # After a failed operation nothing that is in flight can be trusted or finished.
-            self._in_flight.clear()
+            self.give_up()
             raise
         return any(advanced)
+
+    def give_up(self) -> None:
+        """Forget what is in flight: after a failed operation none of it can be trusted."""
+        self._in_flight.clear()
 
     def finish(self, reduction: InFlight) -> Buffer:
         """The mean of a tensor. Blocks, and advances the others meanwhile."""

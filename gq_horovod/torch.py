@@ -49,7 +49,14 @@ except ImportError as error:
 from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
-from .config import DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config, Plan
+from .config import (
+    DEFAULT_MIN_ELEMENTS,
+    PAPER_EXPONENTIAL,
+    PAPER_STANDARD,
+    Config,
+    ConfigMismatchError,
+    Plan,
+)
 from .pipeline import Array, InFlight, Pipeline, Task
 
 __all__ = ["GlobalQSGD", "allreduce"]
@@ -315,14 +322,15 @@ class GlobalQSGD:
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
         caller = _find_caller(tensor, sys._getframe(1))
-        group = self._group(caller.process_set)
-        if tensor.numel() < max(self.config.min_elements, 1) or tensor.dtype not in _DTYPES:
-            return _left_to_horovod(tensor)
-        if tensor.requires_grad and torch.is_grad_enabled():
+        eligible = tensor.numel() >= max(self.config.min_elements, 1) and tensor.dtype in _DTYPES
+        if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"GlobalQSGD: tensor {caller.name!r} must not require gradients, because the "
                 "quantized mean is not differentiable; pass tensor.detach()."
             )
+        group = self._group(caller.process_set)
+        if not eligible:
+            return _left_to_horovod(tensor)
         dtype = _DTYPES[tensor.dtype]
         device = tensor.device
         template = torch.empty_like(tensor, device="meta")
@@ -350,7 +358,11 @@ class GlobalQSGD:
         if isinstance(ctx, torch.dtype):
             return tensor.to(ctx)
         assert isinstance(ctx, _Context)
-        token.check(tensor.tolist(), ctx.token, ctx.reduction.name, ctx.group.plan.world_size)
+        try:
+            token.check(tensor.tolist(), ctx.token, ctx.reduction.name, ctx.group.plan.world_size)
+        except ConfigMismatchError:
+            ctx.group.pipeline.give_up()
+            raise
         mean = ctx.group.pipeline.finish(ctx.reduction).owner
         assert isinstance(mean, torch.Tensor)
         if ctx.factor != 1:
@@ -392,10 +404,10 @@ class GlobalQSGD:
 
 
 def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:
-    """What Horovod reduces by itself; its torch operations know float16 but not bfloat16."""
+    """What Horovod reduces by itself: contiguous tensors; it knows float16 but not bfloat16."""
     if tensor.dtype == torch.bfloat16:
-        return tensor.float(), tensor.dtype
-    return tensor, None
+        return tensor.float().contiguous(), tensor.dtype
+    return tensor.contiguous(), None
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 
-def choose_compression(name: str, bits: int, seed: int) -> Any:
+def choose_compression(name: str, bits: int | None, seed: int) -> Any:
     """Return the `compression=` argument of DistributedOptimizer for a method's name."""
     if name == "none":
         return hvd.Compression.none
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     methods = ["none", "fp16", "standard", "exponential"]
     parser.add_argument("--compression", choices=methods, default="none")
-    parser.add_argument("--bits", type=int, default=8, help="bits of a code of Global-QSGD")
+    parser.add_argument("--bits", type=int, help="of a code; the default suits the world size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=512, help="samples per rank and step")

@@ -1,0 +1,143 @@
+"""Starts a Horovod job as a user does, with a time limit, and keeps every rank's output apart."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TRANSPORTS = ("mpirun", "horovodrun")
+# From SIGTERM, on which a launcher ends its ranks, to SIGKILL.
+_GRACE_SECONDS = 10.0
+# What only one rank has done for this long is reported in its output.
+_STALL_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a job ended."""
+
+    status: int  # exit status of the launcher, negative for a signal
+    timed_out: bool
+    seconds: float
+    output: str  # of the launcher itself
+    ranks: dict[int, str]  # stdout and stderr of each rank
+
+    def report(self) -> str:
+        """Everything that was printed, rank by rank."""
+        ending = "hit its time limit" if self.timed_out else f"ended with status {self.status}"
+        parts = [f"The job {ending} after {self.seconds:.0f} s."]
+        parts += [f"=== rank {rank}\n{text}" for rank, text in self.ranks.items()]
+        if not self.ranks:
+            parts.append(f"=== launcher\n{self.output}")
+        return "\n".join(parts)
+
+
+def launch(
+    transport: str, ranks: int, command: Sequence[object], limit: float, directory: Path
+) -> Job:
+    """Run a Python command in `ranks` ranks on this machine.
+
+    Arguments:
+        transport: "mpirun" (Horovod over MPI) or "horovodrun" (Horovod over Gloo).
+        command: arguments of the Python interpreter.
+        limit: seconds after which the whole job is ended.
+        directory: an empty one, for the output.
+    """
+    output = directory / "ranks"
+    log = directory / "launcher.txt"
+    started = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*_prefix(transport, ranks, output), sys.executable, *(str(part) for part in command)],
+            cwd=ROOT,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(limit)
+            timed_out = False
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            _end(process)
+    return Job(
+        status=process.returncode,
+        timed_out=timed_out,
+        seconds=time.monotonic() - started,
+        output=log.read_text(errors="replace"),
+        ranks=_outputs(output),
+    )
+
+
+def _prefix(transport: str, ranks: int, output: Path) -> list[str]:
+    if transport == "mpirun":
+        # More ranks than cores: let them share, and give their core away while they wait.
+        sharing = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+        return [_tool("mpirun"), "-np", str(ranks), *sharing, "--output-filename", str(output)]
+    hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]
+    return [_tool("horovodrun"), "--gloo", *hosts, "--output-filename", str(output)]
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name, path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+    assert found, f"{name} is neither in {BIN} nor on PATH; run `make setup`."
+    return found
+
+
+def _environment() -> dict[str, str]:
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # horovodrun imports TensorFlow, which talks
+    environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(_STALL_SECONDS)
+    if os.geteuid() == 0:
+        environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
+        environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return environment
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and everything that it started, whichever process groups that is in."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for relative in family:
+        if relative.is_running():
+            relative.kill()
+    psutil.wait_procs(family, timeout=_GRACE_SECONDS)
+
+
+def _outputs(directory: Path) -> dict[int, str]:
+    """Both launchers write .../rank.N/stdout and .../rank.N/stderr, one with a tag on each line."""
+    texts: dict[int, str] = {}
+    for path in sorted(directory.glob("**/rank.*/std*"), reverse=True):  # stdout, then stderr
+        match = re.fullmatch(r"rank\.(\d+)", path.parent.name)
+        assert match
+        rank = int(match[1])
+        text = re.sub(
+            r"^\[\d+\]<std\w+>:", "", path.read_text(errors="replace"), flags=re.MULTILINE
+        )
+        texts[rank] = text + texts.get(rank, "")
+    return dict(sorted(texts.items()))

@@ -1,0 +1,102 @@
+"""Ranks that do different things: the job ends, in bounded time, and every rank says why."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from launcher import Job, launch
+
+# Two ranks take some five seconds to start on idle cores; mistakes.py itself ends a hang after 60.
+LIMIT_SECONDS = 180
+SCRIPT = Path(__file__).with_name("mistakes.py")
+
+
+def run(transport: str, cases: list[str], directory: Path) -> Job:
+    job = launch(transport, 2, [SCRIPT, *cases], LIMIT_SECONDS, directory)
+    assert not job.timed_out, job.report()
+    return job
+
+
+def said(job: Job, rank: int, case: str) -> str:
+    """What a rank printed about a case."""
+    found = re.search(rf"^{case}: (.*)$", job.ranks[rank], flags=re.MULTILINE)
+    assert found, job.report()
+    return found[1]
+
+
+# ------------------------------------------------------------------- mistakes that can be survived
+
+DISAGREE = (
+    r"ConfigMismatchError: GlobalQSGD: the ranks disagree about tensor .*{case}.* "
+    r"Every rank has to reduce a tensor of the same name, number of elements and dtype"
+)
+SURVIVED = {
+    "different_sizes": DISAGREE,
+    "different_sizes_with_as_many_blocks": DISAGREE,
+    "different_dtypes": DISAGREE,
+    # Horovod's own words: one rank reduces the tensor itself, the other a token.
+    "too_small_on_one_rank": r"HorovodInternalError: Mismatched data types",
+    "as_small_as_the_token_on_one_rank": r"HorovodInternalError: Mismatched data types",
+    "going_on_with_the_same_compression": "no error",
+}
+
+
+@pytest.fixture(scope="module")
+def survived(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return run("mpirun", list(SURVIVED), tmp_path_factory.mktemp("survived"))
+
+
+@pytest.mark.parametrize("case", list(SURVIVED))
+def test_every_rank_gets_an_error_and_others_reductions_work(case: str, survived: Job) -> None:
+    for rank in survived.ranks:
+        text = said(survived, rank, case)
+        assert re.search(SURVIVED[case].replace("{case}", case), text), text
+        if case != list(SURVIVED)[-1]:
+            assert said(survived, rank, f"after {case}") == "no error"
+
+
+# ------------------------------------------------------------------------ mistakes that end the job
+
+SHUT_DOWN = "HorovodInternalError: Horovod has been shut down"
+
+
+@pytest.mark.parametrize("transport", ["mpirun", "horovodrun"])
+def test_one_rank_without_compression(transport: str, tmp_path: Path) -> None:
+    """The rank without compression waits for its gradient, until the others give up."""
+    case = "one_rank_without_compression"
+    job = run(transport, [case], tmp_path)
+    assert job.status != 0
+    assert "not every rank has reported its configuration; pass compression=" in said(job, 0, case)
+    assert SHUT_DOWN in said(job, 1, case)
+
+
+def test_different_configurations(tmp_path: Path) -> None:
+    job = run("mpirun", ["different_bits"], tmp_path)
+    assert job.status != 0
+    for rank in job.ranks:
+        assert "bits is 8 on rank 0, 4 on rank 1. " in said(job, rank, "different_bits")
+
+
+@pytest.mark.parametrize("transport", ["mpirun", "horovodrun"])
+def test_a_killed_rank(transport: str, tmp_path: Path) -> None:
+    job = run(transport, ["killed"], tmp_path)
+    assert "killed now" in job.ranks[1], job.report()
+    assert job.status != 0
+
+
+def test_an_exception_on_one_rank(tmp_path: Path) -> None:
+    case = "error_on_one_rank"
+    job = run("mpirun", [case], tmp_path)
+    assert job.status != 0
+    assert SHUT_DOWN in said(job, 0, case)
+    assert said(job, 1, case) == "ZeroDivisionError: the user's own mistake"
+
+
+def test_a_rank_that_ends_early(tmp_path: Path) -> None:
+    case = "one_rank_ends_early"
+    job = run("mpirun", [case], tmp_path)
+    assert job.status != 0
+    assert SHUT_DOWN in said(job, 0, case)
+    assert said(job, 1, case) == "no error"

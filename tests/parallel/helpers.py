@@ -1,0 +1,209 @@
+"""Inputs that every rank can compute for every rank, and the law that a compressed mean follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from gq_horovod.config import Config, Plan
+from gq_horovod.torch import GlobalQSGD
+
+Tensors = Sequence[torch.Tensor]
+
+# A sound quantizer fails one comparison with probability at most 2 exp(-Z**2 / 2) = 3e-8, and the
+# suite makes some 10**4. The dither is fixed by seeds, so what passes once passes always.
+Z = 6.0
+
+# Bits and levels that every test of values runs with; None is the default width.
+CONFIGURATIONS = [
+    ("standard", 4),
+    ("standard", 8),
+    ("standard", None),
+    ("exponential", 4),
+    ("exponential", 8),
+]
+
+_instances: dict[Any, GlobalQSGD] = {}
+
+
+def compressor(levels: str = "standard", bits: int | None = None, **options: Any) -> GlobalQSGD:
+    """One instance per configuration, because the first use of each costs an agreement."""
+    options = {"min_elements": 0, **options}
+    key = (levels, bits, *sorted(options.items()))
+    if key not in _instances:
+        _instances[key] = GlobalQSGD(levels=levels, bits=bits, **options)
+    return _instances[key]
+
+
+def plan_of(compression: GlobalQSGD, ranks: int) -> Plan:
+    config: Config = compression.config
+    return config.plan(ranks)
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+def gradient(
+    rank: int, shape: int | Sequence[int], tag: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """A rank's gradient: normal, of a scale that changes every 96 elements, every 11th a zero."""
+    generator = torch.Generator().manual_seed(1000 * tag + rank)
+    x = torch.randn(shape, generator=generator)
+    flat = x.view(-1)
+    flat *= 2.0 ** -(torch.arange(flat.numel()) // 96 % 6)
+    flat[5::11] = 0
+    return x.to(dtype)
+
+
+def gradients(shape: int | Sequence[int], tag: int = 0, **options: Any) -> list[torch.Tensor]:
+    """The gradients of all ranks."""
+    return [gradient(rank, shape, tag, **options) for rank in range(hvd.size())]
+
+
+# ---------------------------------------------------------------------------------------------- law
+
+
+def norms_of(inputs: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The global norm of each element's block; `inputs` is (ranks, elements) in float64."""
+    count = inputs.shape[1]
+    block = plan.block_for(count)
+    padded = torch.nn.functional.pad(inputs, (0, -count % block)).view(len(inputs), -1, block)
+    local = padded.norm(dim=2) if plan.norm == "l2" else padded.abs().amax(dim=2)
+    return local.amax(dim=0).repeat_interleave(block)[:count]
+
+
+def neighbours(y: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The level that y rounds to, and the distance to the next one that it may round to instead."""
+    if plan.levels == "standard":
+        low = (y * plan.level_count).floor() / plan.level_count
+        return low, torch.full_like(y, 1 / plan.level_count)
+    smallest = 2.0 ** (2 - 2 ** (plan.bits - 1))
+    _, exponent = torch.frexp(y.abs())
+    low = torch.where(y.abs() < smallest, 0.0, torch.ldexp(torch.ones_like(y), exponent - 1))
+    width = torch.where(low == 0, smallest, low)
+    return low.copysign(y), width.copysign(y)
+
+
+def outcomes(
+    x: torch.Tensor, norms: torch.Tensor, plan: Plan
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every (probability, value) that the mean of the rows of x can take, element by element."""
+    scale = torch.where(norms > 0, norms, 1.0)
+    y = x / scale
+    low, width = neighbours(y, plan)
+    share = (y - low) / width
+    for up in product((0.0, 1.0), repeat=len(x)):
+        choice = torch.tensor(up, dtype=torch.float64)[:, None]
+        probability = torch.where(choice == 1, share, 1 - share).prod(dim=0)
+        mean = (low + choice * width).mean(dim=0)
+        if plan.levels == "standard":
+            yield probability, mean * scale
+        else:  # the mean of the codes is rounded to a code again
+            below, distance = neighbours(mean, plan)
+            above = (mean - below) / distance
+            yield probability * (1 - above), below * scale
+            yield probability * above, (below + distance) * scale
+
+
+@dataclass(frozen=True)
+class Law:
+    """Exact moments and range of each element of a compressed mean; float64, one per element."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    fourth: torch.Tensor  # central moment
+    low: torch.Tensor
+    high: torch.Tensor
+    slack: torch.Tensor  # what the arithmetic may add: float32, then the result's dtype
+
+
+def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law:
+    """The law of `factor` times the mean of `inputs`, by enumeration of all roundings."""
+    dtype = inputs[0].dtype
+    plan = plan_of(compression, len(inputs))
+    x = torch.stack([tensor.detach().reshape(-1).double() for tensor in inputs])
+    norms = norms_of(x, plan)
+    pairs = list(outcomes(x, norms, plan))
+    probability = torch.stack([pair[0] for pair in pairs])
+    value = torch.stack([pair[1] for pair in pairs])
+    # The enumeration is right: it is unbiased, as the paper says, and leaves nothing out.
+    torch.testing.assert_close(probability.sum(dim=0), torch.ones_like(norms))
+    exact = (probability * value).sum(dim=0)
+    torch.testing.assert_close(exact, x.mean(dim=0), rtol=0, atol=1e-12 * float(norms.max()))
+    value = (value.to(dtype) * factor).to(dtype).double()
+    mean = (probability * value).sum(dim=0)
+    error = value - mean
+    infinity = torch.tensor(torch.inf, dtype=torch.float64)
+    # Four roundings of float32, each half a unit of at most the norm; and a result that this moves
+    # across the middle between two numbers of its dtype goes to the other one.
+    slack = 2.0**-22 * norms * factor + torch.finfo(dtype).eps * value.abs().amax(dim=0)
+    return Law(
+        mean=mean,
+        variance=(probability * error**2).sum(dim=0),
+        fourth=(probability * error**4).sum(dim=0),
+        low=torch.where(probability > 0, value, infinity).amin(dim=0),
+        high=torch.where(probability > 0, value, -infinity).amax(dim=0),
+        slack=slack,
+    )
+
+
+def _allowed(variance: torch.Tensor, width: torch.Tensor) -> float:
+    """How far a sum of independent numbers may be from its mean: Bernstein's inequality.
+
+    Z sigma, and a second term that makes it hold for rare events too, where the sum is not normal.
+    """
+    return Z * float(variance.sum()) ** 0.5 + Z**2 * float(width.max()) / 3
+
+
+def check_mean(
+    result: torch.Tensor, inputs: Tensors, compression: GlobalQSGD, *, factor: float = 1.0
+) -> None:
+    """Assert that `result` is a sample of the law: range, mean, and variance from both sides."""
+    assert result.shape == inputs[0].shape
+    assert result.dtype == inputs[0].dtype
+    law = law_of(inputs, compression, factor)
+    got = result.detach().reshape(-1).double()
+    assert bool((got >= law.low - law.slack).all()), "below the lowest possible mean"
+    assert bool((got <= law.high + law.slack).all()), "above the highest possible mean"
+    check_errors((got - law.mean)[None, :], law)
+
+
+def check_errors(errors: torch.Tensor, law: Law) -> None:
+    """Assert that the rows of `errors`, independent samples, have mean zero and the law's variance.
+
+    Three sums are compared: of the errors, of the errors away from zero (shrinkage is a bias too),
+    and of their squares.
+    """
+    samples = len(errors)
+    slack = float(law.slack.sum()) * samples
+    width = law.high - law.low
+    allowed = _allowed(law.variance * samples, width) + slack
+    for name, sign in (("up", 1.0), ("away from zero", law.mean.sign())):
+        off = float((errors * sign).sum())
+        assert abs(off) <= allowed, f"biased {name} by {off}, allowed {allowed}"
+    off = float((errors**2 - law.variance).sum())
+    allowed = _allowed((law.fourth - law.variance**2).clamp(min=0) * samples, width**2)
+    allowed += samples * float((2 * law.slack * width + law.slack**2).sum())
+    assert abs(off) <= allowed, f"sum of squares is off by {off}, allowed {allowed}"
+
+
+# ----------------------------------------------------------------------------------------- replicas
+
+
+def all_bytes(tensors: Tensors, process_set: Any = hvd.global_process_set) -> torch.Tensor:
+    """The bytes of some tensors, a row for each rank."""
+    own = torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
+    gathered = hvd.allgather(own, name="test.replicas", process_set=process_set)
+    return gathered.view(process_set.size(), -1)
+
+
+def check_replicas(*tensors: torch.Tensor, process_set: Any = hvd.global_process_set) -> None:
+    """Assert that every rank holds the same bytes."""
+    rows = all_bytes(tensors, process_set)
+    differing = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
+    assert not differing, f"ranks {differing} differ from rank 0"
