@@ -12,6 +12,7 @@ in turn. Prints a table of medians with ratios to Horovod's float32 and to the b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -105,30 +106,24 @@ def launch(options: argparse.Namespace) -> dict[str, Any]:
     if os.geteuid() == 0:  # Open MPI wants to be told twice
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     reason = testbed.unavailable()
-    if reason is None:
-        with testbed.Testbed(options.ranks, options.rate) as bed:
-            command = [mpirun, *bed.mpirun_args(), *script]
-            output = subprocess.run(
-                bed.command(0, command),
-                env=environment,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                timeout=options.timeout,
-            ).stdout
-        where = f"{options.ranks} hosts (network namespaces), links of {options.rate}"
-    else:
-        arguments = ["-np", str(options.ranks), "--oversubscribe", "--bind-to", "none"]
-        arguments += ["--mca", "btl", "tcp,self", "--mca", "pml", "ob1"]
+    with contextlib.ExitStack() as stack:
+        if reason is None:
+            bed = stack.enter_context(testbed.Testbed(options.ranks, options.rate))
+            command = bed.command(0, [mpirun, *bed.mpirun_args(), *script])
+            where = f"{options.ranks} hosts (network namespaces), links of {options.rate}"
+        else:
+            arguments = ["-np", str(options.ranks), "--oversubscribe", "--bind-to", "none"]
+            arguments += ["--mca", "btl", "tcp,self", "--mca", "pml", "ob1"]
+            command = [mpirun, *arguments, *script]
+            where = f"loopback of one host ({reason})"
         output = subprocess.run(
-            [mpirun, *arguments, *script],
+            command,
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
             check=True,
             timeout=options.timeout,
         ).stdout
-        where = f"loopback of one host ({reason})"
     line = next(line for line in output.splitlines() if line.startswith("RESULT "))
     return {"where": where, "shaped": reason is None, **json.loads(line.removeprefix("RESULT "))}
 

@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from helpers import Z, check_mean, check_replicas, compressor, gradients
+from helpers import CONFIGURATIONS, Z, check_mean, check_replicas, compressor, gradients
 from mpi4py import MPI
 
 from mpi_ops import lanes
@@ -22,13 +22,6 @@ from mpi_ops.scheme import ConfigMismatchError
 
 COMM = MPI.COMM_WORLD
 
-CONFIGURATIONS = [
-    ("standard", 4),
-    ("standard", 8),
-    ("standard", None),
-    ("exponential", 4),
-    ("exponential", 8),
-]
 EVERY = pytest.mark.parametrize(("levels", "bits"), CONFIGURATIONS)
 
 
