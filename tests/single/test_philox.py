@@ -78,22 +78,22 @@ def test_which_random_bits_an_element_draws(count: int, bits: int) -> None:
     key = dither(5, "layer.weight", step=3, rank=2, stage=Stage.QUANTIZE)
     halves = halves_by_hand(count, key)
     assert [bit >> 16 for bit in random_bits(count, key).tolist()] == halves
-    # With levels = norm, x is in units of a level; multiples of 2**-10 leave no rounding.
+    # With levels = norm, x is in units of a level. Half of the elements just reach the next level
+    # with their dither, the others just do not: each of the 16 bits decides.
     levels = 2 ** (bits - 1) - 1
-    x = np.random.default_rng(count).integers(-1024 * levels, 1024 * levels + 1, count) / 1024
-    x = x.astype(np.float32)
+    rng = np.random.default_rng(count)
+    level = rng.integers(-min(levels, 255), min(levels, 255), count)
+    reached = rng.integers(0, 2, count)
+    x = level + (65536 - np.array(halves) - (1 - reached)) / 65536
     payload = host.quantize_standard(
-        buffer(x),
+        buffer(x.astype(np.float32)),
         float_bits(np.full(-(-count // ROW), levels)),
         block_size=ROW,
         bits=bits,
         levels=levels,
         dither=key,
     )
-    codes = [
-        (int(value * 65536) + half) // 65536 for value, half in zip(x.tolist(), halves, strict=True)
-    ]
-    np.testing.assert_array_equal(payload, pack_lanes(np.array(codes), bits))
+    np.testing.assert_array_equal(payload, pack_lanes(level + reached, bits))
 
 
 # ------------------------------------------------------------------------------------- independence

@@ -155,6 +155,37 @@ def test_exponential_codes_below_the_smallest_level() -> None:
     np.testing.assert_array_equal(packed, encode_exponential(values, 8))
 
 
+def just_reached(count: int) -> tuple[Array, Array]:
+    """Mantissas 1 <= m < 2 that with their 23 random bits just reach 2, or just do not; which."""
+    reached = np.random.default_rng(0).integers(0, 2, count)
+    random = random_bits(count, KEY) // 512
+    random[random == 0] = 1  # would have to be 2 itself
+    return 2 - (random + 1 - reached) / 2**23, reached
+
+
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_every_random_bit_decides(bits: int) -> None:
+    """In quantizing, and in reducing 24 codes that are the binary digits of a number."""
+    count = 4096
+    mantissa, reached = just_reached(count)
+    exponent = np.random.default_rng(1).integers(3 - top_level(bits), 0, count)
+    x = np.ldexp(mantissa, exponent).astype(np.float32)
+    codes = host.quantize_exponential(
+        buffer(x), float_bits(1.0), block_size=count, bits=bits, dither=KEY
+    )
+    expected = exponent + reached + top_level(bits)
+    decided = random_bits(count, KEY) >= 512
+    got = unpack_exponential(codes, bits, count)
+    np.testing.assert_array_equal(got[decided], expected[decided])
+    if bits == 8:
+        digits = (mantissa * 2**23).astype(np.int64) >> np.arange(24)[:, None] & 1
+        inputs = [
+            (digit * (126 - 23 + place)).astype(np.uint8) for place, digit in enumerate(digits)
+        ]
+        result = host.reduce_exponential(inputs, bits=8, dither=KEY)
+        np.testing.assert_array_equal(result[decided], 126 + reached[decided])
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
 def test_reduced_codes_bit_for_bit(bits: int, number: int) -> None:
