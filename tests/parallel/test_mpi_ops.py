@@ -54,7 +54,7 @@ def test_the_mean_is_unbiased_with_the_variance_of_its_closed_form(
 
 @EVERY
 def test_many_chunks_and_odd_sizes(levels: Any, bits: int | None) -> None:
-    for count in (1, 31, 33, 1000, 300_007):
+    for count in (1, 31, 33, 1000, 90_007):  # the last makes six chunks
         inputs = gradients(count, tag=2)
         result = allreduce(inputs[COMM.rank].numpy(), COMM, levels=levels, bits=bits)
         check_mean(torch.from_numpy(result), inputs, compressor(levels, bits))
