@@ -17,7 +17,6 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-TRANSPORTS = ("mpirun", "horovodrun")
 # From SIGTERM, on which a launcher ends its ranks, to SIGKILL.
 _GRACE_SECONDS = 10.0
 # What only one rank has done for this long is reported in its output.
@@ -89,8 +88,10 @@ def _prefix(transport: str, ranks: int, output: Path) -> list[str]:
         # More ranks than cores: let them share, and give their core away while they wait.
         sharing = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
         return [_tool("mpirun"), "-np", str(ranks), *sharing, "--output-filename", str(output)]
+    # For the same reason Horovod's own threads shall not wake up every millisecond.
+    sharing = ["--cycle-time-ms", "5"]
     hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]
-    return [_tool("horovodrun"), "--gloo", *hosts, "--output-filename", str(output)]
+    return [_tool("horovodrun"), "--gloo", *hosts, *sharing, "--output-filename", str(output)]
 
 
 def _tool(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import TRANSPORTS, launch
+from launcher import launch
 
 # Some ten times what they take on two idle cores.
 LIMIT_SECONDS = 420
@@ -28,8 +28,13 @@ def outcomes(text: str) -> dict[str, int]:
     return {word: int(number) for number, word in pairs}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("transport", "ranks"),
+    [
+        *(("mpirun", ranks) for ranks in (1, 2, 3, 4)),
+        *(("horovodrun", ranks) for ranks in (2, 3, 4)),
+    ],
+)
 def test_in_every_rank(
     transport: str,
     ranks: int,
