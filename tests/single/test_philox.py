@@ -78,13 +78,15 @@ def test_which_random_bits_an_element_draws(count: int, bits: int) -> None:
     key = dither(5, "layer.weight", step=3, rank=2, stage=Stage.QUANTIZE)
     halves = halves_by_hand(count, key)
     assert [bit >> 16 for bit in random_bits(count, key).tolist()] == halves
-    # With levels = norm, x is in units of a level. Half of the elements just reach the next level
-    # with their dither, the others just do not: each of the 16 bits decides.
+    # With levels = norm, x is in units of a level. Some elements just reach the next level with
+    # their dither, others just do not: each of the 16 bits decides. What they lack is in units of
+    # the dither, to which x is rounded.
     levels = 2 ** (bits - 1) - 1
     rng = np.random.default_rng(count)
-    level = rng.integers(-min(levels, 255), min(levels, 255), count)
-    reached = rng.integers(0, 2, count)
-    x = level + (65536 - np.array(halves) - (1 - reached)) / 65536
+    level = rng.integers(-min(levels, 31), min(levels, 31), count)
+    lack = rng.choice([0, 0.25, 0.75, 1], count)
+    reached = lack < 0.5
+    x = level + (65536 - np.array(halves) - lack) / 65536
     payload = host.quantize_standard(
         buffer(x.astype(np.float32)),
         float_bits(np.full(-(-count // ROW), levels)),
