@@ -298,7 +298,7 @@ def print_tables(
     console.print()
     table = Table(
         title=f"DeepFwFM, {start['parameters'] / 1e6:.2f} M parameters, "
-        f"{start['train_flights']:,} flights, {start['steps']} steps, {start['ranks']} ranks"
+        f"{start['train_flights']:,} flights\n{start['steps']} steps, {start['ranks']} ranks"
         + (f", mean of {seeds} seeds" if seeds > 1 else "")
     )
     table.add_column("compression")
