@@ -70,6 +70,18 @@ def test_zeros_stay_zeros_under_any_norm(method: str) -> None:
         np.testing.assert_array_equal(out, 0.0)
 
 
+def test_codes_under_a_norm_that_says_nothing_are_zero() -> None:
+    """A zero norm, Inf or NaN: whatever this rank holds, its codes add nothing."""
+    for norm, x in ((0, 0.0), (INF_BITS, 2.0), (NAN_BITS, -3.0)):
+        args = {"block_size": 64, "dither": KEY}
+        norms = np.array([norm], dtype=np.int32)
+        values = buffer(np.full(64, x, dtype=np.float32))
+        words = host.quantize_standard(values, norms, bits=8, levels=127, **args)
+        np.testing.assert_array_equal(words, 0)
+        codes = host.quantize_exponential(values, norms, bits=8, **args)
+        np.testing.assert_array_equal(codes & 127, 0)
+
+
 # -------------------------------------------------------------------------------------- NaN and Inf
 
 
