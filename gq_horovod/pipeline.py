@@ -33,7 +33,7 @@ class Handle(Protocol):
     def ready(self) -> bool:
         """Whether wait() would return at once."""
 
-    def wait(self) -> Array:
+    def wait(self) -> Any:
         """The result, after blocking until it is there. Raises if the operation failed."""
 
 
@@ -53,6 +53,24 @@ class Collectives(Protocol):
         """The arrays of all ranks, one after the other."""
 
 
+class Exchanges(Protocol):
+    """Averages by messages between ranks, told apart by number (`gq_horovod.mpi`)."""
+
+    def propose(self) -> int:
+        """A number, not negative, that this rank uses for no other exchange in flight."""
+
+    def start(
+        self,
+        number: int,
+        x: Buffer,
+        out: Buffer,
+        norms: NDArray[np.int32],
+        plan: Plan,
+        dither: Callable[[int, Stage], NDArray[np.uint32]],
+    ) -> Handle:
+        """Average `x` into `out`; `dither` gives the randomness of a chunk's stage."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One tensor to average over ranks."""
@@ -65,20 +83,26 @@ class Task:
     rank: int  # in the group that reduces
     seed: int
     step: int  # how many times this tensor was reduced before
+    exchanges: Exchanges | None = None  # where codes are to travel beside `collectives`
 
     def dither(self, stage: Stage) -> NDArray[np.uint32]:
         """Randomness of one stage on this rank."""
         return dither(self.seed, self.name, self.step, self.rank, stage)
 
+    def chunk_dither(self, chunk: int, stage: Stage) -> NDArray[np.uint32]:
+        """Randomness of one stage of a chunk on this rank."""
+        return dither(self.seed, f"{self.name}.{chunk}", self.step, self.rank, stage)
 
-Reduction = Generator[Handle, Array, Buffer]
+
+Reduction = Generator[Handle, Any, Buffer]
 
 
-def global_norms(task: Task) -> Generator[Handle, Array, Array]:
+def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
     """Norm of each block over all ranks, as bit patterns; NaN and Inf of one rank reach all."""
-    return (
-        yield task.collectives.allreduce_max(codec.norms(task.x, task.plan), f"{task.name}.norm")
+    norms: NDArray[np.int32] = yield task.collectives.allreduce_max(
+        codec.norms(task.x, task.plan), f"{task.name}.norm"
     )
+    return norms
 
 
 def standard(task: Task) -> Reduction:
@@ -105,10 +129,38 @@ def exponential(task: Task) -> Reduction:
     return mean
 
 
+def exchange(task: Task) -> Reduction:
+    """Codes of either kind, in messages between ranks (`mpi_ops.exchange`)."""
+    assert task.exchanges is not None
+    own = codec.norms(task.x, task.plan)
+    # Every rank's proposal comes back with the norms. A rank that has called hvd.join() takes part
+    # in Horovod's operations with zeros, and in no exchange.
+    proposals = np.zeros(task.plan.world_size, dtype=np.int32)
+    proposals[task.rank] = task.exchanges.propose() + 1
+    both = np.concatenate([own, proposals])
+    both = yield task.collectives.allreduce_max(both, f"{task.name}.norm")
+    norms, proposals = np.split(both, [own.size])
+    if not proposals.all():
+        raise RuntimeError(
+            f"GlobalQSGD: rank {int(np.argmin(proposals))} has called hvd.join(), which "
+            "transport='mpi' cannot do without it; use transport='horovod'."
+        )
+    mean = task.new_output()
+    yield task.exchanges.start(
+        int(proposals[0]) - 1, task.x, mean, norms, task.plan, task.chunk_dither
+    )
+    return mean
+
+
 METHODS: dict[str, Callable[[Task], Reduction]] = {
     "standard": standard,
     "exponential": exponential,
 }
+
+
+def method(task: Task) -> Callable[[Task], Reduction]:
+    """The way that a tensor goes."""
+    return METHODS[task.plan.levels] if task.exchanges is None else exchange
 
 
 class InFlight:
@@ -117,19 +169,34 @@ class InFlight:
     def __init__(self, task: Task) -> None:
         self.name = task.name
         self.result: Buffer | None = None
-        self._reduction = METHODS[task.plan.levels](task)
+        self.error: Exception | None = None  # what one of its operations or stages raised
+        self._reduction = method(task)(task)
         self._handle: Handle | None = next(self._reduction)
 
     def advance(self) -> bool:
-        """Go on to the next operation if this one is complete. Whether there was progress."""
-        if self._handle is None or not self._handle.ready():
+        """Go on to the next operation if this one is complete. Whether there was progress.
+
+        Raises nothing: an error belongs to this tensor, and is met by whoever asks for it. Those
+        who ask for another one would not know what to say about it.
+        """
+        if self._handle is None:
             return False
         try:
+            if not self._handle.ready():
+                return False
             self._handle = self._reduction.send(self._handle.wait())
         except StopIteration as done:
             self._handle = None
             self.result = done.value
+        except Exception as error:
+            self._handle = None
+            self.error = error
         return True
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result or an error."""
+        return self._handle is None
 
 
 class Pipeline:
@@ -146,7 +213,7 @@ class Pipeline:
         """
         abandoned = self._in_flight.get(task.name)
         if abandoned is not None:
-            self.finish(abandoned)
+            self._settle(abandoned)  # nobody asked for its error either
         self.poll()
         started = InFlight(task)
         self._in_flight[task.name] = started
@@ -154,11 +221,7 @@ class Pipeline:
 
     def poll(self) -> bool:
         """Advance every reduction whose operation is complete. Whether any was."""
-        try:
-            advanced = [reduction.advance() for reduction in self._in_flight.values()]
-        except BaseException:
-            self.give_up()
-            raise
+        advanced = [reduction.advance() for reduction in self._in_flight.values()]
         return any(advanced)
 
     def give_up(self) -> None:
@@ -166,8 +229,20 @@ class Pipeline:
         self._in_flight.clear()
 
     def finish(self, reduction: InFlight) -> Buffer:
-        """The mean of a tensor. Blocks, and advances the others meanwhile."""
-        while reduction.result is None:
+        """The mean of a tensor. Blocks, and advances the others meanwhile.
+
+        Raises what its operations or stages raised, and then gives up the others too.
+        """
+        self._settle(reduction)
+        if reduction.error is not None:
+            self.give_up()
+            raise reduction.error
+        assert reduction.result is not None
+        return reduction.result
+
+    def _settle(self, reduction: InFlight) -> None:
+        """Advance everything until a reduction is done, and forget that one."""
+        while not reduction.done:
             if self._in_flight.get(reduction.name) is not reduction:
                 raise RuntimeError(
                     f"GlobalQSGD: the reduction of {reduction.name!r} was given up, because an "
@@ -177,4 +252,3 @@ class Pipeline:
                 time.sleep(_POLL_SECONDS)
         if self._in_flight.get(reduction.name) is reduction:
             del self._in_flight[reduction.name]
-        return reduction.result

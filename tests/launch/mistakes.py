@@ -84,6 +84,21 @@ def as_small_as_the_token_on_one_rank(name: str) -> None:
     train(name, GlobalQSGD(), size=4 if is_last() else 5000)
 
 
+def different_sizes_among_others(name: str) -> None:
+    """The optimizer waits for another tensor when the operation of this one fails."""
+    weights = {f"{name}.{i}": torch.nn.Parameter(torch.zeros(5000)) for i in range(3)}
+    weights[name] = torch.nn.Parameter(torch.zeros(6000 if is_last() else 5000))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(weights.values(), lr=1.0),
+        named_parameters=weights.items(),
+        compression=GlobalQSGD(),
+    )
+    for weight in weights.values():
+        weight.sum().backward()
+    time.sleep(0.5)  # so that all of them are under way
+    optimizer.step()
+
+
 def going_on_with_the_same_compression(name: str) -> None:
     compression = GlobalQSGD()
     with contextlib.suppress(ConfigMismatchError):
