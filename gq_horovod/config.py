@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme
 
@@ -21,12 +21,16 @@ class Config(Scheme):
 
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
+    # What carries the codes: Horovod's own operations, or MPI messages beside them.
+    transport: Literal["horovod", "mpi"] = "horovod"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("min_elements", self.min_elements)
         if self.min_elements < 0:
             self._fail("min_elements", "0 or more", self.min_elements, "0 compresses every tensor")
+        if self.transport not in ("horovod", "mpi"):
+            self._fail("transport", "'horovod' or 'mpi'", self.transport, "choose one of them")
 
 
 # The settings of the paper's runs (arXiv 2305.18627, section 5): 8 bits and one norm for a tensor.

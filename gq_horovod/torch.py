@@ -57,7 +57,7 @@ from .config import (
     ConfigMismatchError,
     Plan,
 )
-from .pipeline import Array, InFlight, Pipeline, Task
+from .pipeline import Array, Exchanges, InFlight, Pipeline, Task
 
 __all__ = ["GlobalQSGD", "allreduce"]
 
@@ -205,6 +205,7 @@ class _Group:
     rank: int
     plan: Plan
     collectives: _Collectives
+    exchanges: Exchanges | None
     pipeline: Pipeline = field(default_factory=Pipeline)
     steps: dict[str, int] = field(default_factory=dict)  # reductions so far, by tensor name
 
@@ -263,6 +264,9 @@ class GlobalQSGD:
         min_elements: tensors with fewer elements go through Horovod's own Allreduce.
         seed: key of the dither; runs that share it (and everything else) are reproducible.
         process_set: the process set whose ranks reduce; by default that of the optimizer.
+        transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
+            "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
+            needs Horovod's MPI controller, MPI_THREAD_MULTIPLE and no hvd.join()).
 
     A NaN or Inf on any rank makes its block NaN on every rank; a block of zeros stays zeros.
     float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
@@ -277,7 +281,7 @@ class GlobalQSGD:
     paper_exponential = _Preset(PAPER_EXPONENTIAL)
     """The paper's exponential dithering: 8 bits, one norm per tensor."""
 
-    _instances: ClassVar[dict[Config, GlobalQSGD]] = {}
+    _instances: ClassVar[dict[tuple[type, Config], GlobalQSGD]] = {}
 
     def __init__(
         self,
@@ -289,6 +293,7 @@ class GlobalQSGD:
         min_elements: int = DEFAULT_MIN_ELEMENTS,
         seed: int = 0,
         process_set: Any = None,
+        transport: Literal["horovod", "mpi"] = "horovod",
     ) -> None:
         if process_set is not None and not isinstance(process_set, hvd.ProcessSet):
             raise TypeError(
@@ -302,6 +307,7 @@ class GlobalQSGD:
             norm=norm,
             min_elements=min_elements,
             seed=seed,
+            transport=transport,
         )
         self._process_set = process_set
         self._groups: dict[int, _Group] = {}
@@ -309,9 +315,10 @@ class GlobalQSGD:
     @classmethod
     def _shared(cls, config: Config) -> GlobalQSGD:
         """The instance that stands for the class, or for one of its presets."""
-        if config not in cls._instances:
-            cls._instances[config] = cls(**config.describe())
-        return cls._instances[config]
+        key = (cls, config)  # a subclass has instances of its own
+        if key not in cls._instances:
+            cls._instances[key] = cls(**config.describe())
+        return cls._instances[key]
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
@@ -344,6 +351,7 @@ class GlobalQSGD:
             rank=group.rank,
             seed=self.config.seed,
             step=group.next_step(caller.name),
+            exchanges=group.exchanges,
         )
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
@@ -392,15 +400,41 @@ class GlobalQSGD:
         if group is not None and group.session is session:
             return group
         plan = self.config.plan(process_set.size())
-        group = _Group(session, process_set.rank(), plan, _Collectives(process_set))
-        self._require_agreement(group)
+        collectives = _Collectives(process_set)
+        self._require_agreement(collectives)
+        exchanges = None
+        if self.config.transport == "mpi":
+            from .mpi import Messages
+
+            exchanges = Messages(process_set.ranks or list(range(hvd.size())))
+        group = _Group(session, process_set.rank(), plan, collectives, exchanges)
         self._groups[number] = group
         return group
 
-    def _require_agreement(self, group: _Group) -> None:
+    def _require_agreement(self, collectives: _Collectives) -> None:
         description = {"gq-horovod version": __version__, **self.config.describe()}
-        handle = group.collectives.allgather(agreement.encode(description), "gq.configuration")
+        if self.config.transport == "mpi" and (problem := _mpi_problem()):
+            remedy = "leave transport out to use Horovod's own operations."
+            description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
+        handle = collectives.allgather(agreement.encode(description), "gq.configuration")
         agreement.require_same(agreement.decode(agreement.wait(handle)))
+
+
+def _mpi_problem() -> str | None:
+    """Why transport="mpi" cannot be used on this rank, or None."""
+    if not hvd.mpi_built() or not hvd.mpi_enabled():
+        return "because Horovod does not use MPI: start the job with mpirun or horovodrun --mpi"
+    if not hvd.mpi_threads_supported():
+        return (
+            "because Horovod's MPI does not support MPI_THREAD_MULTIPLE: install one that does, "
+            "or unset HOROVOD_MPI_THREADS_DISABLE"
+        )
+    try:
+        from . import mpi
+    except ImportError as error:
+        return f"because mpi4py does not import ({error}): `pip install gq-horovod[mpi]`"
+    reason = mpi.problem(hvd.rank(), hvd.size())
+    return None if reason is None else f"because {reason}"
 
 
 def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:

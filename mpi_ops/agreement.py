@@ -39,22 +39,29 @@ def require_same(descriptions: list[dict[str, Any]], function: str = "GlobalQSGD
         if "error" in description
     }
     if failed:
-        listed = "; ".join(f"rank {rank}: {error}" for rank, error in failed.items())
+        listed = "; ".join(f"{ranks}: {error}" for error, ranks in _by_value(failed).items())
         raise ConfigMismatchError(f"{function}: not every rank could start. {listed}")
     differences = []
     for key in sorted(set().union(*descriptions)):
-        values = [description.get(key) for description in descriptions]
-        if any(value != values[0] for value in values):
-            by_value: dict[str, list[str]] = {}
-            for rank, value in enumerate(values):
-                by_value.setdefault(repr(value), []).append(str(rank))
-            listed = ", ".join(
-                f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
-                for value, ranks in by_value.items()
-            )
+        by_value = _by_value(
+            {rank: repr(description.get(key)) for rank, description in enumerate(descriptions)}
+        )
+        if len(by_value) > 1:
+            listed = ", ".join(f"{value} on {ranks}" for value, ranks in by_value.items())
             differences.append(f"{key} is {listed}")
     if differences:
         raise ConfigMismatchError(
             f"{function}: the ranks are configured differently: {'; '.join(differences)}. "
             "Pass the same options, and install the same version, on every rank."
         )
+
+
+def _by_value(values: dict[int, str]) -> dict[str, str]:
+    """Each of the ranks' values, and "rank 1" or "ranks 0, 2" that have it."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value, []).append(str(rank))
+    return {
+        value: f"rank{'s' if len(having) > 1 else ''} {', '.join(having)}"
+        for value, having in ranks.items()
+    }

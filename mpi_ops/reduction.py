@@ -5,20 +5,13 @@
 
     mean = allreduce(gradient, MPI.COMM_WORLD)
 
-Each rank sends every other rank its share of the codes, reduces its own share from all ranks' codes
-(standard: an integer sum; exponential: decoded, averaged, rounded once), and sends the result to
-every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an Allreduce can
-do, and one rank decides each share, so all ranks get the same bytes.
-
-Tensors are cut into chunks, several of which are in flight: while some travel, others are
-quantized, reduced or decoded. Importing this module imports mpi4py, which starts MPI.
+The codes travel as `mpi_ops.exchange` says. Importing this module imports mpi4py, which starts MPI.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,26 +19,18 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from . import agreement, codec, lanes
+from . import agreement, codec
 from .dither import Stage, dither
+from .exchange import TAGS, Exchange, Steps, finish
 from .kernels import host
 from .kernels.host import Buffer
 from .scheme import Plan, Scheme
 
 Bytes = NDArray[np.uint8]
-Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
 
-# A chunk's buffers hold twice its compressed size. Four of at least eight chunks in flight keep
-# that below the compressed size of the tensor; large chunks make messages that fill the network.
-CHUNKS_IN_FLIGHT = 4
-MINIMUM_CHUNKS = 8
-MAXIMUM_CHUNK = 1 << 20  # elements
-MINIMUM_CHUNK = 1 << 14
+# Exchanges in flight on one communicator have tags of their own. MPI guarantees tags to 32767.
+_TAG_SETS = 32768 // TAGS
 
-# Tags tell apart the chunks and the two exchanges of 16 operations in flight on one communicator.
-# MPI guarantees tags up to 32767.
-_TAGS = 32768
-MAXIMUM_CHUNKS = 1024
 _DESCRIPTION_BYTES = 1024
 
 
@@ -292,15 +277,10 @@ def _as_numpy(array: Any) -> NDArray[Any]:
 # ---------------------------------------------------------------------------------------- the steps
 
 
-def _finish(requests: list[MPI.Request]) -> Steps:
-    while not MPI.Request.Testall(requests):
-        yield
-
-
 def _reduction(
     channel: _Channel, operation: int, prepared: _Prepared | None, problem: Exception | None
 ) -> Steps:
-    """Agree, exchange norms, then exchange the chunks, CHUNKS_IN_FLIGHT of them at a time."""
+    """Agree, exchange norms, then the codes."""
     description = prepared.describe() if prepared is not None else {"error": str(problem)}
     encoded = agreement.encode(description)
     fingerprint = int.from_bytes(encoded.tobytes(), "little") % (2**61 - 1)
@@ -308,14 +288,14 @@ def _reduction(
     largest = np.empty_like(extremes)
     opening = channel.opening.Iallreduce(extremes, largest, op=MPI.MAX)
     local = None if prepared is None else codec.norms(prepared.x, prepared.plan)
-    yield from _finish([opening])
+    yield from finish([opening])
     while channel.turn != operation:
         yield
     # Every rank sees the same two extremes, so all take the same branch.
     if prepared is None or largest[0] != -largest[1]:
         request, gathered = _gather(channel.comm, encoded)
         channel.turn += 1
-        yield from _finish([request])
+        yield from finish([request])
         if problem is not None:
             raise problem
         descriptions = agreement.decode(gathered, _DESCRIPTION_BYTES)
@@ -325,20 +305,16 @@ def _reduction(
     norms = np.empty_like(local)
     exchange = channel.comm.Iallreduce(local, norms, op=MPI.MAX)
     channel.turn += 1
-    yield from _finish([exchange])
+    yield from finish([exchange])
     del local
-    waiting = _chunks(channel, prepared, norms)
-    active = [chunk for _, chunk in zip(range(CHUNKS_IN_FLIGHT), waiting, strict=False)]
-    while active:
-        for place, chunk in enumerate(active):
-            if next(chunk, chunk) is chunk:  # exhausted: this chunk is in `out`
-                following = next(waiting, None)
-                if following is None:
-                    del active[place]
-                    break
-                active[place] = following
-        if active:
-            yield
+    seed = prepared.scheme.seed
+
+    def random(chunk: int, stage: Stage) -> NDArray[np.uint32]:
+        return dither(seed, f"mpi_ops.allreduce.{chunk}", operation, channel.comm.rank, stage)
+
+    first_tag = operation % _TAG_SETS * TAGS
+    x, out, plan = prepared.x, prepared.target, prepared.plan
+    yield from Exchange(channel.comm, first_tag, x, out, norms, plan, random).steps()
     if not prepared.average:
         np.multiply(prepared.out, prepared.plan.world_size, out=prepared.out)
 
@@ -352,59 +328,3 @@ def _gather(comm: MPI.Intracomm, encoded: Bytes) -> tuple[MPI.Request, Bytes]:
     padded[: encoded.size] = encoded
     gathered = np.empty((comm.size, _DESCRIPTION_BYTES), dtype=np.uint8)
     return comm.Iallgather(padded, gathered), gathered
-
-
-def _chunks(channel: _Channel, prepared: _Prepared, norms: NDArray[np.int32]) -> Iterator[Steps]:
-    """The exchange of each chunk, not started yet."""
-    plan, count = prepared.plan, prepared.x.size
-    # Whole blocks and whole groups of lanes: chunks share neither norms nor words.
-    unit = np.lcm(plan.block_size or lanes.ROW, lanes.ROW * 32)
-    wanted = min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
-    size = int(-(-wanted // unit) * unit)
-    size = max(size, int(-(-count // (MAXIMUM_CHUNKS * unit)) * unit))
-    for index, start in enumerate(range(0, count, size)):
-        stop = min(start + size, count)
-        if plan.block_size is None:
-            own = norms
-        else:
-            own = norms[start // plan.block_size : lanes.blocks(stop, plan.block_size)]
-        yield _exchange(channel, prepared, index, start, stop, own)
-
-
-def _exchange(
-    channel: _Channel,
-    prepared: _Prepared,
-    index: int,
-    start: int,
-    stop: int,
-    norms: NDArray[np.int32],
-) -> Steps:
-    """Quantize a chunk, reduce this rank's share of it, gather all shares, dequantize."""
-    comm, plan = channel.comm, prepared.plan
-    x = _part(prepared.x, start, stop)
-    name = f"mpi_ops.allreduce.{index}"
-    seed, step = prepared.scheme.seed, prepared.operation
-    shape = (comm.size, codec.shard_size(x.size, plan))
-    tag = (prepared.operation * 2 * MAXIMUM_CHUNKS + 2 * index) % _TAGS
-    others = [rank for rank in range(comm.size) if rank != comm.rank]
-
-    payload = np.empty(shape, dtype=codec.payload_dtype(plan))
-    pieces = np.empty_like(payload)
-    random = dither(seed, name, step, comm.rank, Stage.QUANTIZE)
-    codec.quantize(x, norms, plan, random, out=payload.reshape(-1))
-    pieces[comm.rank] = payload[comm.rank]
-    requests = [comm.Irecv(pieces[rank], rank, tag) for rank in others]
-    requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
-    yield from _finish(requests)
-
-    random = dither(seed, name, step, comm.rank, Stage.REDUCE)
-    codec.reduce(pieces, plan, random, out=payload[comm.rank])
-    requests = [comm.Irecv(payload[rank], rank, tag + 1) for rank in others]
-    requests += [comm.Isend(payload[comm.rank], rank, tag + 1) for rank in others]
-    yield from _finish(requests)
-    codec.dequantize(payload.reshape(-1), norms, plan, _part(prepared.target, start, stop))
-
-
-def _part(buffer: Buffer, start: int, stop: int) -> Buffer:
-    item = host.ITEM_BYTES[buffer.dtype]
-    return Buffer(buffer.pointer + start * item, buffer.dtype, stop - start, buffer.owner)

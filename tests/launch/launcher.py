@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+# Beside .venv, whose mpiexec is Open MPI's; the one place that names a version of MPICH.
+MPICH_PIN = ROOT / "tests" / "launch" / "requirements-mpich.txt"
+MPICH = ROOT / "build" / MPICH_PIN.read_text().split()[-1].replace("==", "-")
 # From SIGTERM, on which a launcher ends its ranks, to SIGKILL.
 _GRACE_SECONDS = 10.0
 # What only one rank has done for this long is reported in its output.
@@ -44,15 +47,21 @@ class Job:
 
 
 def launch(
-    transport: str, ranks: int, command: Sequence[object], limit: float, directory: Path
+    transport: str,
+    ranks: int,
+    command: Sequence[object],
+    limit: float,
+    directory: Path,
+    variables: Mapping[str, str] | None = None,
 ) -> Job:
     """Run a Python command in `ranks` ranks on this machine.
 
     Arguments:
-        transport: "mpirun" (Horovod over MPI) or "horovodrun" (Horovod over Gloo).
+        transport: "mpirun" (Open MPI), "mpich" (its mpiexec), or "horovodrun" (Horovod over Gloo).
         command: arguments of the Python interpreter.
         limit: seconds after which the whole job is ended.
         directory: an empty one, for the output.
+        variables: more environment variables.
     """
     output = directory / "ranks"
     log = directory / "launcher.txt"
@@ -61,7 +70,7 @@ def launch(
         process = subprocess.Popen(
             [*_prefix(transport, ranks, output), sys.executable, *(str(part) for part in command)],
             cwd=ROOT,
-            env=_environment(),
+            env={**_environment(transport), **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -88,6 +97,11 @@ def _prefix(transport: str, ranks: int, output: Path) -> list[str]:
         # More ranks than cores: let them share, and give their core away while they wait.
         sharing = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
         return [_tool("mpirun"), "-np", str(ranks), *sharing, "--output-filename", str(output)]
+    if transport == "mpich":
+        for rank in range(ranks):
+            (output / f"rank.{rank}").mkdir(parents=True)
+        files = [f"-{name}file-pattern={output}/rank.%r/std{name}" for name in ("out", "err")]
+        return [str(MPICH / "bin" / "mpiexec"), "-n", str(ranks), *files]
     # For the same reason Horovod's own threads shall not wake up every millisecond.
     sharing = ["--cycle-time-ms", "5"]
     hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]
@@ -100,11 +114,14 @@ def _tool(name: str) -> str:
     return found
 
 
-def _environment() -> dict[str, str]:
+def _environment(transport: str) -> dict[str, str]:
     environment = dict(os.environ)
     environment["OMP_NUM_THREADS"] = "1"
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # horovodrun imports TensorFlow, which talks
     environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(_STALL_SECONDS)
+    if transport == "mpich":
+        # mpi4py's wheel chooses its MPI at run time, and has a module for each.
+        environment["MPI4PY_LIBMPI"] = str(MPICH / "lib" / "libmpi.so.12")
     if os.geteuid() == 0:
         environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
         environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"

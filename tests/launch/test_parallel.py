@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import launch
+from launcher import Job, launch
 
 # Some ten times what they take on two idle cores.
 LIMIT_SECONDS = 420
@@ -15,7 +15,7 @@ LIMIT_SECONDS = 420
 TRACEBACK_SECONDS = 120
 
 PYTEST = (
-    *("-m", "pytest", "tests/parallel", "-q", "--color=no", "-p", "no:cacheprovider"),
+    *("-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"),
     # What the libraries print goes straight to the rank's output, where an abort leaves it.
     *("--capture=sys", "-o", f"faulthandler_timeout={TRACEBACK_SECONDS}"),
 )
@@ -36,17 +36,42 @@ def outcomes(text: str) -> dict[str, int]:
     ],
 )
 def test_in_every_rank(
-    transport: str,
+    transport: str, ranks: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    job = launch(transport, ranks, [*PYTEST, "tests/parallel"], LIMIT_SECONDS, tmp_path)
+    check(job, ranks)
+    record_property("job", f"{transport}, {ranks} ranks: {summary(job)}")
+
+
+# What depends on the option of that name. It has nothing to do with tests/launch's transports.
+OVER_MPI = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "optimizer", "training")]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_with_transport_mpi(
     ranks: int,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    job = launch(transport, ranks, PYTEST, LIMIT_SECONDS, tmp_path)
+    monkeypatch.setenv("GQ_TEST_TRANSPORT", "mpi")
+    job = launch("mpirun", ranks, [*PYTEST, *OVER_MPI], LIMIT_SECONDS, tmp_path)
+    check(job, ranks)
+    record_property("job", f"transport='mpi', {ranks} ranks: {summary(job)}")
+
+
+def check(job: Job, ranks: int) -> None:
+    """Assert that every rank ran the same tests, and that they passed."""
     assert not job.timed_out, job.report()
     assert job.status == 0, job.report()
     assert list(job.ranks) == list(range(ranks)), job.report()
     counts = [outcomes(text) for text in job.ranks.values()]
     assert counts[0].get("passed", 0) > 0, job.report()
     assert counts == [counts[0]] * ranks, f"the ranks ran different tests: {counts}"
-    listed = ", ".join(f"{number} {word}" for word, number in counts[0].items())
-    record_property("job", f"{transport}, {ranks} ranks: {listed} in {job.seconds:.0f} s")
+
+
+def summary(job: Job) -> str:
+    """What rank 0 counted, in words."""
+    counts = outcomes(job.ranks[0])
+    listed = ", ".join(f"{number} {word}" for word, number in counts.items())
+    return f"{listed} in {job.seconds:.0f} s"

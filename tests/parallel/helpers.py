@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -28,12 +29,15 @@ CONFIGURATIONS = [
     ("exponential", 8),
 ]
 
+# The launcher runs the tests of GlobalQSGD with each.
+TRANSPORT = os.environ.get("GQ_TEST_TRANSPORT", "horovod")
+
 _instances: dict[Any, GlobalQSGD] = {}
 
 
 def compressor(levels: str = "standard", bits: int | None = None, **options: Any) -> GlobalQSGD:
     """One instance per configuration, because the first use of each costs an agreement."""
-    options = {"min_elements": 0, **options}
+    options = {"min_elements": 0, "transport": TRANSPORT, **options}
     key = (levels, bits, *sorted(options.items()))
     if key not in _instances:
         _instances[key] = GlobalQSGD(levels=levels, bits=bits, **options)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
 import pytest
 import torch
-from helpers import all_bytes, check_mean, check_replicas, compressor, gradient
+from helpers import TRANSPORT, all_bytes, check_mean, check_replicas, compressor, gradient
 
 from gq_horovod import pipeline
 from gq_horovod.pipeline import Reduction, Task
@@ -386,7 +387,10 @@ def test_training_goes_on_after_an_exception(levels: str, place: str) -> None:
     for step in (1, 2):
         names = list(parameters)
         with contextlib.suppress(_UserError):
-            backward(parameters, step + 4, names if place == "before step" else names[:2])
+            for name in names if place == "before step" else names[:2]:
+                backward(parameters, step + 4, [name])
+                if hvd.rank() == 0:  # it will have gone further than the others
+                    time.sleep(0.05)
             raise _UserError
         # A script loads its last checkpoint here. The barrier keeps a fast rank from submitting a
         # name again that a slow one has not submitted once, which Horovod itself forbids.
@@ -424,7 +428,7 @@ def test_ranks_that_have_joined_bring_zeros() -> None:
 
     Not with exponential levels: Horovod has no Alltoall for ranks that have joined.
     """
-    compression = compressor("standard", min_elements=MIN_ELEMENTS)
+    compression = compressor("standard", min_elements=MIN_ELEMENTS, transport="horovod")
     parameters = make_parameters()
     optimizer = make_optimizer(parameters, compression)
     last = hvd.size() - 1
@@ -440,6 +444,20 @@ def test_ranks_that_have_joined_bring_zeros() -> None:
             ]
             check_gradient(parameter.grad, inputs, compression)
         apply(optimizer)
+    hvd.join()
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.skipif(TRANSPORT != "mpi", reason="needs transport='mpi'")
+def test_a_rank_that_has_joined_is_an_error_over_mpi() -> None:
+    """It would be missed for ever: it takes part in Horovod's operations only."""
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, compressor(min_elements=MIN_ELEMENTS))
+    last = hvd.size() - 1
+    if hvd.rank() != last:
+        backward(parameters, 0)
+        with pytest.raises(RuntimeError, match=rf"rank {last} has called hvd.join\(\)"):
+            optimizer.synchronize()
     hvd.join()
 
 
@@ -465,7 +483,8 @@ def test_without_quantization_it_is_horovod_bit_for_bit(
     """Integers that are multiples of the number of ranks, so that no sum or mean is rounded."""
     monkeypatch.setitem(pipeline.METHODS, "standard", _uncompressed)
     rows = []
-    for compression in (compressor(min_elements=MIN_ELEMENTS), hvd.Compression.none):
+    own_way = compressor(min_elements=MIN_ELEMENTS, transport="horovod")
+    for compression in (own_way, hvd.Compression.none):
         parameters = {
             name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()
         }

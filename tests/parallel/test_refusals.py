@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,9 @@ DIFFERENCES = [
     ("min_elements", 1000, 1001),
     ("norm", "l2", "max"),
 ]
+OVER_GLOO = os.environ.get("HOROVOD_CONTROLLER") == "gloo"
+if not OVER_GLOO:  # there a rank cannot even start with it
+    DIFFERENCES.append(("transport", "mpi", "horovod"))
 
 
 @pytest.mark.usefixtures("several_ranks")
@@ -221,5 +225,23 @@ def test_another_process_set_than_the_optimizers(ends: hvd.ProcessSet, name: str
         rf"process_set must be that of the caller, ranks .*, got ranks \[0, {hvd.size() - 1}\]; "
         "pass the same process_set to both, or only to Horovod",
         text,
+    )
+    check_it_still_works(name)
+
+
+# ---------------------------------------------------------------------------------------- transport
+
+
+@pytest.mark.skipif(not OVER_GLOO, reason="Horovod does use MPI here")
+def test_transport_mpi_without_mpi(name: str) -> None:
+    compression = GlobalQSGD(transport="mpi")
+    text = message_of(
+        ConfigMismatchError, allreduce, torch.ones(5000), name, compression=compression
+    )
+    every = ", ".join(str(rank) for rank in range(hvd.size()))
+    assert text == (
+        f"GlobalQSGD: not every rank could start. rank{'s' if hvd.size() > 1 else ''} {every}: "
+        "transport='mpi' cannot be used, because Horovod does not use MPI: start the job with "
+        "mpirun or horovodrun --mpi; or leave transport out to use Horovod's own operations."
     )
     check_it_still_works(name)

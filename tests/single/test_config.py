@@ -80,6 +80,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 PLUGIN_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
+        {"transport": "nccl"},
+        ValueError,
+        "transport must be 'horovod' or 'mpi', got 'nccl'; choose one of them.",
+    ),
+    (
         {"min_elements": -1},
         ValueError,
         "min_elements must be 0 or more, got -1; 0 compresses every tensor.",
@@ -126,7 +131,9 @@ def test_description_has_every_option() -> None:
     described = config.describe()
     assert Config(**described) == config
     assert set(described) == {field.name for field in dataclasses.fields(Config)}
-    assert {"levels", "bits", "block_size", "norm", "seed", "min_elements"} == set(described)
+    assert {"levels", "bits", "block_size", "norm", "seed", "min_elements", "transport"} == set(
+        described
+    )
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -393,6 +400,14 @@ def test_the_class_stands_for_its_default_instance(plugin: Any) -> None:
     assert own.decompress.__self__ is own
     assert own.config == Config(bits=10, seed=3)
     assert GlobalQSGD().compress.__self__ is not of_class
+
+
+def test_a_subclass_stands_for_an_instance_of_itself(plugin: Any) -> None:
+    Sub = type("Sub", (plugin.GlobalQSGD,), {})
+    assert type(plugin.GlobalQSGD.compress.__self__) is plugin.GlobalQSGD
+    assert type(Sub.compress.__self__) is Sub
+    assert type(Sub.paper_standard) is Sub
+    assert type(plugin.GlobalQSGD.paper_standard) is plugin.GlobalQSGD
 
 
 def test_presets_are_shared_instances(plugin: Any) -> None:

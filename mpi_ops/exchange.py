@@ -1,0 +1,121 @@
+"""Reduce a tensor's codes among the ranks of a communicator by messages between pairs of ranks.
+
+Each rank sends every other rank its share of the codes, reduces its own share from all ranks' codes
+(standard: an integer sum; exponential: decoded, averaged, rounded once), and sends the result to
+every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an Allreduce can
+do, and one rank decides each share, so all ranks get the same bytes.
+
+Tensors are cut into chunks, several of which are in flight: while some travel, others are
+quantized, reduced or decoded. Importing this module imports mpi4py, which starts MPI.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from . import codec, lanes
+from .dither import Stage
+from .kernels import host
+from .kernels.host import Buffer
+from .scheme import Plan
+
+Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
+
+# A chunk's buffers hold twice its compressed size. Four of at least eight chunks in flight keep
+# that below the compressed size of the tensor; large chunks make messages that fill the network.
+CHUNKS_IN_FLIGHT = 4
+MINIMUM_CHUNKS = 8
+MAXIMUM_CHUNK = 1 << 20  # elements
+MINIMUM_CHUNK = 1 << 14
+
+# What one exchange uses: one for each of the two messages of every chunk in flight. MPI delivers
+# messages of one tag in the order in which they were sent, so later chunks use them again.
+TAGS = 2 * CHUNKS_IN_FLIGHT
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One tensor to average. Exchanges in flight on one communicator must not share tags."""
+
+    comm: MPI.Intracomm
+    first_tag: int  # the same on every rank; uses TAGS tags from here
+    x: Buffer  # must not change until the exchange is complete
+    out: Buffer  # for the mean; as many elements as x, no memory in common
+    norms: NDArray[np.int32]  # of all ranks
+    plan: Plan
+    dither: Callable[[int, Stage], NDArray[np.uint32]]  # of a chunk's stage
+
+    def steps(self) -> Steps:
+        """Do it; `out` is complete at the end."""
+        window: deque[Steps] = deque()
+        for chunk in self._chunks():
+            if len(window) == CHUNKS_IN_FLIGHT:
+                yield from _oldest(window)
+            window.append(chunk)
+        while window:
+            yield from _oldest(window)
+
+    def _chunks(self) -> Iterator[Steps]:
+        """The exchange of each chunk, not started yet."""
+        plan, count = self.plan, self.x.size
+        # Whole blocks and whole groups of lanes: chunks share neither norms nor words.
+        unit = np.lcm(plan.block_size or lanes.ROW, lanes.ROW * 32)
+        wanted = min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
+        size = int(-(-wanted // unit) * unit)
+        for index, start in enumerate(range(0, count, size)):
+            stop = min(start + size, count)
+            if plan.block_size is None:
+                norms = self.norms
+            else:
+                norms = self.norms[start // plan.block_size : lanes.blocks(stop, plan.block_size)]
+            yield self._chunk(index, start, stop, norms)
+
+    def _chunk(self, index: int, start: int, stop: int, norms: NDArray[np.int32]) -> Steps:
+        """Quantize a chunk, reduce this rank's share of it, gather all shares, dequantize."""
+        comm, plan = self.comm, self.plan
+        x = _part(self.x, start, stop)
+        shape = (comm.size, codec.shard_size(x.size, plan))
+        tag = self.first_tag + 2 * (index % CHUNKS_IN_FLIGHT)
+        # Each rank begins with its neighbour, so that not all of them send to the same one first.
+        others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+
+        payload = np.empty(shape, dtype=codec.payload_dtype(plan))
+        pieces = np.empty_like(payload)
+        requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
+        codec.quantize(x, norms, plan, self.dither(index, Stage.QUANTIZE), out=payload.reshape(-1))
+        requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
+        pieces[comm.rank] = payload[comm.rank]
+        yield from finish(requests)
+
+        requests = [comm.Irecv(payload[rank], rank, tag + 1) for rank in reversed(others)]
+        codec.reduce(pieces, plan, self.dither(index, Stage.REDUCE), out=payload[comm.rank])
+        requests += [comm.Isend(payload[comm.rank], rank, tag + 1) for rank in others]
+        yield from finish(requests)
+        codec.dequantize(payload.reshape(-1), norms, plan, _part(self.out, start, stop))
+
+
+def finish(requests: list[MPI.Request]) -> Steps:
+    """Wait for messages."""
+    while not MPI.Request.Testall(requests):
+        yield
+
+
+def _oldest(window: deque[Steps]) -> Steps:
+    """Advance the chunks of a window until its oldest is complete, and drop that one."""
+    while True:
+        for chunk in list(window):
+            if next(chunk, chunk) is chunk and chunk is window[0]:
+                window.popleft()
+                return
+        yield
+
+
+def _part(buffer: Buffer, start: int, stop: int) -> Buffer:
+    item = host.ITEM_BYTES[buffer.dtype]
+    return Buffer(buffer.pointer + start * item, buffer.dtype, stop - start, buffer.owner)

@@ -1,0 +1,69 @@
+"""Runs the tests of mpi_ops that need no Horovod under Open MPI and under MPICH."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launcher import MPICH, MPICH_PIN, launch
+from test_parallel import PYTEST, check, summary
+
+# Some ten times what they take on two busy cores.
+LIMIT_SECONDS = 240
+# mpi4py.run ends the job when one rank fails; -x makes that the first failure.
+COMMAND = (
+    *("-m", "mpi4py", *PYTEST, "-x", "--noconftest"),
+    *("tests/parallel/test_mpi_op.py", "tests/parallel/test_mpi_allreduce.py"),
+)
+VARIABLES = {
+    # The tests choose among the library's algorithms.
+    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+    "MPIR_CVAR_DEVICE_COLLECTIVES": "none",
+}
+
+
+Record = Callable[[str, object], None]
+
+
+def run(transport: str, library: str, ranks: int, directory: Path, record: Record) -> None:
+    title = f"{library}, {ranks} ranks"
+    variables = {**VARIABLES, "GQ_TEST_MPI": title}
+    job = launch(transport, ranks, COMMAND, LIMIT_SECONDS, directory, variables)
+    check(job, ranks)
+    record("job", f"{title}, without Horovod: {summary(job)}")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+def test_open_mpi(ranks: int, tmp_path: Path, record_property: Record) -> None:
+    run("mpirun", "Open MPI", ranks, tmp_path, record_property)
+
+
+@pytest.fixture(scope="session")
+def mpich() -> None:
+    """MPICH in a directory of its own, installed once."""
+    if MPICH.exists():
+        return
+    MPICH.parent.mkdir(exist_ok=True)
+    fresh = tempfile.mkdtemp(prefix=".mpich-", dir=MPICH.parent)
+    # --target would leave out lib/, where the library is.
+    pip = [sys.executable, "-m", "pip", "install", "--prefix", fresh, "--ignore-installed"]
+    answer = subprocess.run(
+        [*pip, "--no-deps", "--only-binary", ":all:", "-r", str(MPICH_PIN)],
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode != 0:
+        shutil.rmtree(fresh)
+        pytest.skip(f"MPICH cannot be installed: {answer.stderr.strip().splitlines()[-1]}")
+    Path(fresh).rename(MPICH)  # complete, whoever looks
+
+
+@pytest.mark.usefixtures("mpich")
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_mpich(ranks: int, tmp_path: Path, record_property: Record) -> None:
+    run("mpich", "MPICH", ranks, tmp_path, record_property)
