@@ -16,6 +16,8 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpi_ops.chunks import Chunk
+from mpi_ops.codec import Payload
 from mpi_ops.dither import Stage
 from mpi_ops.exchange import TAGS, Exchange
 from mpi_ops.kernels.host import Buffer
@@ -67,13 +69,13 @@ class Messages:
         self,
         number: int,
         x: Buffer,
-        out: Buffer,
         norms: NDArray[np.int32],
         plan: Plan,
         dither: Callable[[int, Stage], NDArray[np.uint32]],
+        deliver: Callable[[Chunk, Payload], None],
     ) -> Running:
-        """Average `x` over ranks into `out`."""
-        return Running(Exchange(self._comm, number * TAGS, x, out, norms, plan, dither))
+        """Reduce the codes of `x` over ranks."""
+        return Running(Exchange(self._comm, number * TAGS, x, norms, plan, dither, deliver))
 
 
 @cache

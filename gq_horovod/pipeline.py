@@ -16,12 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ops import codec
+from mpi_ops.chunks import Chunk, chunks
+from mpi_ops.codec import Payload
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .config import Plan
 
 Array = NDArray[Any]
+
+# A large tensor's codes travel in chunks: while some do, the next are computed. Chunks this large
+# still fill the network.
+CHUNK_ELEMENTS = 1 << 22
 
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
 _POLL_SECONDS = 50e-6
@@ -54,7 +60,7 @@ class Collectives(Protocol):
 
 
 class Exchanges(Protocol):
-    """Averages by messages between ranks, told apart by number (`gq_horovod.mpi`)."""
+    """Reductions by messages between ranks, told apart by number (`gq_horovod.mpi`)."""
 
     def propose(self) -> int:
         """A number, not negative, that this rank uses for no other exchange in flight."""
@@ -63,12 +69,12 @@ class Exchanges(Protocol):
         self,
         number: int,
         x: Buffer,
-        out: Buffer,
         norms: NDArray[np.int32],
         plan: Plan,
         dither: Callable[[int, Stage], NDArray[np.uint32]],
+        deliver: Deliver,
     ) -> Handle:
-        """Average `x` into `out`; `dither` gives the randomness of a chunk's stage."""
+        """Reduce `x`; `dither` gives the randomness of a chunk's stage, `deliver` takes codes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,9 @@ class Task:
 
     name: str  # the same on every rank, and different for tensors in flight together
     x: Buffer  # must not change until the reduction is done
-    new_output: Callable[[], Buffer]  # memory for the mean, with as many elements as x
+    # Called when the mean is asked for, by when x is not needed any more: memory for the mean, with
+    # as many elements as x; may be x itself.
+    new_output: Callable[[], Buffer]
     plan: Plan
     collectives: Collectives
     rank: int  # in the group that reduces
@@ -85,16 +93,20 @@ class Task:
     step: int  # how many times this tensor was reduced before
     exchanges: Exchanges | None = None  # where codes are to travel beside `collectives`
 
-    def dither(self, stage: Stage) -> NDArray[np.uint32]:
-        """Randomness of one stage on this rank."""
-        return dither(self.seed, self.name, self.step, self.rank, stage)
-
-    def chunk_dither(self, chunk: int, stage: Stage) -> NDArray[np.uint32]:
+    def dither(self, chunk: int, stage: Stage) -> NDArray[np.uint32]:
         """Randomness of one stage of a chunk on this rank."""
         return dither(self.seed, f"{self.name}.{chunk}", self.step, self.rank, stage)
 
+    def chunks(self, norms: NDArray[np.int32]) -> list[Chunk]:
+        """The chunks in which codes travel through `collectives`."""
+        return list(chunks(self.x.size, norms, self.plan, CHUNK_ELEMENTS))
 
-Reduction = Generator[Handle, Any, Buffer]
+
+# A method waits for the handles that it yields, and delivers what the mean is decoded from: each
+# chunk's reduced payload, when the chunk's part of x is not needed any more.
+Deliver = Callable[[Chunk, Payload], None]
+Reduction = Generator[Handle, Any, None]
+Method = Callable[[Task, Deliver], Reduction]
 
 
 def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
@@ -105,31 +117,43 @@ def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
     return norms
 
 
-def standard(task: Task) -> Reduction:
+def standard(task: Task, deliver: Deliver) -> Reduction:
     """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
     norms = yield from global_norms(task)
-    payload = codec.quantize(task.x, norms, task.plan, task.dither(Stage.QUANTIZE))
-    payload = yield task.collectives.allreduce_sum(payload, f"{task.name}.codes")
-    mean = task.new_output()
-    codec.dequantize(payload, norms, task.plan, mean)
-    return mean
+    sums = []
+    for chunk in task.chunks(norms):
+        random = task.dither(chunk.index, Stage.QUANTIZE)
+        payload = codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random)
+        name = f"{task.name}.codes.{chunk.index}"
+        sums.append((chunk, task.collectives.allreduce_sum(payload, name)))
+    for chunk, handle in sums:
+        deliver(chunk, (yield handle))
 
 
-def exponential(task: Task) -> Reduction:
+def exponential(task: Task, deliver: Deliver) -> Reduction:
     """Codes of powers of two: each rank reduces one shard of all ranks' codes with one rounding."""
     plan = task.plan
     norms = yield from global_norms(task)
-    codes = np.empty(codec.shard_size(task.x.size, plan) * plan.world_size, dtype=np.uint8)
-    codec.quantize(task.x, norms, plan, task.dither(Stage.QUANTIZE), out=codes)
-    pieces = yield task.collectives.alltoall(codes, f"{task.name}.codes")
-    shard = codec.reduce(np.split(pieces, plan.world_size), plan, task.dither(Stage.REDUCE))
-    codes = yield task.collectives.allgather(shard, f"{task.name}.mean")
-    mean = task.new_output()
-    codec.dequantize(codes, norms, plan, mean)
-    return mean
+    received = []
+    for chunk in task.chunks(norms):
+        x = chunk.of(task.x)
+        codes = np.empty(codec.shard_size(x.size, plan) * plan.world_size, dtype=np.uint8)
+        random = task.dither(chunk.index, Stage.QUANTIZE)
+        codec.quantize(x, chunk.norms, plan, random, out=codes)
+        name = f"{task.name}.codes.{chunk.index}"
+        received.append((chunk, task.collectives.alltoall(codes, name)))
+    means = []
+    for chunk, handle in received:
+        pieces = yield handle
+        random = task.dither(chunk.index, Stage.REDUCE)
+        shard = codec.reduce(np.split(pieces, plan.world_size), plan, random)
+        name = f"{task.name}.mean.{chunk.index}"
+        means.append((chunk, task.collectives.allgather(shard, name)))
+    for chunk, handle in means:
+        deliver(chunk, (yield handle))
 
 
-def exchange(task: Task) -> Reduction:
+def exchange(task: Task, deliver: Deliver) -> Reduction:
     """Codes of either kind, in messages between ranks (`mpi_ops.exchange`)."""
     assert task.exchanges is not None
     own = codec.norms(task.x, task.plan)
@@ -145,20 +169,14 @@ def exchange(task: Task) -> Reduction:
             f"GlobalQSGD: rank {int(np.argmin(proposals))} has called hvd.join(), which "
             "transport='mpi' cannot do without it; use transport='horovod'."
         )
-    mean = task.new_output()
-    yield task.exchanges.start(
-        int(proposals[0]) - 1, task.x, mean, norms, task.plan, task.chunk_dither
-    )
-    return mean
+    number = int(proposals[0]) - 1
+    yield task.exchanges.start(number, task.x, norms, task.plan, task.dither, deliver)
 
 
-METHODS: dict[str, Callable[[Task], Reduction]] = {
-    "standard": standard,
-    "exponential": exponential,
-}
+METHODS: dict[str, Method] = {"standard": standard, "exponential": exponential}
 
 
-def method(task: Task) -> Callable[[Task], Reduction]:
+def method(task: Task) -> Method:
     """The way that a tensor goes."""
     return METHODS[task.plan.levels] if task.exchanges is None else exchange
 
@@ -168,10 +186,20 @@ class InFlight:
 
     def __init__(self, task: Task) -> None:
         self.name = task.name
-        self.result: Buffer | None = None
         self.error: Exception | None = None  # what one of its operations or stages raised
-        self._reduction = method(task)(task)
+        self._task = task
+        self._delivered: list[tuple[Chunk, Payload]] = []
+        self._output: Buffer | None = None
+        self._reduction = method(task)(task, self._deliver)
         self._handle: Handle | None = next(self._reduction)
+
+    def _deliver(self, chunk: Chunk, payload: Payload) -> None:
+        self._delivered.append((chunk, payload))
+
+    @property
+    def done(self) -> bool:
+        """Whether every operation is complete, or one has failed."""
+        return self._handle is None
 
     def advance(self) -> bool:
         """Go on to the next operation if this one is complete. Whether there was progress.
@@ -185,18 +213,25 @@ class InFlight:
             if not self._handle.ready():
                 return False
             self._handle = self._reduction.send(self._handle.wait())
-        except StopIteration as done:
+        except StopIteration:
             self._handle = None
-            self.result = done.value
         except Exception as error:
             self._handle = None
             self.error = error
         return True
 
-    @property
-    def done(self) -> bool:
-        """Whether there is a result or an error."""
-        return self._handle is None
+    def decode(self) -> Buffer:
+        """Decode what has been delivered so far, and return the mean, which then has that much.
+
+        Not before the mean is asked for: a reduction that nobody asks for must not write to memory
+        that its owner may use for something else by then.
+        """
+        if self._output is None:
+            self._output = self._task.new_output()
+        for chunk, payload in self._delivered:
+            codec.dequantize(payload, chunk.norms, self._task.plan, chunk.of(self._output))
+        self._delivered.clear()
+        return self._output
 
 
 class Pipeline:
@@ -233,14 +268,16 @@ class Pipeline:
 
         Raises what its operations or stages raised, and then gives up the others too.
         """
-        self._settle(reduction)
-        if reduction.error is not None:
+        try:
+            self._settle(reduction, reduction.decode)
+            if reduction.error is not None:
+                raise reduction.error
+            return reduction.decode()
+        except Exception:
             self.give_up()
-            raise reduction.error
-        assert reduction.result is not None
-        return reduction.result
+            raise
 
-    def _settle(self, reduction: InFlight) -> None:
+    def _settle(self, reduction: InFlight, meanwhile: Callable[[], object] = bool) -> None:
         """Advance everything until a reduction is done, and forget that one."""
         while not reduction.done:
             if self._in_flight.get(reduction.name) is not reduction:
@@ -250,5 +287,6 @@ class Pipeline:
                 )
             if not self.poll():
                 time.sleep(_POLL_SECONDS)
+            meanwhile()
         if self._in_flight.get(reduction.name) is reduction:
             del self._in_flight[reduction.name]

@@ -123,6 +123,7 @@ class _Caller(NamedTuple):
     op: int
     process_set: Any
     scaling: float = 1.0  # of the result, beside what op does
+    in_place: bool = False  # whether the result replaces the tensor
 
 
 _HOOK = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
@@ -169,7 +170,7 @@ def _find_caller(tensor: torch.Tensor, frame: FrameType | None) -> _Caller:
 def _optimizer_caller(optimizer: Any, parameter: torch.Tensor) -> _Caller:
     # gradient_predivide_factor only divides before the sum what it multiplies after it.
     name = optimizer._parameter_names[parameter]
-    return _checked(_Caller(name, optimizer.op, optimizer.process_set))
+    return _checked(_Caller(name, optimizer.op, optimizer.process_set, in_place=True))
 
 
 def _function_caller(variables: dict[str, Any], name: str | None) -> _Caller:
@@ -270,7 +271,9 @@ class GlobalQSGD:
 
     A NaN or Inf on any rank makes its block NaN on every rank; a block of zeros stays zeros.
     float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
-    anything else is left to Horovod. Gradients on a GPU are staged through host memory.
+    anything else is left to Horovod. As without compression, an optimizer's gradients are replaced
+    where they lie, and tensors of hvd.allreduce are left alone. Gradients on a GPU are staged
+    through host memory.
 
     Raises ValueError or TypeError for options that cannot work, and ConfigMismatchError at the
     first step, on every rank, if the ranks are configured differently.
@@ -342,10 +345,12 @@ class GlobalQSGD:
         device = tensor.device
         template = torch.empty_like(tensor, device="meta")
         values = tensor.detach().to("cpu").contiguous()
+        # The optimizer's gradient is reduced where it lies, as by Horovod itself.
+        ours = caller.in_place or values.data_ptr() != tensor.data_ptr()
         task = Task(
             name=f"gq.{caller.name}",
             x=_buffer(values),
-            new_output=lambda: _buffer(torch.empty(template.shape, dtype=template.dtype)),
+            new_output=lambda: _buffer(values if ours else torch.empty_like(values)),
             plan=group.plan,
             collectives=group.collectives,
             rank=group.rank,

@@ -12,16 +12,16 @@ quantized, reduced or decoded. Importing this module imports mpi4py, which start
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from . import codec, lanes
+from . import codec
+from .chunks import Chunk, chunks
 from .dither import Stage
-from .kernels import host
 from .kernels.host import Buffer
 from .scheme import Plan
 
@@ -41,63 +41,53 @@ TAGS = 2 * CHUNKS_IN_FLIGHT
 
 @dataclass(frozen=True)
 class Exchange:
-    """One tensor to average. Exchanges in flight on one communicator must not share tags."""
+    """One tensor to reduce. Exchanges in flight on one communicator must not share tags."""
 
     comm: MPI.Intracomm
     first_tag: int  # the same on every rank; uses TAGS tags from here
     x: Buffer  # must not change until the exchange is complete
-    out: Buffer  # for the mean; as many elements as x, no memory in common
     norms: NDArray[np.int32]  # of all ranks
     plan: Plan
     dither: Callable[[int, Stage], NDArray[np.uint32]]  # of a chunk's stage
+    deliver: Callable[[Chunk, codec.Payload], None]  # takes the reduced payload of a chunk
 
     def steps(self) -> Steps:
-        """Do it; `out` is complete at the end."""
+        """Do it; every chunk is delivered at the end. A chunk is delivered after its x was read."""
+        count = self.x.size
+        wanted = min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
         window: deque[Steps] = deque()
-        for chunk in self._chunks():
+        for chunk in chunks(count, self.norms, self.plan, wanted):
             if len(window) == CHUNKS_IN_FLIGHT:
                 yield from _oldest(window)
-            window.append(chunk)
+            window.append(self._reduce(chunk))
         while window:
             yield from _oldest(window)
 
-    def _chunks(self) -> Iterator[Steps]:
-        """The exchange of each chunk, not started yet."""
-        plan, count = self.plan, self.x.size
-        # Whole blocks and whole groups of lanes: chunks share neither norms nor words.
-        unit = np.lcm(plan.block_size or lanes.ROW, lanes.ROW * 32)
-        wanted = min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
-        size = int(-(-wanted // unit) * unit)
-        for index, start in enumerate(range(0, count, size)):
-            stop = min(start + size, count)
-            if plan.block_size is None:
-                norms = self.norms
-            else:
-                norms = self.norms[start // plan.block_size : lanes.blocks(stop, plan.block_size)]
-            yield self._chunk(index, start, stop, norms)
-
-    def _chunk(self, index: int, start: int, stop: int, norms: NDArray[np.int32]) -> Steps:
-        """Quantize a chunk, reduce this rank's share of it, gather all shares, dequantize."""
+    def _reduce(self, chunk: Chunk) -> Steps:
+        """Quantize a chunk, reduce this rank's share of it, gather all shares."""
         comm, plan = self.comm, self.plan
-        x = _part(self.x, start, stop)
+        x = chunk.of(self.x)
         shape = (comm.size, codec.shard_size(x.size, plan))
-        tag = self.first_tag + 2 * (index % CHUNKS_IN_FLIGHT)
+        tag = self.first_tag + 2 * (chunk.index % CHUNKS_IN_FLIGHT)
         # Each rank begins with its neighbour, so that not all of them send to the same one first.
         others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
         payload = np.empty(shape, dtype=codec.payload_dtype(plan))
         pieces = np.empty_like(payload)
         requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
-        codec.quantize(x, norms, plan, self.dither(index, Stage.QUANTIZE), out=payload.reshape(-1))
+        random = self.dither(chunk.index, Stage.QUANTIZE)
+        codec.quantize(x, chunk.norms, plan, random, out=payload.reshape(-1))
         requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
         pieces[comm.rank] = payload[comm.rank]
         yield from finish(requests)
 
         requests = [comm.Irecv(payload[rank], rank, tag + 1) for rank in reversed(others)]
-        codec.reduce(pieces, plan, self.dither(index, Stage.REDUCE), out=payload[comm.rank])
+        random = self.dither(chunk.index, Stage.REDUCE)
+        codec.reduce(pieces, plan, random, out=payload[comm.rank])
+        del pieces
         requests += [comm.Isend(payload[comm.rank], rank, tag + 1) for rank in others]
         yield from finish(requests)
-        codec.dequantize(payload.reshape(-1), norms, plan, _part(self.out, start, stop))
+        self.deliver(chunk, payload.reshape(-1))
 
 
 def finish(requests: list[MPI.Request]) -> Steps:
@@ -114,8 +104,3 @@ def _oldest(window: deque[Steps]) -> Steps:
                 window.popleft()
                 return
         yield
-
-
-def _part(buffer: Buffer, start: int, stop: int) -> Buffer:
-    item = host.ITEM_BYTES[buffer.dtype]
-    return Buffer(buffer.pointer + start * item, buffer.dtype, stop - start, buffer.owner)

@@ -20,6 +20,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from . import agreement, codec
+from .chunks import Chunk
 from .dither import Stage, dither
 from .exchange import TAGS, Exchange, Steps, finish
 from .kernels import host
@@ -314,7 +315,11 @@ def _reduction(
 
     first_tag = operation % _TAG_SETS * TAGS
     x, out, plan = prepared.x, prepared.target, prepared.plan
-    yield from Exchange(channel.comm, first_tag, x, out, norms, plan, random).steps()
+
+    def decode(chunk: Chunk, payload: codec.Payload) -> None:
+        codec.dequantize(payload, chunk.norms, plan, chunk.of(out))
+
+    yield from Exchange(channel.comm, first_tag, x, norms, plan, random, decode).steps()
     if not prepared.average:
         np.multiply(prepared.out, prepared.plan.world_size, out=prepared.out)
 

@@ -20,6 +20,7 @@ from helpers import (
     plan_of,
 )
 
+from gq_horovod import pipeline
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -54,7 +55,8 @@ def test_any_number_of_elements(levels: str, bits: int | None, name: str) -> Non
 
 
 @BOTH
-def test_a_large_tensor(levels: str, bits: int, name: str) -> None:
+def test_a_large_tensor(levels: str, bits: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 20_000)  # so that it is one
     compression = compressor(levels, bits)
     inputs = gradients(100_003, tag=17)
     result = allreduce(inputs[hvd.rank()], name, compression=compression)

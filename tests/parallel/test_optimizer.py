@@ -7,19 +7,22 @@ choose what every rank brings.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import pytest
 import torch
 from helpers import TRANSPORT, all_bytes, check_mean, check_replicas, compressor, gradient
 
-from gq_horovod import pipeline
-from gq_horovod.pipeline import Reduction, Task
+from gq_horovod.config import Plan
 from gq_horovod.torch import GlobalQSGD
+from mpi_ops import codec
+from mpi_ops.kernels.host import Buffer
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -464,16 +467,16 @@ def test_a_rank_that_has_joined_is_an_error_over_mpi() -> None:
 # --------------------------------------------------------------------------- without the quantizer
 
 
-def _uncompressed(task: Task) -> Reduction:
-    """A method that sums the float32 values themselves."""
-    x: Any = task.x.owner
-    total = yield task.collectives.allreduce_sum(
-        x.numpy().reshape(-1).copy(), f"{task.name}.values"
-    )
-    mean = task.new_output()
-    out: Any = mean.owner
-    out.view(-1).copy_(torch.from_numpy(total / task.plan.world_size))
-    return mean
+def _values(buffer: Buffer) -> Any:
+    return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
+
+
+def _integers(x: Buffer, norms: Any, plan: Plan, random: Any) -> Any:
+    return _values(x).astype(np.int32)
+
+
+def _means(payload: Any, norms: Any, plan: Plan, out: Buffer) -> None:
+    _values(out)[...] = payload / plan.world_size
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -481,7 +484,8 @@ def test_without_quantization_it_is_horovod_bit_for_bit(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Integers that are multiples of the number of ranks, so that no sum or mean is rounded."""
-    monkeypatch.setitem(pipeline.METHODS, "standard", _uncompressed)
+    monkeypatch.setattr(codec, "quantize", _integers)
+    monkeypatch.setattr(codec, "dequantize", _means)
     rows = []
     own_way = compressor(min_elements=MIN_ELEMENTS, transport="horovod")
     for compression in (own_way, hvd.Compression.none):

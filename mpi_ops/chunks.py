@@ -1,0 +1,49 @@
+"""Cut a tensor into chunks that travel by themselves: while some do, others are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import lanes
+from .kernels.host import ITEM_BYTES, Buffer
+from .scheme import Plan
+
+# Chunks begin at whole blocks and at whole words of lanes of any width, so they share neither norms
+# nor words.
+_UNIT = lanes.ROW * lanes.WORD_BITS
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements `start` to `stop` of a tensor."""
+
+    index: int
+    start: int
+    stop: int
+    norms: NDArray[np.int32]  # of its blocks
+
+    def of(self, tensor: Buffer) -> Buffer:
+        """The memory of the chunk."""
+        pointer = tensor.pointer + self.start * ITEM_BYTES[tensor.dtype]
+        return tensor._replace(pointer=pointer, size=self.stop - self.start)
+
+
+def chunks(count: int, norms: NDArray[np.int32], plan: Plan, wanted: int) -> Iterator[Chunk]:
+    """The chunks, of about `wanted` elements each, of a tensor of `count` elements.
+
+    Where the plan has one norm for the tensor, all chunks have it.
+    """
+    unit = math.lcm(plan.block_size or _UNIT, _UNIT)
+    size = -(-wanted // unit) * unit
+    for index, start in enumerate(range(0, count, size)):
+        stop = min(start + size, count)
+        if plan.block_size is None:
+            own = norms
+        else:
+            own = norms[start // plan.block_size : lanes.blocks(stop, plan.block_size)]
+        yield Chunk(index, start, stop, own)
