@@ -110,24 +110,15 @@ def mpirun_command(bed: testbed.Testbed | None, script: list[str]) -> list[str]:
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
     if mpirun is None:
         raise SystemExit("demo: mpirun was not found; `make setup` installs it into .venv")
-    # Ranks that wait give their core to those that compute: here there are fewer cores than ranks.
-    common = ["--mca", "mpi_yield_when_idle", "1"]
     if bed:
-        return bed.command(0, [mpirun, *bed.mpirun_args(), *common, *script])
+        return bed.command(0, [mpirun, *bed.mpirun_args(), *script])
+    # Ranks that wait give their core to those that compute: here there are fewer cores than ranks.
+    local = ["-np", str(RANKS), "--oversubscribe", "--bind-to", "none"]
+    local += ["--mca", "mpi_yield_when_idle", "1"]
     # Over TCP, as between hosts, and not through shared memory, so that the bytes can be counted.
-    loopback = [
-        "--mca",
-        "pml",
-        "ob1",
-        "--mca",
-        "btl",
-        "tcp,self",
-        "--mca",
-        "btl_tcp_if_include",
-        "lo",
-    ]
-    local = ["-np", str(RANKS), "--oversubscribe", "--bind-to", "none", *loopback]
-    return [mpirun, *local, *common, *script]
+    local += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self"]
+    local += ["--mca", "btl_tcp_if_include", "lo"]
+    return [mpirun, *local, *script]
 
 
 def run(

@@ -40,7 +40,7 @@ def run(hosts: testbed.Testbed, *command: str) -> str:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    arguments = [*hosts.mpirun_args(), "--tag-output", "--mca", "mpi_yield_when_idle", "1"]
+    arguments = [*hosts.mpirun_args(), "--tag-output"]
     try:
         done = subprocess.run(
             hosts.command(0, [str(tools / "mpirun"), *arguments, sys.executable, *command]),
