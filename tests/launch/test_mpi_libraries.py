@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from launcher import MPICH, MPICH_PIN, launch
+from launcher import MPICH, MPICH_PIN, Job, launch
 from test_parallel import PYTEST, check, summary
 
 # Some ten times what they take on two busy cores.
 LIMIT_SECONDS = 240
 # mpi4py.run ends the job when one rank fails; -x makes that the first failure.
-COMMAND = (
-    *("-m", "mpi4py", *PYTEST, "-x", "--noconftest"),
-    *("tests/parallel/test_mpi_op.py", "tests/parallel/test_mpi_allreduce.py"),
-)
+COMMAND = ("-m", "mpi4py", *PYTEST, "-x", "--noconftest")
+FILES = ("tests/parallel/test_mpi_op.py", "tests/parallel/test_mpi_allreduce.py")
 VARIABLES = {
     # The tests choose among the library's algorithms.
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
@@ -30,12 +30,20 @@ VARIABLES = {
 Record = Callable[[str, object], None]
 
 
-def run(transport: str, library: str, ranks: int, directory: Path, record: Record) -> None:
+def run(
+    transport: str,
+    library: str,
+    ranks: int,
+    directory: Path,
+    record: Record,
+    files: Sequence[str] = FILES,
+) -> Job:
     title = f"{library}, {ranks} ranks"
     variables = {**VARIABLES, "GQ_TEST_MPI": title}
-    job = launch(transport, ranks, COMMAND, LIMIT_SECONDS, directory, variables)
+    job = launch(transport, ranks, [*COMMAND, *files], LIMIT_SECONDS, directory, variables)
     check(job, ranks)
     record("job", f"{title}, without Horovod: {summary(job)}")
+    return job
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
@@ -67,3 +75,16 @@ def mpich() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_mpich(ranks: int, tmp_path: Path, record_property: Record) -> None:
     run("mpich", "MPICH", ranks, tmp_path, record_property)
+
+
+@pytest.mark.skipif(
+    "GQ_TEST_LARGE" not in os.environ, reason="takes 10 GB of memory; set GQ_TEST_LARGE=1"
+)
+@pytest.mark.parametrize(("transport", "library"), [("mpirun", "Open MPI"), ("mpich", "MPICH")])
+@pytest.mark.usefixtures("mpich")
+def test_large(transport: str, library: str, tmp_path: Path, record_property: Record) -> None:
+    job = run(
+        transport, library, 2, tmp_path, record_property, ["tests/parallel/test_mpi_large.py"]
+    )
+    for rank, text in job.ranks.items():
+        record_property("job", f"  rank {rank}: {re.findall('peak memory.*', text)}")
