@@ -1,6 +1,10 @@
-"""More than 2**31 elements, where a 32-bit count would wrap. Opt-in: it takes 10 GB and a minute.
+"""More than 2**31 elements, where a 32-bit count would wrap.
 
-GQ_TEST_LARGE=1 python -m pytest tests/launch/test_mpi_libraries.py -k large
+Opt-in, because it takes 10 GB and some minutes:
+
+    GQ_TEST_LARGE=1 python -m pytest tests/launch/test_mpi_libraries.py -k large
+
+prints the peak memory of each rank.
 """
 
 from __future__ import annotations
