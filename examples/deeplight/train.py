@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 
-def choose_compression(name: str, bits: int | None, seed: int) -> Any:
+def choose_compression(name: str, bits: int | None, seed: int, transport: Any) -> Any:
     """Return the `compression=` argument of DistributedOptimizer for a method's name."""
     if name == "none":
         return hvd.Compression.none
@@ -34,7 +34,7 @@ def choose_compression(name: str, bits: int | None, seed: int) -> Any:
         return hvd.Compression.fp16
     from gq_horovod.torch import GlobalQSGD
 
-    return GlobalQSGD(levels=name, bits=bits, seed=seed)
+    return GlobalQSGD(levels=name, bits=bits, seed=seed, transport=transport)
 
 
 def bytes_sent(interface: str) -> int:
@@ -78,6 +78,7 @@ def main() -> None:
     methods = ["none", "fp16", "standard", "exponential"]
     parser.add_argument("--compression", choices=methods, default="none")
     parser.add_argument("--bits", type=int, help="of a code; the default suits the world size")
+    parser.add_argument("--transport", choices=["horovod", "mpi"], default="horovod")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=512, help="samples per rank and step")
@@ -103,7 +104,9 @@ def main() -> None:
     optimizer = hvd.DistributedOptimizer(
         torch.optim.Adam(model.parameters(), lr=arguments.lr),
         named_parameters=model.named_parameters(),
-        compression=choose_compression(arguments.compression, arguments.bits, arguments.seed),
+        compression=choose_compression(
+            arguments.compression, arguments.bits, arguments.seed, arguments.transport
+        ),
     )
     global_batch = arguments.batch_size * size
     steps_per_epoch = len(train.late) // global_batch
