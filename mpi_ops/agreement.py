@@ -13,9 +13,16 @@ from .scheme import ConfigMismatchError
 _LENGTH_BYTES = 4
 
 
-def encode(description: dict[str, Any]) -> NDArray[np.uint8]:
-    """A description as bytes that can be gathered and taken apart again: length, then JSON."""
+def encode(description: dict[str, Any], limit: int | None = None) -> NDArray[np.uint8]:
+    """A description as bytes that can be gathered and taken apart again: length, then JSON.
+
+    Where that takes more than `limit` bytes, an error that quotes the beginning.
+    """
     text = json.dumps(description, sort_keys=True).encode()
+    if limit is not None and _LENGTH_BYTES + len(text) > limit:
+        said = description.get("error", f"its description is too long: {text.decode()}")
+        # Escapes take up to six bytes for a character.
+        text = json.dumps({"error": f"{said[: limit // 8]} ..."}).encode()
     data = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     return np.frombuffer(data, dtype=np.uint8).copy()
 

@@ -157,7 +157,7 @@ def allreduce(
         comm: an intracommunicator; the call is collective and works on a private duplicate.
         levels, bits, block_size, norm, seed: as in `mpi_ops.scheme.Scheme`.
         average: False gives the sum.
-        out: C-contiguous array of the same shape and dtype for the result, not overlapping `array`.
+        out: C-contiguous array of the same shape and dtype for the result; may be `array` itself.
 
     Returns `out` or a new array: unbiased, equal on every rank bit for bit; NaN in blocks where any
     rank has a NaN or Inf. Memory beyond that: the norms, and at most the compressed size.
@@ -203,10 +203,12 @@ def iallreduce(
     prepared: _Prepared | None = None
     try:
         scheme = Scheme(levels=levels, bits=bits, block_size=block_size, norm=norm, seed=seed)
-        prepared = _prepare(array, out, scheme, channel.comm.size, average, operation)
-    except (ValueError, TypeError) as error:
-        problem = error  # raised once the other ranks have been told
-    steps = _reduction(channel, operation, prepared, problem)
+        prepared = _prepare(array, out, scheme, channel.comm.size, average)
+        description = prepared.describe()
+    except Exception as error:  # whatever it is: the other ranks wait for this one
+        problem = error  # raised once they have been told
+        description = {"error": f"{type(error).__name__}: {error}"}
+    steps = _reduction(channel, operation, description, prepared, problem)
     request = Request(channel, steps, prepared.out if prepared is not None else np.empty(0))
     request._advance()  # the opening goes out now
     return request
@@ -222,7 +224,6 @@ class _Prepared:
     scheme: Scheme
     plan: Plan
     average: bool
-    operation: int
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -239,31 +240,43 @@ def _prepare(
     scheme: Scheme,
     world_size: int,
     average: bool,
-    operation: int,
 ) -> _Prepared:
+    if not isinstance(average, bool | np.bool_):
+        raise TypeError(
+            f"mpi_ops.allreduce: average must be True or False, got {average!r} of type "
+            f"{type(average).__name__}; pass False for the sum."
+        )
     values = array if isinstance(array, np.ndarray) else _as_numpy(array)
-    if values.dtype.name not in host.DTYPES:
+    if values.dtype.name not in host.DTYPES or not values.dtype.isnative:
         raise TypeError(
             "mpi_ops.allreduce: array must have one of the dtypes "
-            f"{', '.join(host.DTYPES)}, got {values.dtype}; convert it first, or use "
-            "comm.Allreduce."
+            f"{', '.join(host.DTYPES)} in native byte order, got {values.dtype}; convert it first, "
+            "or use comm.Allreduce."
         )
     plan = scheme.plan(world_size)
+    x = Buffer.of(np.ascontiguousarray(values))
     if out is None:
         out = np.empty(values.shape, dtype=values.dtype)
-    elif out.shape != values.shape or out.dtype != values.dtype or not out.flags.c_contiguous:
-        raise ValueError(
-            f"mpi_ops.allreduce: out must be a C-contiguous array of shape {values.shape} and "
-            f"dtype {values.dtype}, got shape {out.shape}, dtype {out.dtype} and strides "
-            f"{out.strides}; leave it out to get a new array."
+    elif not isinstance(out, np.ndarray):
+        raise TypeError(
+            f"mpi_ops.allreduce: out must be a NumPy array, got {type(out).__name__}; leave it out "
+            "to get a new array."
         )
-    elif np.may_share_memory(out, values):
+    elif out.shape != values.shape or out.dtype != values.dtype or not out.flags.carray:
         raise ValueError(
-            "mpi_ops.allreduce: out must not share memory with array, got overlapping arrays; "
-            "the norms of all ranks are compared with array until it is quantized."
+            f"mpi_ops.allreduce: out must be a C-contiguous, writeable array of shape "
+            f"{values.shape} and dtype {values.dtype}, got shape {out.shape}, dtype {out.dtype}, "
+            f"strides {out.strides}{'' if out.flags.writeable else ', read-only'}; leave it out to "
+            "get a new array."
         )
-    x = Buffer.of(np.ascontiguousarray(values))
-    return _Prepared(x, out, Buffer.of(out), scheme, plan, average, operation)
+    target = Buffer.of(out)
+    # The same memory is fine: a chunk is written after it has been read.
+    if target.pointer != x.pointer and np.may_share_memory(out, x.owner):
+        raise ValueError(
+            "mpi_ops.allreduce: out must be array itself or share no memory with it, got "
+            "overlapping arrays; pass one of them, or leave out out."
+        )
+    return _Prepared(x, out, target, scheme, plan, bool(average))
 
 
 def _as_numpy(array: Any) -> NDArray[Any]:
@@ -279,11 +292,14 @@ def _as_numpy(array: Any) -> NDArray[Any]:
 
 
 def _reduction(
-    channel: _Channel, operation: int, prepared: _Prepared | None, problem: Exception | None
+    channel: _Channel,
+    operation: int,
+    description: dict[str, Any],
+    prepared: _Prepared | None,
+    problem: Exception | None,
 ) -> Steps:
     """Agree, exchange norms, then the codes."""
-    description = prepared.describe() if prepared is not None else {"error": str(problem)}
-    encoded = agreement.encode(description)
+    encoded = agreement.encode(description, _DESCRIPTION_BYTES)
     fingerprint = int.from_bytes(encoded.tobytes(), "little") % (2**61 - 1)
     extremes = np.array([fingerprint, -fingerprint])
     largest = np.empty_like(extremes)
@@ -327,9 +343,6 @@ def _reduction(
 def _gather(comm: MPI.Intracomm, encoded: Bytes) -> tuple[MPI.Request, Bytes]:
     """Start gathering every rank's description, a row each."""
     padded = np.zeros(_DESCRIPTION_BYTES, dtype=np.uint8)
-    if encoded.size > padded.size:
-        error = encoded.tobytes()[: _DESCRIPTION_BYTES // 2].decode(errors="replace")
-        encoded = agreement.encode({"error": error})
     padded[: encoded.size] = encoded
     gathered = np.empty((comm.size, _DESCRIPTION_BYTES), dtype=np.uint8)
     return comm.Iallgather(padded, gathered), gathered

@@ -101,8 +101,16 @@ def test_different_tensors_are_named_on_every_rank() -> None:
 class Refuses:
     """What NumPy cannot read."""
 
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
     def __array__(self, *arguments: Any, **options: Any) -> np.ndarray:
-        raise ValueError("array must have one of the dtypes of its own")
+        raise self._error
+
+
+def read_only(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
 
 
 @pytest.mark.parametrize(
@@ -113,10 +121,16 @@ class Refuses:
         ({"array": None}, "array must have one of the dtypes"),
         ({"array": "a string"}, "array must have one of the dtypes"),
         ({"array": [[1.0], [2.0, 3.0]]}, "inhomogeneous shape"),
-        ({"array": Refuses()}, "dtypes of its own"),
-        ({"out": np.ones(999, np.float32)}, "out must be a C-contiguous array"),
-        ({"out": np.ones(1000, np.float64)}, "out must be a C-contiguous array"),
-        ({"out": np.ones(2000, np.float32)[::2]}, "out must be a C-contiguous array"),
+        ({"array": Refuses(ValueError("of its own"))}, "of its own"),
+        ({"array": Refuses(RuntimeError("of its own"))}, "of its own"),
+        ({"array": np.ones(1000, ">f4")}, "in native byte order"),
+        ({"out": np.ones(999, np.float32)}, "out must be a C-contiguous"),
+        ({"out": np.ones(1000, np.float64)}, "out must be a C-contiguous"),
+        ({"out": np.ones(2000, np.float32)[::2]}, "out must be a C-contiguous"),
+        ({"out": read_only(np.ones(1000, np.float32))}, "read-only"),
+        ({"out": [0.0] * 1000}, "out must be a NumPy array, got list"),
+        ({"average": "yes"}, "average must be True or False"),
+        ({"average": None}, "average must be True or False"),
         ({"bits": "8"}, "bits must be an integer"),
         ({"seed": 1.5}, "seed must be an integer"),
         ({"block_size": 100}, "block_size must be a positive multiple of 32"),
@@ -129,7 +143,7 @@ def test_a_rank_that_cannot_start_does_not_leave_the_others_waiting(
     wrong: dict[str, Any], named: str
 ) -> None:
     options = {"array": np.ones(1000, np.float32), **different(wrong, {})}
-    expected = different((ValueError, TypeError), ConfigMismatchError)
+    expected = different((ValueError, TypeError, RuntimeError), ConfigMismatchError)
     with pytest.raises(expected, match=named):
         allreduce(options.pop("array"), COMM, **options)
     check_same_bytes(allreduce(np.ones(1000, np.float32), COMM))  # the communicator still works
@@ -165,14 +179,32 @@ def test_arrays_that_are_not_contiguous_and_no_arrays() -> None:
     assert allreduce(np.float32(3), COMM) == 3
 
 
+@pytest.mark.parametrize("average", [True, False, np.True_, np.False_], ids=repr)
+def test_the_result_may_replace_the_array(average: Any) -> None:
+    x = np.random.default_rng(COMM.rank).standard_normal(50_000)
+    expected = allreduce(x.copy(), COMM.Dup(), average=bool(average))
+    assert allreduce(x, COMM.Dup(), average=average, out=x) is x
+    assert np.array_equal(x, expected)
+
+
+def test_an_option_too_long_to_be_compared() -> None:
+    if COMM.size == 1:
+        pytest.skip("one rank agrees with itself")
+    with pytest.raises(ConfigMismatchError, match=r"description is too long.*1000") as caught:
+        allreduce(np.ones(1000, np.float32), COMM, seed=different(10**2000, 0))
+    assert str(caught.value).isprintable()
+    check_same_bytes(allreduce(np.ones(1000, np.float32), COMM))
+
+
 def test_bad_arguments_everywhere() -> None:
     x = np.ones(1000, np.float32)
     with pytest.raises(ValueError, match="bits must be 4 or 8"):
         allreduce(x, COMM, bits=5)
-    with pytest.raises(ValueError, match="out must be a C-contiguous array"):
+    with pytest.raises(ValueError, match="out must be a C-contiguous"):
         allreduce(x, COMM, out=np.ones(999, np.float32))
-    with pytest.raises(ValueError, match="must not share memory"):
-        allreduce(x, COMM, out=x)
+    overlapping = np.ones(1001, np.float32)
+    with pytest.raises(ValueError, match="share no memory"):
+        allreduce(overlapping[1:], COMM, out=overlapping[:-1])
     if COMM.size > 1:
         half = COMM.Split(int(COMM.rank == 0), COMM.rank)
         between = half.Create_intercomm(0, COMM, int(COMM.rank == 0))
