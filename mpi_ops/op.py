@@ -10,12 +10,16 @@ enough for n ranks in any order of additions, see `chain_headroom`).
 
 The result of one application is a pure function of the two blocks, symmetric in them, so every rank
 gets the same bytes under every algorithm of the MPI library, even where several ranks compute the
-same pair. Importing this module imports mpi4py, which starts MPI.
+same pair. Buffers may lie on a GPU if the MPI library passes such pointers to operations, and if
+CuPy is installed. Importing this module imports mpi4py, which starts MPI.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -56,16 +60,40 @@ def exponential_sum(bits: int = 8, seed: int = 0) -> MPI.Op:
 def _operation(bits: int, seed: int) -> MPI.Op:
     random = dither(seed, "mpi_ops.exponential_sum", 0, 0, Stage.REDUCE)
     # Made before the operation is: the callback must not fail, an exception there aborts the job.
-    host.add_exponential(0, 0, 0, bits=bits, dither=random)
+    add_exponential = _addition()
+    add_exponential(0, 0, 0, bits=bits, dither=random)
 
     def add(source: Any, target: Any, datatype: MPI.Datatype) -> None:  # MPI.buffer
-        host.add_exponential(
-            source.address, target.address, source.nbytes, bits=bits, dither=random
-        )
+        add_exponential(source.address, target.address, source.nbytes, bits=bits, dither=random)
 
     operation = MPI.Op.Create(add, commute=True)
     atexit.register(_free, operation)
     return operation
+
+
+def _driver_is_there() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _addition() -> Callable[..., None]:
+    """The kernel for host memory; for memory of any kind if this process has a GPU and CuPy."""
+    if not _driver_is_there():  # nor would anything be gained by importing CuPy
+        return host.add_exponential
+    try:
+        from .kernels import device
+
+        if device.prepare_addition():
+            return device.add_anywhere
+    except (ImportError, RuntimeError) as error:
+        warnings.warn(
+            f"exponential_sum: buffers on a GPU cannot be reduced, only those of the host: {error}",
+            stacklevel=2,
+        )
+    return host.add_exponential
 
 
 def _free(operation: MPI.Op) -> None:

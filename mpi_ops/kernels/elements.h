@@ -83,7 +83,17 @@ struct BFloat16 {
 
 GQ_HD float load(float value) { return value; }
 // Beyond the range of float32 a double becomes Inf, which reaches every rank as NaN.
-GQ_HD float load(double value) { return static_cast<float>(value); }
+GQ_HD float load(double value) {
+#if defined(__CUDA_ARCH__)
+  // A GPU makes one NaN of all of them; a CPU keeps the sign and the upper bits.
+  if (value != value) {
+    const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(value));
+    const uint32_t sign = static_cast<uint32_t>(bits >> 32) & 0x80000000u;
+    return float_of(sign | kNaNBits | (static_cast<uint32_t>(bits >> 29) & 0x003fffffu));
+  }
+#endif
+  return static_cast<float>(value);
+}
 GQ_HD float load(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 GQ_HD float load(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
@@ -97,7 +107,18 @@ GQ_HD float load(Half value) {
 }
 
 GQ_HD void store(float* out, float value) { *out = value; }
-GQ_HD void store(double* out, float value) { *out = static_cast<double>(value); }
+GQ_HD void store(double* out, float value) {
+#if defined(__CUDA_ARCH__)
+  if (value != value) {  // as in load(double)
+    const uint64_t sign = bits_of(value) & 0x80000000u;
+    const uint64_t payload = bits_of(value) & 0x003fffffu;
+    const uint64_t bits = ((sign | 0x7ff80000u) << 32) | (payload << 29);
+    *out = __longlong_as_double(static_cast<int64_t>(bits));
+    return;
+  }
+#endif
+  *out = static_cast<double>(value);
+}
 GQ_HD void store(BFloat16* out, float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -115,6 +136,29 @@ GQ_HD void store(Half* out, float value) {
   half = magnitude >= bits_of(65520.0f) ? 0x7c00u : half;  // the first float that rounds to Inf
   half = magnitude > kInfBits ? 0x7e00u : half;
   out->bits = static_cast<uint16_t>(sign | half);
+}
+
+// Largest finite value of an element type, as far as float32 goes. A norm above it would be
+// of no use: it already bounds every |x|, and levels above it would decode to Inf.
+GQ_HD float largest_finite(float) { return 0x1.fffffep127f; }
+GQ_HD float largest_finite(double) { return 0x1.fffffep127f; }
+GQ_HD float largest_finite(Half) { return 65504.0f; }
+GQ_HD float largest_finite(BFloat16) { return 0x1.fep127f; }
+
+// The L2 norm of a block as it travels, from the sum of the squares of its elements.
+template <typename T>
+GQ_HD int32_t norm_of_squares(double sum) {
+#if defined(__CUDA_ARCH__)
+  const double root = __dsqrt_rn(sum);
+#else
+  const double root = __builtin_sqrt(sum);
+#endif
+  // Round up, so that the float norm still bounds every |x|.
+  float norm = static_cast<float>(root);
+  if (norm < root) norm = float_of(bits_of(norm) + 1u);
+  // Still bounds every |x|, and no decoded value can be Inf.
+  if (root <= 0x1.fffffffffffffp1023) norm = smaller(norm, largest_finite(T{}));
+  return static_cast<int32_t>(root != root ? kNaNBits : bits_of(norm));
 }
 
 // ------------------------------------------------------------------------------------- randomness
@@ -211,16 +255,15 @@ GQ_HD float norm_of(int32_t norm_bits) {
 GQ_HD Scale scale_down(int32_t norm_bits, float numerator) {
   if (norm_bits == 0 || !norm_is_finite(norm_bits)) return {1.0f, 0.0f};
   const float norm = norm_of(norm_bits);
-  if (norm < kTinyNorm) return {0x1p64f, numerator / (norm * 0x1p64f)};
-  if (norm > kHugeNorm) return {0x1p-40f, numerator / (norm * 0x1p-40f)};
-  return {1.0f, numerator / norm};
+  const float pre = norm < kTinyNorm ? 0x1p64f : norm > kHugeNorm ? 0x1p-40f : 1.0f;
+  return {pre, numerator / (norm * pre)};
 }
 
 // norm / denominator, for 1 <= denominator <= 2^31; NaN where the norm is not finite.
 GQ_HD Scale scale_up(int32_t norm_bits, float denominator) {
   const float norm = norm_of(norm_bits);
-  if (norm < kTinyNorm) return {0x1p-64f, norm * 0x1p64f / denominator};
-  return {1.0f, norm / denominator};
+  const bool tiny = norm < kTinyNorm;
+  return {tiny ? 0x1p-64f : 1.0f, norm * (tiny ? 0x1p64f : 1.0f) / denominator};
 }
 
 // ----------------------------------------------------------------------------- standard dithering
@@ -244,7 +287,8 @@ GQ_HD int32_t drop_lane(int32_t word, int32_t lane, int bits) { return (word - l
 // |mean| <= norm holds exactly: rounding of the scale must not turn the largest float into Inf.
 GQ_HD float dequantize_standard(int32_t lane_sum, Scale scale, float norm) {
   const float mean = static_cast<float>(lane_sum) * scale.factor * scale.pre;
-  return larger(smaller(mean, norm), -norm);
+  // Not in the other order: this one returns a NaN norm as it is, the same on every backend.
+  return smaller(larger(mean, -norm), norm);
 }
 
 // -------------------------------------------------------------------------- exponential dithering
@@ -259,20 +303,20 @@ struct Exponential {
 };
 
 // Unbiased rounding of `value` to a level, saturating at the magnitude whose bit pattern is
-// `top_bits` (at most that of 1). For y = |value| at least the smallest level, z = 2y; below it, z
-// = y + smallest, which is linear in y between the same two powers of two. Adding 23 uniform bits
-// to the mantissa carries into the exponent with exactly the unbiased probability. Comparing bit
-// patterns orders non-negative floats and saturates a NaN.
+// `top_bits` (at most that of 1); `sign_bits` is a float of the same sign. For y = |value| at least
+// the smallest level, z = 2y; below it, z = y + smallest, which is linear in y between the same two
+// powers of two. Adding 23 uniform bits to the mantissa carries into the exponent with exactly the
+// unbiased probability. Comparing bit patterns orders non-negative floats and saturates a NaN.
 template <int kBits>
-GQ_HD uint32_t encode_exponential(float value, uint32_t top_bits, uint32_t random32) {
+GQ_HD uint32_t encode_exponential(float value, uint32_t sign_bits, uint32_t top_bits,
+                                  uint32_t random32) {
   using E = Exponential<kBits>;
   const uint32_t smallest = E::kBias << 23;
-  const uint32_t bits = bits_of(value);
-  const uint32_t magnitude = bits & kAbsMask;
+  const uint32_t magnitude = bits_of(value) & kAbsMask;
   const uint32_t y = magnitude < top_bits ? magnitude : top_bits;
   const float z = float_of(y) + float_of(y > smallest ? y : smallest);
   const uint32_t level = ((bits_of(z) + (random32 >> 9)) >> 23) - E::kBias;
-  return ((bits >> (32 - kBits)) & E::kSign) | level;
+  return ((sign_bits >> (32 - kBits)) & E::kSign) | level;
 }
 
 // `scale` is 1 / norm and `top_bits` the bit pattern of 2^-headroom, the level of the norm.
@@ -280,7 +324,8 @@ template <int kBits>
 GQ_HD uint32_t quantize_exponential(float value, Scale scale, uint32_t top_bits,
                                     uint32_t random32) {
   const float y = value * scale.pre * scale.factor * float_of(top_bits);
-  return encode_exponential<kBits>(y, top_bits, random32);
+  // The sign of x, since that of Inf * 0 depends on the processor.
+  return encode_exponential<kBits>(y, bits_of(value), top_bits, random32);
 }
 
 constexpr uint32_t kOneBits = 127u << 23;  // bit pattern of 1.0f

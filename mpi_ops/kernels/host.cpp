@@ -60,13 +60,7 @@ GQ_INLINE void l2norm(const T* x, int64_t count, int64_t block, int32_t* norms) 
     }
     double sum = 0;
     for (int j = 0; j < 16; ++j) sum += sums[j];
-    const double root = __builtin_sqrt(sum);
-    // Round up, so that the float norm still bounds every |x|.
-    float norm = static_cast<float>(root);
-    if (norm < root) norm = float_of(bits_of(norm) + 1u);
-    // A finite block whose norm exceeds float32 keeps the largest finite norm: larger than any |x|.
-    if (__builtin_isinf(norm) && !__builtin_isinf(root)) norm = 0x1.fffffep127f;
-    norms[b] = static_cast<int32_t>(__builtin_isnan(root) ? kNaNBits : bits_of(norm));
+    norms[b] = norm_of_squares<T>(sum);
   }
 }
 
@@ -355,7 +349,8 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
 #pragma GCC unroll 2
         for (int k = 0; k < kPerByte; ++k) {
           const int h = p * kPerByte + k;
-          byte |= encode_exponential<kBits>(sums[h][j] * factor, kOneBits,
+          const float mean = sums[h][j] * factor;
+          byte |= encode_exponential<kBits>(mean, bits_of(mean), kOneBits,
                                             random_bits(words[h / 2][j], h))
                   << (kBits * k);
         }

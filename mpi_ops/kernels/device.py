@@ -1,0 +1,249 @@
+"""Kernels on NVIDIA GPUs: device.cu, compiled at run time, behind the checks of `interface`.
+
+The functions are those of `interface.Kernels`, for CuPy arrays and for buffers on the device, and
+give the bytes that `host` gives (see `l2norm` for the one exception). A call enqueues its kernel on
+CuPy's current stream of the current device and returns; nothing waits for the device. Memory comes
+from CuPy's pool: the results, the pointers of `reduce_exponential`, and 8 bytes for 2048 elements
+where `l2norm` has blocks larger than that.
+
+Importing this module imports CuPy, so callers import it where they have a buffer on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+from cupy_backends.cuda.libs import nvrtc
+from numpy.typing import NDArray
+
+from .. import lanes
+from . import host
+from .interface import SIGNATURES, Buffer, Kernels
+
+# The flags are part of the arithmetic, like those of the host library: no fused multiply-add, IEEE
+# division, and denormals as they are. CuPy's own compiling would add -ftz=true behind these, which
+# is why the kernels are not a cupy.RawModule.
+OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+
+# C++ types of the elements, as device.cu knows them.
+ELEMENTS = {
+    "float32": "float",
+    "float64": "double",
+    "float16": "gq::Half",
+    "bfloat16": "gq::BFloat16",
+}
+
+THREADS = 256  # of a thread block, at most 1024
+MAXIMUM_GRID = 1 << 16  # thread blocks; more work than that is done in several turns
+ELEMENTS_PER_THREAD = 8  # one Philox block
+# Elements of a block that half a warp measures; larger blocks are measured by several.
+SEGMENT = 2048
+HALF_WARP = 16
+
+_SOURCES = Path(__file__).parent
+_SIGNATURES = {
+    **SIGNATURES,
+    "absmax": "dplllp",
+    "l2norm": "dplllpp",
+    "l2norm_of_partial": "dplllp",
+}
+# Numbers of lanes for which quantize_standard has a kernel of its own.
+_OWN_KERNEL = (2, 4, 8)
+
+
+def _pointer(memory: Any) -> Any:
+    """An address, or the array that has to live until the kernel is launched."""
+    return memory if isinstance(memory, cupy.ndarray) else np.uint64(memory)
+
+
+# The dtype is part of the module here, and the dither is two words of 64 bits.
+_TYPES: dict[str, tuple[Any, ...]] = {
+    "d": (),
+    "p": (_pointer,),
+    "l": (np.int64,),
+    "i": (np.int32,),
+    "f": (np.float32,),
+    "r": (np.uint64, np.uint64),
+}
+
+
+# ---------------------------------------------------------------------------------------- compiling
+
+
+def source() -> str:
+    """device.cu with elements.h in it, so that the compiler needs no path to it."""
+    include, header = '#include "elements.h"', (_SOURCES / "elements.h").read_text()
+    return (_SOURCES / "device.cu").read_text().replace(include, header)
+
+
+def compile_kernels(dtype: str | None, target: str, *options: str) -> tuple[bytes, str]:
+    """Machine code and the compiler's log; needs NVRTC, but no GPU and no driver.
+
+    `dtype` is a key of ELEMENTS, or None for the kernels of exponential codes. `target` is an
+    architecture as NVRTC names it: "sm_80" gives a cubin, "compute_80" gives PTX. Raises
+    RuntimeError with the log if compiling fails.
+    """
+    defines = [f"-DGQ_THREADS={THREADS}"]
+    if dtype is not None:
+        defines.append(f"-DGQ_ELEMENT={ELEMENTS[dtype]}")
+    program = nvrtc.createProgram(source(), "device.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, [*OPTIONS, *defines, *options, f"-arch={target}"])
+        get = nvrtc.getCUBIN if target.startswith("sm_") else nvrtc.getPTX
+        return get(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(
+            f"mpi_ops.kernels.device: NVRTC could not compile for {target}: {error}\n{log}"
+        ) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@cache
+def _machine_code(dtype: str | None, capability: int) -> bytes:
+    known = nvrtc.getSupportedArchs()
+    if capability in known:
+        return compile_kernels(dtype, f"sm_{capability}")[0]
+    # A newer GPU than NVRTC knows: its driver compiles the PTX of an older one.
+    older = max(arch for arch in known if arch < capability)
+    return compile_kernels(dtype, f"compute_{older}")[0]
+
+
+@cache
+def _module(dtype: str | None, device: int) -> Any:
+    module = cupy.cuda.Module()
+    module.load(_machine_code(dtype, int(cupy.cuda.Device(device).compute_capability)))
+    return module
+
+
+@cache
+def _kernel(name: str, dtype: str | None, device: int) -> Any:
+    return _module(dtype, device).get_function(f"gq_{name}")
+
+
+@cache
+def _argument_types(name: str) -> tuple[Any, ...]:
+    return tuple(kind for letter in _SIGNATURES[name] for kind in _TYPES[letter])
+
+
+def _launch(name: str, dtype: str | None, threads: int, *arguments: Any, variant: str = "") -> None:
+    if threads == 0:
+        return
+    grid = min(-(-threads // THREADS), MAXIMUM_GRID)
+    typed = zip(_argument_types(name), arguments, strict=True)
+    kernel = _kernel(name + variant, dtype, runtime.getDevice())
+    kernel((grid,), (THREADS,), tuple(kind(argument) for kind, argument in typed))
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+class Device(Kernels):
+    """The kernels for device memory."""
+
+    memory = "device"
+    array_type = cupy.ndarray
+    xp = cupy
+
+    def address(self, array: Any) -> int:
+        pointer: int = array.data.ptr
+        return pointer
+
+    def random(self, dither: NDArray[np.uint32]) -> tuple[Any, ...]:
+        return tuple(dither.view(np.uint64))
+
+    def table(self, arrays: Sequence[Any]) -> Any:
+        return cupy.asarray(np.array([self.address(array) for array in arrays], dtype=np.uint64))
+
+    def measure(self, name: str, x: Buffer, block_size: int, norms: Any) -> None:
+        block = min(block_size, lanes.whole_tensor_block(x.size))
+        segments = norms.size * -(-block // SEGMENT)
+        several = block > SEGMENT
+        shape = (x.size, block, SEGMENT)
+        threads = segments * HALF_WARP
+        if name == "absmax":
+            if several:
+                norms.fill(0)
+            _launch(name, x.dtype, threads, x.pointer, *shape, self.address(norms))
+            return
+        partial = self.empty(segments if several else 0, np.float64)
+        pointers = (self.address(partial), self.address(norms))
+        _launch(name, x.dtype, threads, x.pointer, *shape, *pointers)
+        if several:
+            threads = norms.size * lanes.ROW
+            _launch("l2norm_of_partial", x.dtype, threads, pointers[0], *shape, pointers[1])
+
+    def launch(self, name: str, dtype: str | None, elements: int, *arguments: Any) -> None:
+        threads = -(-lanes.rows(elements) // ELEMENTS_PER_THREAD) * lanes.ROW
+        variant = ""
+        if name == "quantize_standard":
+            number = lanes.WORD_BITS // arguments[4]  # of lanes; see SIGNATURES
+            variant = f"_{number}" if number in _OWN_KERNEL else ""
+        _launch(name, dtype, threads, *arguments, variant=variant)
+
+
+KERNELS = Device()
+absmax = KERNELS.absmax
+l2norm = KERNELS.l2norm
+quantize_standard = KERNELS.quantize_standard
+dequantize_standard = KERNELS.dequantize_standard
+quantize_exponential = KERNELS.quantize_exponential
+dequantize_exponential = KERNELS.dequantize_exponential
+reduce_exponential = KERNELS.reduce_exponential
+add_exponential = KERNELS.add_exponential
+
+
+# ------------------------------------------------------------------------------- operations of MPI
+
+
+def prepare_addition() -> bool:
+    """Compile what `add_anywhere` needs for all GPUs of this process; False if it has none.
+
+    Raises RuntimeError if compiling fails. Does not start a context on any GPU.
+    """
+    try:
+        devices = range(runtime.getDeviceCount())
+    except runtime.CUDARuntimeError:
+        return False
+    for device in devices:
+        _machine_code(None, int(cupy.cuda.Device(device).compute_capability))
+    return len(devices) > 0
+
+
+def _device_of(pointer: int) -> int | None:
+    """The device on which memory lies; None for memory of the host."""
+    try:
+        attributes = runtime.pointerGetAttributes(pointer)
+    except runtime.CUDARuntimeError:  # memory that old versions of CUDA do not know
+        return None
+    on_device = attributes.type in (runtime.memoryTypeDevice, runtime.memoryTypeManaged)
+    return int(attributes.device) if on_device else None
+
+
+def add_anywhere(
+    source: int, target: int, size: int, *, bits: int, dither: NDArray[np.uint32]
+) -> None:
+    """`add_exponential` where the target lies, host or device; it is done when this returns."""
+    from_device, to_device = _device_of(source), _device_of(target)
+    if to_device is None:
+        if from_device is not None:
+            staged = np.empty(size, dtype=np.uint8)
+            runtime.memcpy(staged.ctypes.data, source, size, runtime.memcpyDeviceToHost)
+            source = staged.ctypes.data
+        host.add_exponential(source, target, size, bits=bits, dither=dither)
+        return
+    with cupy.cuda.Device(to_device):
+        stream = cupy.cuda.get_current_stream()
+        if from_device != to_device:
+            copy = cupy.empty(size, dtype=np.uint8)
+            runtime.memcpyAsync(copy.data.ptr, source, size, runtime.memcpyDefault, stream.ptr)
+            source = copy.data.ptr
+        add_exponential(source, target, size, bits=bits, dither=dither)
+        stream.synchronize()

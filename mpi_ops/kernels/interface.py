@@ -1,0 +1,355 @@
+"""What the kernels of all kinds of memory share: buffers, checks, outputs and signatures.
+
+Tensors enter as `Buffer`, a pointer with a dtype and an element count, so that frameworks hand
+their memory over without a copy. Norms, payloads and codes are arrays of one kind of memory: NumPy
+arrays for `host`, CuPy arrays for `device`. The dither is a NumPy array for both. Every function
+allocates its result unless `out` is given, and never modifies its inputs. The formulas are in
+`elements.h`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .. import lanes
+
+# The same list as DType in host.cpp.
+DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+# Parameters of the kernels: d a dtype, p a pointer, l an int64, i an int, f a float, r the dither.
+SIGNATURES = {
+    "absmax": "dpllp",
+    "l2norm": "dpllp",
+    "quantize_standard": "dpllpiirp",
+    "dequantize_standard": "dpllpilp",
+    "quantize_exponential": "dpllpiirp",
+    "dequantize_exponential": "dpllpiip",
+    "reduce_exponential": "pilifrp",
+    "add_exponential": "pplir",
+}
+
+Array = Any  # numpy.ndarray in host memory, cupy.ndarray on a device
+
+
+class Buffer(NamedTuple):
+    """A contiguous tensor."""
+
+    pointer: int
+    dtype: str  # a key of DTYPES
+    size: int  # elements
+    owner: object  # keeps the memory alive
+    memory: str = "host"  # or "device"
+
+    @classmethod
+    def of(cls, array: Any) -> Buffer:
+        """The memory of a C-contiguous array of float16, float32 or float64.
+
+        A NumPy array, or an object with `__cuda_array_interface__` (CuPy, PyTorch, Numba), whose
+        buffer lies on the device. Nothing is ordered: what writes such an array must be done, or
+        lie on the stream that is CuPy's current one when a kernel is called.
+        """
+        if hasattr(array, "__cuda_array_interface__"):
+            described, memory = array.__cuda_array_interface__, "device"
+            pointer, dtype = described["data"][0], np.dtype(described["typestr"])
+            shape, strides = described["shape"], described.get("strides")
+            contiguous, size = strides is None, math.prod(shape)
+            if strides is not None:  # a NumPy array knows; its elements are never looked at
+                layout = np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
+                contiguous = layout.flags.c_contiguous
+        else:
+            pointer, memory = array.ctypes.data, "host"
+            dtype, shape, strides = array.dtype, array.shape, array.strides
+            contiguous, size = array.flags.c_contiguous, array.size
+        if dtype.name not in DTYPES:
+            raise TypeError(
+                f"Buffer.of: array must have one of the dtypes {', '.join(DTYPES)}, "
+                f"got {dtype.name}; convert it with astype first."
+            )
+        if not contiguous:
+            raise ValueError(
+                f"Buffer.of: array must be C-contiguous, got strides {strides} for shape {shape}; "
+                "copy it with ascontiguousarray first."
+            )
+        return cls(pointer, dtype.name, size, array, memory)
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def require(function: str, argument: str, fine: bool, expected: str, got: object) -> None:
+    """Raise ValueError with the names of the function and of the argument unless `fine`."""
+    if not fine:
+        raise ValueError(f"{function}: {argument} must be {expected}, got {got}.")
+
+
+def _check_array(function: str, argument: str, array: Array, dtype: DTypeLike, size: int) -> None:
+    fine = array.dtype == dtype and array.size == size and array.flags.c_contiguous
+    got = f"{array.dtype} of shape {array.shape} and strides {array.strides}"
+    expected = f"a contiguous {np.dtype(dtype)} array of {size} elements"
+    require(function, argument, bool(fine), expected, got)
+
+
+def _check_block(function: str, block_size: int) -> None:
+    fine = block_size > 0 and block_size % lanes.ROW == 0
+    require(function, "block_size", fine, f"a positive multiple of {lanes.ROW}", block_size)
+
+
+def _check_exponential(function: str, bits: int, headroom: int) -> None:
+    require(function, "bits", bits in lanes.EXPONENTIAL_BITS, "4 or 8", bits)
+    require(function, "headroom", 0 <= headroom <= 126, "between 0 and 126", headroom)
+
+
+def _check_dither(function: str, dither: NDArray[np.uint32]) -> None:
+    _check_array(function, "dither", dither, np.uint32, 4)
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+class Kernels(ABC):
+    """The kernels of one kind of memory. A subclass says how to allocate and how to launch."""
+
+    memory: str  # what a Buffer says that it lies in
+    array_type: type  # of norms, payloads and codes
+    xp: Any  # the module of such arrays
+
+    @abstractmethod
+    def address(self, array: Array) -> int:
+        """Where the elements of an array begin."""
+
+    @abstractmethod
+    def random(self, dither: NDArray[np.uint32]) -> tuple[Any, ...]:
+        """The dither as arguments of a kernel."""
+
+    @abstractmethod
+    def table(self, arrays: Sequence[Array]) -> Any:
+        """The addresses of several arrays, as an argument of a kernel."""
+
+    @abstractmethod
+    def measure(self, name: str, x: Buffer, block_size: int, norms: Array) -> None:
+        """Run `absmax` or `l2norm` over the blocks of x."""
+
+    @abstractmethod
+    def launch(self, name: str, dtype: str | None, elements: int, *arguments: Any) -> None:
+        """Run a kernel over so many elements, of a dtype if it has one, with its SIGNATURES."""
+
+    def empty(self, size: int, dtype: DTypeLike) -> Array:
+        """A new array of one dimension."""
+        return self.xp.empty(size, dtype=dtype)
+
+    def _check_array(
+        self, function: str, argument: str, array: Array, dtype: DTypeLike, size: int
+    ) -> None:
+        fine = isinstance(array, self.array_type)
+        expected = f"an array in {self.memory} memory"
+        require(function, argument, fine, expected, f"a {type(array).__module__} array")
+        _check_array(function, argument, array, dtype, size)
+
+    def _check_tensor(self, function: str, argument: str, buffer: Buffer) -> None:
+        known = f"a buffer of one of the dtypes {', '.join(DTYPES)}"
+        require(function, argument, buffer.dtype in DTYPES, known, buffer.dtype)
+        expected = f"a buffer in {self.memory} memory"
+        fine = buffer.memory == self.memory
+        require(function, argument, fine, expected, f"one in {buffer.memory} memory")
+
+    def _check_norms(self, function: str, norms: Array, count: int, block_size: int) -> None:
+        _check_block(function, block_size)
+        self._check_array(function, "norms", norms, np.int32, lanes.blocks(count, block_size))
+
+    def _output(self, function: str, out: Array | None, size: int, dtype: DTypeLike) -> Array:
+        if out is None:
+            return self.empty(size, dtype)
+        self._check_array(function, "out", out, dtype, size)
+        return out
+
+    def _norms(self, name: str, x: Buffer, block_size: int, out: Array | None) -> Array:
+        self._check_tensor(name, "x", x)
+        _check_block(name, block_size)
+        norms = self._output(name, out, lanes.blocks(x.size, block_size), np.int32)
+        self.measure(name, x, block_size, norms)
+        return norms
+
+    def absmax(self, x: Buffer, block_size: int, out: Array | None = None) -> Array:
+        """Largest |x| of each block, as the bit patterns of float32 (int32, one per block).
+
+        Integer order of these patterns is float order with NaN above Inf above finite, so an
+        integer Max-allreduce gives the global norm and carries NaN and Inf to every rank. float64
+        is rounded to float32 first, as quantization does; beyond its range it counts as Inf.
+        """
+        return self._norms("absmax", x, block_size, out)
+
+    def l2norm(self, x: Buffer, block_size: int, out: Array | None = None) -> Array:
+        """L2 norm of each block, rounded up, as the bit patterns of float32 (int32, one per block).
+
+        Summed in double, so squares do not overflow. At most the largest finite number of x's
+        dtype, which still bounds every |x|, so a finite block neither gives Inf nor decodes to it.
+        The one kernel whose result may differ between host and device: a device sums blocks of more
+        than 2048 elements in another order (always the same one), which can move the last place.
+        """
+        return self._norms("l2norm", x, block_size, out)
+
+    def quantize_standard(
+        self,
+        x: Buffer,
+        norms: Array,
+        *,
+        block_size: int,
+        bits: int,
+        levels: int,
+        dither: NDArray[np.uint32],
+        out: Array | None = None,
+    ) -> Array:
+        """Unbiased codes floor(levels * x / norm + u), as lanes of `bits` bits in int32 words.
+
+        |code| <= `levels` for every input (a larger |x| than its norm saturates); blocks whose norm
+        is zero or not finite give codes that decode to zeros or NaN. 1 <= `levels` <=
+        2**(bits-1) - 1. Adding the words of several ranks adds every lane as long as the sums stay
+        within 2**(bits-1) - 1 (`lanes.levels`). Returns `lanes.standard_words(x.size, bits)` words.
+        """
+        name = "quantize_standard"
+        self._check_tensor(name, "x", x)
+        self._check_norms(name, norms, x.size, block_size)
+        require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
+        top = 2 ** (bits - 1) - 1
+        require(name, "levels", 1 <= levels <= top, f"between 1 and {top} with {bits} bits", levels)
+        _check_dither(name, dither)
+        payload = self._output(name, out, lanes.standard_words(x.size, bits), np.int32)
+        self.launch(
+            *(name, x.dtype, x.size),
+            *(x.pointer, x.size, block_size, self.address(norms)),
+            *(bits, levels, *self.random(dither), self.address(payload)),
+        )
+        return payload
+
+    def dequantize_standard(
+        self,
+        payload: Array,
+        norms: Array,
+        out: Buffer,
+        *,
+        block_size: int,
+        bits: int,
+        divisor: int,
+    ) -> None:
+        """Write norm * lane / divisor to `out`; with divisor = levels * ranks this is the mean.
+
+        Elements of a block whose norm is not finite become NaN; no |result| exceeds its norm.
+        """
+        name = "dequantize_standard"
+        self._check_tensor(name, "out", out)
+        self._check_norms(name, norms, out.size, block_size)
+        require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
+        words = lanes.standard_words(out.size, bits)
+        self._check_array(name, "payload", payload, np.int32, words)
+        require(name, "divisor", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
+        self.launch(
+            *(name, out.dtype, out.size),
+            *(self.address(payload), out.size, block_size, self.address(norms)),
+            *(bits, divisor, out.pointer),
+        )
+
+    def quantize_exponential(
+        self,
+        x: Buffer,
+        norms: Array,
+        *,
+        block_size: int,
+        bits: int,
+        dither: NDArray[np.uint32],
+        headroom: int = 0,
+        out: Array | None = None,
+    ) -> Array:
+        """Unbiased codes of x / (norm * 2**headroom): a sign and the exponent of a power of two.
+
+        8 bits: one code per byte, levels 0 and 2**-126 .. 1. 4 bits: two codes per byte, levels 0
+        and 2**-6 .. 1. `headroom` leaves the sum room for that many doublings.
+        Returns `lanes.exponential_bytes(x.size, bits)` bytes.
+        """
+        name = "quantize_exponential"
+        self._check_tensor(name, "x", x)
+        self._check_norms(name, norms, x.size, block_size)
+        _check_exponential(name, bits, headroom)
+        _check_dither(name, dither)
+        codes = self._output(name, out, lanes.exponential_bytes(x.size, bits), np.uint8)
+        self.launch(
+            *(name, x.dtype, x.size),
+            *(x.pointer, x.size, block_size, self.address(norms)),
+            *(bits, headroom, *self.random(dither), self.address(codes)),
+        )
+        return codes
+
+    def dequantize_exponential(
+        self,
+        codes: Array,
+        norms: Array,
+        out: Buffer,
+        *,
+        block_size: int,
+        bits: int,
+        headroom: int = 0,
+    ) -> None:
+        """Write level * 2**headroom * norm to `out`; NaN where the norm is not finite."""
+        name = "dequantize_exponential"
+        self._check_tensor(name, "out", out)
+        self._check_norms(name, norms, out.size, block_size)
+        _check_exponential(name, bits, headroom)
+        size = lanes.exponential_bytes(out.size, bits)
+        self._check_array(name, "codes", codes, np.uint8, size)
+        self.launch(
+            *(name, out.dtype, out.size),
+            *(self.address(codes), out.size, block_size, self.address(norms)),
+            *(bits, headroom, out.pointer),
+        )
+
+    def reduce_exponential(
+        self,
+        inputs: Sequence[Array],
+        *,
+        bits: int,
+        dither: NDArray[np.uint32],
+        factor: float = 1.0,
+        out: Array | None = None,
+    ) -> Array:
+        """Codes of factor * (sum of all inputs): decoded, added in float32, rounded once, unbiased.
+
+        `factor` = 1 is the operation of a sum (saturating at level 1), 1 / len(inputs) gives the
+        mean, which needs no headroom. One rounding multiplies the variance by at most 9/8, whatever
+        the number of inputs.
+        """
+        name = "reduce_exponential"
+        require(name, "inputs", len(inputs) >= 1, "at least one array", len(inputs))
+        _check_exponential(name, bits, 0)
+        _check_dither(name, dither)
+        size = inputs[0].size
+        for index, codes in enumerate(inputs):
+            self._check_array(name, f"inputs[{index}]", codes, np.uint8, size)
+        result = self._output(name, out, size, np.uint8)
+        self.launch(
+            *(name, None, size * 8 // bits),
+            *(self.table(inputs), len(inputs), size, bits),
+            *(factor, *self.random(dither), self.address(result)),
+        )
+        return result
+
+    def add_exponential(
+        self, source: int, target: int, size: int, *, bits: int, dither: NDArray[np.uint32]
+    ) -> None:
+        """The operation of an MPI reduction: target = round(source + target), in place.
+
+        `source` and `target` are addresses of `size` bytes of codes, as MPI hands them to an
+        operation. The result is a pure function of `dither` and of the two blocks, symmetric in the
+        blocks: ranks that compute the same pair get the same bytes, and different hops of a
+        reduction round independently. Saturates at level 1. Raises ValueError for `bits` other than
+        4 and 8.
+        """
+        name = "add_exponential"
+        require(name, "bits", bits in lanes.EXPONENTIAL_BITS, "4 or 8", bits)
+        elements = size * 8 // bits
+        self.launch(name, None, elements, source, target, size, bits, *self.random(dither))

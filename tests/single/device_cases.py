@@ -1,0 +1,269 @@
+"""What the CUDA kernels must do, for test modules whose fixture `device` says on what they run.
+
+The comparison is with the host kernels, bit for bit. `test_device_emulated.py` runs these tests on
+a CPU, `tests/gpu/test_device.py` on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import DTYPES, INF_BITS, NAN_BITS, ROW, Array, buffer, float_bits
+
+from mpi_ops import codec, lanes
+from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels import host
+from mpi_ops.kernels.interface import Buffer
+from mpi_ops.scheme import Scheme
+
+KEY = dither(7, "layer.weight", step=2**31 + 5, rank=3, stage=Stage.QUANTIZE)
+SIZES = [0, 1, 31, 32, 33, 255, 256, 257, 1000, 9001]
+FLT_MAX = float(np.finfo(np.float32).max)
+
+
+@pytest.fixture(params=["one turn", "several turns"])
+def grid(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids as large as the work, and a grid of three warps, smaller than all but tiny work."""
+    if request.param == "several turns":
+        monkeypatch.setattr(device, "MAXIMUM_GRID", 1)
+        monkeypatch.setattr(device, "THREADS", 3 * ROW)
+
+
+def on_device(device: Any, array: Array) -> tuple[Any, Buffer]:
+    """A copy of an array, and its buffer; CuPy has no bfloat16, so the buffer names it."""
+    plain = array if array.dtype.kind == "f" else array.view(np.uint16)
+    copied = device.cupy.asarray(plain)
+    return copied, Buffer(copied.data.ptr, array.dtype.name, array.size, copied, "device")
+
+
+def block_sizes(count: int) -> list[int]:
+    """A row, blocks that do not fill groups of eight rows, the default, one that is one segment."""
+    sizes = [32, 96, 256, 2048, 2080, lanes.whole_tensor_block(count), 1 << 40]
+    return [size for size in sizes if size <= 96 or size < 4 * count or size == 1 << 40]
+
+
+def tensor(count: int, dtype: str) -> Array:
+    """Values of many magnitudes, zeros of both signs, denormals, Inf, and NaN of every kind."""
+    rng = np.random.default_rng(count)
+    x = (rng.normal(size=count) * 10.0 ** rng.integers(-3, 4, count)).astype(DTYPES[dtype])
+    x[::7], x[3::14] = 0, -0.0
+    bits = x.view(f"u{x.itemsize}")
+    bits[5::101] = rng.integers(0, 2**10, len(bits[5::101]))
+    special = np.array([np.nan, np.inf, -np.inf]).astype(DTYPES[dtype]).view(bits.dtype)
+    # Two blocks in three are without them, whatever the size of a block.
+    where = np.flatnonzero(rng.random(count) < 0.01)
+    where = where[where // 512 % 3 == 1]
+    bits[where] = rng.choice(special, len(where))
+    odd = where[::3]
+    sign = np.uint64(1) << np.uint64(8 * x.itemsize - 1)
+    noise = rng.integers(0, 2**7, len(odd), dtype=np.uint64) | sign
+    bits[odd] |= noise.astype(bits.dtype)
+    return x
+
+
+NORMS = [1.0, 3.7, 0.0, 1e-45, 1e-38, 1e-30, 1e30, FLT_MAX, 0.1, 2.0**-60, 2.0**100]
+
+
+def norms_of(count: int, block: int) -> Array:
+    """Norms of every range, and between them Inf and several NaN."""
+    odd = [INF_BITS, NAN_BITS, INF_BITS + 1, 0x7FFFFFFF]
+    every = np.concatenate([float_bits(NORMS), np.array(odd, dtype=np.int32)])
+    start = count % len(every)
+    return np.resize(np.roll(every, -start), lanes.blocks(count, block))
+
+
+def random_bytes(size: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def same(got: Any, expected: Array) -> None:
+    """Bytes, not numbers: every NaN counts."""
+    values = got.get()
+    assert values.dtype.itemsize == expected.dtype.itemsize
+    np.testing.assert_array_equal(values.view(np.uint8), expected.view(np.uint8))
+
+
+def shapes(dtype: str) -> Iterator[tuple[int, int, Array]]:
+    for count in SIZES:
+        x = tensor(count, dtype)
+        for block in block_sizes(count):
+            yield count, block, x
+
+
+# ---------------------------------------------------------------------------- the bytes of the host
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_absmax(dtype: str, device: Any) -> None:
+    for _, block, x in shapes(dtype):
+        same(device.absmax(on_device(device, x)[1], block), host.absmax(buffer(x), block))
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_l2norm(dtype: str, device: Any) -> None:
+    for _, block, x in shapes(dtype):
+        got = device.l2norm(on_device(device, x)[1], block).get()
+        expected = host.l2norm(buffer(x), block)
+        if min(block, lanes.whole_tensor_block(x.size)) <= device.SEGMENT:
+            np.testing.assert_array_equal(got, expected)
+        else:  # another order of additions: the last place
+            np.testing.assert_array_less(np.abs(got - expected), 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_l2norm_adds_in_the_order_of_the_host(dtype: str, device: Any) -> None:
+    """Squares that count if they are added to each other first, and vanish beside a one."""
+    seen = set()
+    for place in range(48):
+        x = np.full(64, 2.0**-28).astype(DTYPES[dtype])
+        x[place] = 1
+        got = device.l2norm(on_device(device, x)[1], 64).get()
+        np.testing.assert_array_equal(got, host.l2norm(buffer(x), 64))
+        seen.add(int(got[0]))
+    assert len(seen) == 2
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", lanes.STANDARD_BITS)
+def test_quantize_standard(bits: int, dtype: str, device: Any) -> None:
+    asarray = device.cupy.asarray
+    top = 2 ** (bits - 1) - 1
+    for count, block, x in shapes(dtype):
+        norms = norms_of(count, block)
+        args = {"block_size": block, "bits": bits, "dither": KEY}
+        args["levels"] = 1 if block == 32 else top
+        got = device.quantize_standard(on_device(device, x)[1], asarray(norms), **args)
+        same(got, host.quantize_standard(buffer(x), norms, **args))
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", lanes.STANDARD_BITS)
+def test_dequantize_standard(bits: int, dtype: str, device: Any) -> None:
+    asarray = device.cupy.asarray
+    for count, block, x in shapes(dtype):
+        norms = norms_of(count, block)
+        words = random_bytes(4 * lanes.standard_words(count, bits)).view(np.int32)
+        args = {"block_size": block, "bits": bits, "divisor": 3 * 2 ** (bits - 1)}
+        expected = np.empty_like(x)
+        host.dequantize_standard(words, norms, buffer(expected), **args)
+        got, out = on_device(device, np.zeros_like(x))
+        device.dequantize_standard(asarray(words), asarray(norms), out, **args)
+        same(got, expected)
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("headroom", [0, 1, 90, 126])
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_exponential(bits: int, headroom: int, dtype: str, device: Any) -> None:
+    asarray = device.cupy.asarray
+    args = {"bits": bits, "headroom": headroom}
+    for count, block, x in shapes(dtype):
+        norms = norms_of(count, block)
+        args["block_size"] = block
+        got = device.quantize_exponential(
+            on_device(device, x)[1], asarray(norms), dither=KEY, **args
+        )
+        same(got, host.quantize_exponential(buffer(x), norms, dither=KEY, **args))
+
+        codes = random_bytes(lanes.exponential_bytes(count, bits))
+        expected = np.empty_like(x)
+        host.dequantize_exponential(codes, norms, buffer(expected), **args)
+        got, out = on_device(device, np.zeros_like(x))
+        device.dequantize_exponential(asarray(codes), asarray(norms), out, **args)
+        same(got, expected)
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_reduce_exponential(bits: int, number: int, device: Any) -> None:
+    asarray = device.cupy.asarray
+    for count in SIZES:  # of bytes, not only whole rows
+        inputs = [random_bytes(count, seed) for seed in range(number)]
+        copies = [asarray(own) for own in inputs]
+        for factor in (1.0, 1 / number):
+            args = {"bits": bits, "dither": KEY, "factor": factor}
+            same(device.reduce_exponential(copies, **args), host.reduce_exponential(inputs, **args))
+        for own, copied in zip(inputs, copies, strict=True):
+            same(copied, own)
+        # In place.
+        device.reduce_exponential(copies, out=copies[-1], **args)
+        same(copies[-1], host.reduce_exponential(inputs, **args))
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_add_exponential(bits: int, device: Any) -> None:
+    asarray = device.cupy.asarray
+    for count in SIZES:
+        source, target = random_bytes(count, 1), random_bytes(count, 2)
+        source_copy, target_copy = asarray(source), asarray(target)
+        args = {"bits": bits, "dither": KEY}
+        device.add_exponential(source_copy.data.ptr, target_copy.data.ptr, count, **args)
+        host.add_exponential(source.ctypes.data, target.ctypes.data, count, **args)
+        same(target_copy, target)
+        same(source_copy, source)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("norm", ["max", "l2"])
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+def test_codec_gives_the_same_payloads(
+    levels: str, norm: str, world_size: int, device: Any
+) -> None:
+    asarray = device.cupy.asarray
+    for bits, block, dtype in itertools.product((4, 8), (256, None), ("float32", "float16")):
+        scheme = Scheme(levels=levels, bits=bits, block_size=block, norm=norm)
+        plan = scheme.plan(world_size)
+        x = np.random.default_rng(0).normal(size=1000).astype(dtype)
+        copied = on_device(device, x)[1]
+        norms, device_norms = codec.norms(buffer(x), plan), codec.norms(copied, plan)
+        same(device_norms, norms)
+        size = codec.payload_size(x.size, plan)
+        pieces, device_pieces = [], []
+        for rank in range(world_size):
+            random = dither(0, "w", 0, rank, Stage.QUANTIZE)
+            longer = np.full(size + 64, 77, dtype=codec.payload_dtype(plan))
+            out = asarray(longer)
+            pieces.append(codec.quantize(buffer(x), norms, plan, random, out=longer))
+            device_pieces.append(codec.quantize(copied, device_norms, plan, random, out=out))
+            same(codec.quantize(copied, device_norms, plan, random), longer[:size])
+            same(out, longer)
+        random = dither(0, "w", 0, 0, Stage.REDUCE)
+        reduced = codec.reduce(pieces, plan, random)
+        for arrays in (device_pieces, asarray(device_pieces)):
+            device_reduced = codec.reduce(arrays, plan, random)
+            same(device_reduced, reduced)
+        mean = np.empty_like(x)
+        codec.dequantize(reduced, norms, plan, buffer(mean))
+        got, out = on_device(device, np.zeros_like(x))
+        codec.dequantize(device_reduced, device_norms, plan, out)
+        same(got, mean)
+
+
+@pytest.mark.parametrize("places", list(itertools.product(["host", "device"], repeat=2)))
+@pytest.mark.parametrize("bits", lanes.EXPONENTIAL_BITS)
+def test_the_operation_adds_wherever_the_codes_lie(
+    bits: int, places: tuple[str, str], device: Any
+) -> None:
+    asarray = device.cupy.asarray
+    assert device.prepare_addition()
+    source, target = random_bytes(999, 1), random_bytes(999, 2)
+    arrays = [
+        own.copy() if place == "host" else asarray(own)
+        for own, place in zip((source, target), places, strict=True)
+    ]
+    addresses = [own.ctypes.data if isinstance(own, np.ndarray) else own.data.ptr for own in arrays]
+    device.add_anywhere(*addresses, 999, bits=bits, dither=KEY)
+    host.add_exponential(source.ctypes.data, target.ctypes.data, 999, bits=bits, dither=KEY)
+    results = [own if isinstance(own, np.ndarray) else own.get() for own in arrays]
+    np.testing.assert_array_equal(results, [source, target])

@@ -1,0 +1,284 @@
+"""A stand-in for CuPy on a machine without a GPU: device.cu runs on the CPU (see emulation/).
+
+`installed()` puts the modules that device.py imports into `sys.modules`. Device memory is memory of
+the host whose last byte lies at the end of a page, with a page behind it that nobody may touch: a
+kernel that reads or writes too far ends the test run. Everything is done when a call returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import mmap
+import subprocess
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).with_name("emulation") / "emulation.cpp"
+# The same arithmetic as setup.py and OPTIONS of device.py ask for.
+COMPILE = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-shared", "-fPIC"]
+FAKED = ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupy_backends", "cupy_backends.cuda")
+FAKED += ("cupy_backends.cuda.libs", "cupy_backends.cuda.libs.nvrtc", "mpi_ops.kernels.device")
+
+# ------------------------------------------------------------------------------------------- memory
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_allocations: dict[int, int] = {}  # address and size of what is alive
+
+
+def memory(size: int) -> np.ndarray:
+    """`size` bytes of 0xA5 at the end of a page."""
+    pages = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    region = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    whole = np.frombuffer(region, dtype=np.uint8)
+    guard = ctypes.c_void_p(whole.ctypes.data + pages)
+    assert _libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    inside = whole[pages - size : pages]
+    inside[:] = 0xA5
+    _allocations[inside.ctypes.data] = size
+    weakref.finalize(region, _allocations.pop, inside.ctypes.data, None)
+    return inside
+
+
+def is_device(pointer: int) -> bool:
+    return any(start <= pointer < start + size for start, size in _allocations.items())
+
+
+class ndarray:
+    """What the package uses of cupy.ndarray. Like it, never becomes a NumPy array unasked."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("dtype", "size", "shape", "strides", "flags", "nbytes"):
+            raise AttributeError(name)
+        return getattr(self._values, name)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, key: Any) -> ndarray:
+        return ndarray(self._values[key])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._values[key] = value._values if isinstance(value, ndarray) else value
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self._values.ctypes.data)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        own = self._values
+        strides = None if own.flags.c_contiguous else own.strides
+        address = (own.ctypes.data, False)
+        return {
+            "shape": own.shape,
+            "typestr": own.dtype.str,
+            "data": address,
+            "strides": strides,
+            "version": 3,
+        }
+
+    def fill(self, value: Any) -> None:
+        self._values.fill(value)
+
+    def reshape(self, *shape: int) -> ndarray:
+        return ndarray(self._values.reshape(*shape))
+
+    def get(self) -> np.ndarray:
+        return self._values.copy()
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return ndarray(memory(size).view(dtype).reshape(shape))
+
+
+def asarray(values: Any) -> ndarray:
+    if isinstance(values, ndarray):
+        return values
+    if isinstance(values, list):
+        values = np.stack([own._values for own in values])
+    array = empty(values.shape, values.dtype)
+    array._values[...] = values
+    return array
+
+
+def total(values: ndarray, axis: int, dtype: Any, out: ndarray | None = None) -> ndarray:
+    result = np.sum(values._values, axis=axis, dtype=dtype)
+    if out is None:
+        return asarray(result)
+    out._values[...] = result
+    return out
+
+
+# ------------------------------------------------------------------------------- compile and launch
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+class NVRTCError(RuntimeError):
+    pass
+
+
+class Module:
+    """A loaded module; its machine code is the name of an emulated library."""
+
+    built: dict[str, ctypes.CDLL]
+    launches: list[tuple[str, int, int]]  # of all kernels: name, grid, threads of a block
+
+    def load(self, code: bytes) -> None:
+        self._library = self.built[code.decode()]
+
+    def get_function(self, name: str) -> Any:
+        return lambda grid, block, args: self._launch(name, grid, block, args)
+
+    def _launch(self, name: str, grid: Any, block: Any, arguments: Any) -> None:
+        # Like CuPy: its arrays are pointers, and NumPy's scalars are passed by value.
+        values = [np.uint64(own.data.ptr) if isinstance(own, ndarray) else own for own in arguments]
+        assert all(isinstance(own, np.generic) for own in values), arguments
+        kinds = "".join(own.dtype.kind for own in values)
+        cells = [np.array(own) for own in values]
+        places = (ctypes.c_void_p * len(cells))(*(own.ctypes.data for own in cells))
+        sizes = (ctypes.c_int * len(cells))(*(own.itemsize for own in cells))
+        emulate = self._library.emulate
+        emulate.restype = ctypes.c_char_p
+        problem = emulate(
+            name.encode(), grid[0], block[0], len(cells), kinds.encode(), sizes, places
+        )
+        assert problem is None, f"{name}: {problem.decode()}"
+        self.launches.append((name, grid[0], block[0]))
+
+
+class Device:
+    """The one device; entering it does nothing."""
+
+    compute_capability = "80"
+
+    def __init__(self, number: int) -> None:
+        assert number == 0
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Stream:
+    ptr = 0
+    synchronized = 0
+
+    def synchronize(self) -> None:
+        Stream.synchronized += 1
+
+
+def pointer_attributes(pointer: int) -> Any:
+    if pointer == 0:
+        raise CUDARuntimeError("cudaErrorInvalidValue")
+    return types.SimpleNamespace(type=2 if is_device(pointer) else 0, device=0)
+
+
+def copy(target: int, source: int, size: int, *_: Any) -> None:
+    ctypes.memmove(target, source, size)
+
+
+def machine_code(program: dict[str, Any]) -> bytes:
+    """The element type stands for the machine code."""
+    (element,) = [o.partition("=")[2] for o in program["options"] if "GQ_ELEMENT" in o] or [""]
+    return element.encode()
+
+
+def modules() -> dict[str, types.ModuleType]:
+    """What `import` shall find."""
+    cupy, cuda, runtime, nvrtc = (
+        types.ModuleType(name)
+        for name in ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupy_backends.cuda.libs.nvrtc")
+    )
+    for module, names in (
+        (cupy, {"ndarray": ndarray, "empty": empty, "asarray": asarray, "sum": total}),
+        (cuda, {"Module": Module, "Device": Device, "get_current_stream": Stream}),
+        (
+            runtime,
+            {
+                "getDevice": lambda: 0,
+                "getDeviceCount": lambda: 1,
+                "pointerGetAttributes": pointer_attributes,
+                "CUDARuntimeError": CUDARuntimeError,
+                "memoryTypeDevice": 2,
+                "memoryTypeManaged": 3,
+                "memcpy": copy,
+                "memcpyAsync": copy,
+                "memcpyDeviceToHost": 2,
+                "memcpyDefault": 4,
+            },
+        ),
+        (
+            nvrtc,
+            {
+                "NVRTCError": NVRTCError,
+                "getSupportedArchs": lambda: (70, 80, 90),
+                "createProgram": lambda source, *_: {"source": source},
+                "compileProgram": lambda program, options: program.update(options=options),
+                "getCUBIN": machine_code,
+                "getPTX": machine_code,
+                "getProgramLog": lambda program: "",
+                "destroyProgram": lambda program: None,
+            },
+        ),
+    ):
+        vars(module).update(names)
+    cupy.cuda, cuda.runtime = cuda, runtime
+    backends = [types.ModuleType(name) for name in FAKED if name.startswith("cupy_backends")]
+    found = {module.__name__: module for module in (*backends, cupy, cuda, runtime, nvrtc)}
+    found["cupy_backends.cuda.libs"].nvrtc = nvrtc
+    return found
+
+
+def build(directory: Path, elements: dict[str, str]) -> dict[str, ctypes.CDLL]:
+    """The emulated kernels of each element type, and under "" those of codes."""
+    built = {}
+    for number, element in enumerate(["", *elements.values()]):
+        library = directory / f"{number}.so"
+        define = [f"-DGQ_ELEMENT={element}"] if element else []
+        include = f"-I{ROOT / 'mpi_ops' / 'kernels'}"
+        options = [*define, include, "-Wno-unknown-pragmas", "-o", str(library)]
+        subprocess.run([*COMPILE, *options, str(SOURCE)], check=True)
+        built[element] = ctypes.CDLL(str(library))
+    return built
+
+
+@contextlib.contextmanager
+def installed(directory: Path) -> Iterator[types.ModuleType]:
+    """device.py on top of the emulation, whose libraries are put into `directory`."""
+    import mpi_ops.kernels as package
+
+    before = {name: sys.modules.pop(name, None) for name in FAKED}
+    sys.modules.update(modules())
+    try:
+        device = importlib.import_module("mpi_ops.kernels.device")
+        Module.built, Module.launches = build(directory, device.ELEMENTS), []
+        yield device
+    finally:
+        vars(package).pop("device", None)
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+        if before["mpi_ops.kernels.device"] is not None:
+            package.device = before["mpi_ops.kernels.device"]

@@ -1,0 +1,213 @@
+"""The CUDA kernels and their driver on a CPU: the bytes of the host kernels, for every argument."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import fake_cupy
+import numpy as np
+import pytest
+from device_cases import (  # noqa: F401 the cases are collected here
+    KEY,
+    grid,
+    norms_of,
+    on_device,
+    random_bytes,
+    same,
+    tensor,
+    test_absmax,
+    test_add_exponential,
+    test_codec_gives_the_same_payloads,
+    test_dequantize_standard,
+    test_exponential,
+    test_l2norm,
+    test_l2norm_adds_in_the_order_of_the_host,
+    test_quantize_standard,
+    test_reduce_exponential,
+    test_the_operation_adds_wherever_the_codes_lie,
+)
+from fake_cupy import asarray
+from reference import buffer, float_bits
+
+import mpi_ops
+from mpi_ops import lanes
+from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels import host
+from mpi_ops.kernels.interface import Buffer
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """device.py, whose kernels are emulated."""
+    with fake_cupy.installed(tmp_path_factory.mktemp("emulation")) as module:
+        yield module
+
+
+def test_nothing_outside_the_output_is_written(device: Any) -> None:
+    """Behind an array lies a page that nobody may touch; before it, here, known bytes."""
+    count, block = 1000, 96
+    x = tensor(count, "float32")
+    norms = norms_of(count, block)
+    margin = 64
+    for bits in lanes.STANDARD_BITS:
+        words = lanes.standard_words(count, bits)
+        out = fake_cupy.empty(margin + words, np.int32)
+        args = {"block_size": block, "bits": bits, "levels": 1, "dither": KEY}
+        device.quantize_standard(on_device(device, x)[1], asarray(norms), out=out[margin:], **args)
+        assert np.all(out.get().view(np.uint8)[: 4 * margin] == 0xA5)
+
+
+# --------------------------------------------------------------------------------------- the driver
+
+
+def test_counts_beyond_32_bits_reach_the_kernels(device: Any) -> None:
+    """As far as that shows without so much memory: the types of all arguments are compared."""
+    kinds = {name: device._argument_types(name) for name in device._SIGNATURES}
+    assert all(np.int64 in kind for kind in kinds.values())
+
+
+def test_grids_are_as_large_as_the_work(device: Any) -> None:
+    x = on_device(device, np.ones(100_000, dtype=np.float32))[1]
+    launches = fake_cupy.Module.launches
+    launches.clear()
+    device.absmax(x, 256)
+    device.absmax(x, 1 << 40)
+    norms = device.l2norm(x, 1 << 40)
+    device.quantize_exponential(x, norms, block_size=1 << 40, bits=8, dither=KEY)
+    half_warps = (-(-100_000 // 256), -(-100_000 // 2048))
+    assert launches == [
+        ("gq_absmax", -(-half_warps[0] * 16 // 256), 256),
+        ("gq_absmax", -(-half_warps[1] * 16 // 256), 256),
+        ("gq_l2norm", -(-half_warps[1] * 16 // 256), 256),
+        ("gq_l2norm_of_partial", 1, 256),
+        ("gq_quantize_exponential", -(-100_000 // (256 * 8)), 256),
+    ]
+
+
+def test_empty_tensors_launch_nothing(device: Any) -> None:
+    fake_cupy.Module.launches.clear()
+    nothing = on_device(device, np.empty(0, dtype=np.float32))[1]
+    assert device.absmax(nothing, 256).size == 0
+    assert fake_cupy.Module.launches == []
+
+
+def test_memory_of_the_other_kind_is_refused(device: Any) -> None:
+    x = np.ones(64, dtype=np.float32)
+    norms = float_bits(1.0)
+    args = {"block_size": 64, "bits": 8, "dither": KEY}
+    copied = on_device(device, x)[1]
+    for call, message in (
+        (lambda: device.absmax(buffer(x), 64), "absmax: x must be a buffer in device memory"),
+        (lambda: host.absmax(copied, 64), "absmax: x must be a buffer in host memory, got one in"),
+        (
+            lambda: device.quantize_exponential(copied, norms, **args),
+            "quantize_exponential: norms must be an array in device memory, got a numpy array",
+        ),
+        (
+            lambda: host.quantize_exponential(buffer(x), asarray(norms), **args),
+            "quantize_exponential: norms must be an array in host memory",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_arguments_are_checked_as_on_the_host(device: Any) -> None:
+    copied = on_device(device, np.ones(64, dtype=np.float32))[1]
+    with pytest.raises(ValueError, match="absmax: block_size must be a positive multiple of 32"):
+        device.absmax(copied, 33)
+    with pytest.raises(ValueError, match="out must be a contiguous int32 array of 2 elements"):
+        device.absmax(copied, 32, out=fake_cupy.empty(3, np.int32))
+    for kernels in (host, device):
+        with pytest.raises(ValueError, match="add_exponential: bits must be 4 or 8, got 5"):
+            kernels.add_exponential(0, 0, 0, bits=5, dither=KEY)
+
+
+def test_buffers_know_their_memory(device: Any) -> None:
+    values = np.arange(12, dtype=np.float32)
+    copied = asarray(values)
+    own = Buffer.of(copied)
+    assert own == Buffer(copied.data.ptr, "float32", 12, copied, "device")
+    assert Buffer.of(values).memory == "host"
+    strided = copied.reshape(3, 4)[:, :2]
+    with pytest.raises(ValueError, match=r"C-contiguous, got strides \(16, 4\) for shape \(3, 2\)"):
+        Buffer.of(strided)
+    # An axis of one element may have any stride.
+    assert Buffer.of(copied.reshape(3, 4)[:1, :2]).size == 2
+    with pytest.raises(TypeError, match="got int32; convert it"):
+        Buffer.of(fake_cupy.empty(3, np.int32))
+
+
+def test_a_newer_gpu_gets_the_code_of_an_older_one(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    compiled = device.compile_kernels
+    monkeypatch.setattr(
+        device, "compile_kernels", lambda *args: asked.append(args) or compiled(*args)
+    )
+    for capability in (80, 86, 120):
+        device._machine_code.__wrapped__("float32", capability)
+    assert [target for _, target in asked] == ["sm_80", "compute_80", "compute_90"]
+
+
+class Memory:
+    """What mpi4py hands to the function of an operation."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The functions of which mpi_ops.op makes operations; no MPI is started."""
+    functions: list[Any] = []
+    mpi = types.SimpleNamespace(
+        Op=types.SimpleNamespace(Create=lambda function, commute: functions.append(function)),
+        Is_finalized=lambda: True,
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
+    before = sys.modules.pop("mpi_ops.op", None)
+    yield functions
+    sys.modules.pop("mpi_ops.op")
+    vars(mpi_ops).pop("op")
+    if before is not None:
+        sys.modules["mpi_ops.op"] = mpi_ops.op = before
+
+
+def test_callback_of_the_operation(
+    device: Any, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made where there is a GPU it takes both kinds of memory; elsewhere CuPy is never asked."""
+    op = importlib.import_module("mpi_ops.op")
+    random = dither(5, "mpi_ops.exponential_sum", 0, 0, Stage.REDUCE)
+    source, target = random_bytes(300, 1), random_bytes(300, 2)
+    expected = target.copy()
+    host.add_exponential(source.ctypes.data, expected.ctypes.data, 300, bits=8, dither=random)
+
+    monkeypatch.setattr(op, "_driver_is_there", lambda: True)
+    op._operation.__wrapped__(8, 5)
+    copies = asarray(source), asarray(target)
+    made[0](*(Memory(own.data.ptr, 300) for own in copies), None)
+    same(copies[1], expected)
+    own = target.copy()
+    made[0](Memory(source.ctypes.data, 300), Memory(own.ctypes.data, 300), None)
+    np.testing.assert_array_equal(own, expected)
+
+    monkeypatch.setattr(op, "_driver_is_there", lambda: False)
+    monkeypatch.setattr(device, "_device_of", None)
+    op._operation.__wrapped__(8, 5)
+    made[1](Memory(source.ctypes.data, 300), Memory(target.ctypes.data, 300), None)
+    np.testing.assert_array_equal(target, expected)
+
+    def broken() -> bool:
+        raise RuntimeError("no NVRTC")
+
+    monkeypatch.setattr(op, "_driver_is_there", lambda: True)
+    monkeypatch.setattr(device, "prepare_addition", broken)
+    with pytest.warns(UserWarning, match="only those of the host: no NVRTC"):
+        assert op._addition() == host.add_exponential
