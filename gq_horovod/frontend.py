@@ -1,0 +1,135 @@
+"""What the modules of all frameworks share: the class that users pass to Horovod, its refusals.
+
+It knows no framework. `hvd` stands for horovod.torch or horovod.tensorflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, ClassVar, Literal
+
+from .config import DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
+
+__all__ = ["ClassOrInstance", "Compression", "Preset", "require_linear", "require_name"]
+
+
+class ClassOrInstance:
+    """A method that Horovod may call on the class, which then stands for its default instance."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __get__(self, instance: Compression | None, owner: type[Compression]) -> MethodType:
+        return MethodType(self._function, owner.shared(Config()) if instance is None else instance)
+
+
+class Preset:
+    """A configured instance as an attribute of the class."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def __get__(self, instance: Compression | None, owner: type[Compression]) -> Any:
+        return owner.shared(self._config)
+
+
+class Compression:
+    """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
+
+    Pass the class itself for the defaults, or an instance.
+
+    Arguments:
+        levels: "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers of
+            two, an error that does not grow with the number of ranks).
+        bits: bits per element on the wire, 2 to 16 (standard), 4 or 8 (exponential). None takes 8,
+            and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
+        block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
+            "auto" takes 256, and None for 8-bit exponential levels.
+        norm: "max" or "l2", the norm of a block on one rank; the global norm is the largest.
+        min_elements: tensors with fewer elements go through Horovod's own Allreduce.
+        seed: key of the dither; runs that share it (and everything else) are reproducible.
+        process_set: the process set whose ranks reduce; by default that of the caller.
+        transport: "horovod" (its own operations) or "mpi" (messages between ranks beside them).
+
+    Raises ValueError or TypeError for options that cannot work.
+    """
+
+    HVD: ClassVar[Any]  # Horovod's module for the framework
+
+    paper_standard = Preset(PAPER_STANDARD)
+    """The paper's standard dithering: 8 bits, one norm per tensor."""
+    paper_exponential = Preset(PAPER_EXPONENTIAL)
+    """The paper's exponential dithering: 8 bits, one norm per tensor."""
+
+    _instances: ClassVar[dict[tuple[type, Config], Any]] = {}
+
+    def __init__(
+        self,
+        *,
+        levels: Literal["standard", "exponential"] = "standard",
+        bits: int | None = None,
+        block_size: int | Literal["auto"] | None = "auto",
+        norm: Literal["max", "l2"] = "max",
+        min_elements: int = DEFAULT_MIN_ELEMENTS,
+        seed: int = 0,
+        process_set: Any = None,
+        transport: Literal["horovod", "mpi"] = "horovod",
+    ) -> None:
+        if process_set is not None and not isinstance(process_set, self.HVD.ProcessSet):
+            raise TypeError(
+                f"GlobalQSGD: process_set must be a {self.HVD.__name__}.ProcessSet or None, got "
+                f"{process_set!r} of type {type(process_set).__name__}; see hvd.add_process_set."
+            )
+        self.config = Config(
+            levels=levels,
+            bits=bits,
+            block_size=block_size,
+            norm=norm,
+            min_elements=min_elements,
+            seed=seed,
+            transport=transport,
+        )
+        self.process_set = process_set
+
+    @classmethod
+    def shared(cls, config: Config) -> Any:
+        """The instance that stands for the class, or for one of its presets."""
+        key = (cls, config)  # a subclass has instances of its own
+        if key not in cls._instances:
+            cls._instances[key] = cls(**config.describe())
+        return cls._instances[key]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
+        return f"{type(self).__name__}({options})"
+
+    def require_process_set(self, callers: Any) -> None:
+        """Raise ValueError if Horovod reduces over other ranks than `process_set`."""
+        if self.process_set is not None and self.process_set != callers:
+            raise ValueError(
+                f"GlobalQSGD: process_set must be that of the caller, ranks {callers.ranks}, "
+                f"got ranks {self.process_set.ranks}; pass the same process_set to both, or only "
+                "to Horovod."
+            )
+
+
+def require_name(name: str | None) -> str:
+    """The name that the caller gave to an operation; raises ValueError if there is none."""
+    if name is None:
+        raise ValueError(
+            "hvd.allreduce with compression=GlobalQSGD: name must be a string that is the same on "
+            "every rank, got None; pass name=."
+        )
+    return name
+
+
+def require_linear(hvd: Any, op: int, name: str) -> None:
+    """Raise ValueError unless sums of codes can express `op` for the tensor `name`."""
+    if op not in (hvd.Average, hvd.Sum):
+        names = {hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max", hvd.Product: "Product"}
+        raise ValueError(
+            "GlobalQSGD: op must be hvd.Average or hvd.Sum, got "
+            f"hvd.{names.get(op, op)} for tensor {name!r}; use Horovod's own "
+            "compression for it."
+        )

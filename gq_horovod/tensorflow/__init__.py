@@ -1,0 +1,512 @@
+"""Global-QSGD for Horovod's TensorFlow API.
+
+    import horovod.tensorflow as hvd
+    from gq_horovod.tensorflow import GlobalQSGD
+
+    tape = hvd.DistributedGradientTape(tape, compression=GlobalQSGD)
+
+Horovod calls `compress` and `decompress` while the graph is built. What they insert into it, for
+one gradient:
+
+1. The norms of its blocks, reduced by a Max-allreduce; and a token, which Horovod reduces in place
+   of the gradient (see `token`).
+2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
+   allgather (exponential levels).
+3. The mean, or what else the user's `op` and scaling make of it, decoded after the token has been
+   checked.
+
+TensorFlow runs these as their inputs arrive, so many gradients are in flight at once. The kernels
+are ordinary functions of their inputs, the step among them, and are declared so: TensorFlow would
+run stateful operations one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    import tensorflow as tf
+except ImportError as error:
+    raise ImportError(
+        "gq_horovod.tensorflow: TensorFlow is not installed; `pip install gq-horovod[tensorflow]`, "
+        "or import GlobalQSGD from the module of the framework that you use."
+    ) from error
+try:
+    import horovod.tensorflow as hvd
+    from horovod.tensorflow import mpi_ops as hvd_ops
+except ImportError as error:
+    raise ImportError(
+        "gq_horovod.tensorflow: Horovod with TensorFlow support is not installed; build it with "
+        "HOROVOD_WITH_TENSORFLOW=1 (its `horovodrun --check-build` shows what it has)."
+    ) from error
+
+from mpi_ops import codec, lanes
+from mpi_ops.chunks import Chunk, chunks
+from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels.host import Buffer
+
+from .. import __version__, agreement, pipeline, token
+from ..config import Plan
+from ..frontend import ClassOrInstance, Compression, require_linear, require_name
+
+__all__ = ["GlobalQSGD", "allreduce"]
+
+Array = NDArray[Any]
+
+_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
+
+# What TensorFlow asks of memory that it takes over without a copy (EIGEN_MAX_ALIGN_BYTES).
+_ALIGNMENT = 64
+
+
+# ------------------------------------------------------------------------------------------- caller
+
+
+class _Caller(NamedTuple):
+    """Who called compress(), as far as it matters: it is called with the gradient alone."""
+
+    name: str  # of the tensor, the same on every rank
+    op: int
+    process_set: Any
+    ignore_name_scope: bool  # of the names of Horovod's operations
+    scaling: float  # of the result, beside what op does
+    siblings: tuple[Any, ...]  # what Horovod reduces in one operation
+
+
+def _callers(frame: FrameType | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and variables of the functions of horovod.tensorflow on the stack, innermost first.
+
+    AutoGraph, which tf.function applies to all that it traces, runs a rewritten copy of a function.
+    The copy has the variables and the module of the original, and a prefix to its name.
+    """
+    while frame is not None:
+        if frame.f_globals is vars(hvd):
+            yield frame.f_code.co_name.removeprefix("tf__"), frame.f_locals
+        frame = frame.f_back
+
+
+def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
+    """Identify the Horovod function that called compress(tensor)."""
+    callers = _callers(frame)
+    for function, found in callers:
+        if function in ("reducescatter", "grouped_reducescatter"):
+            raise ValueError(
+                f"GlobalQSGD: the caller must be an allreduce, got hvd.{function}; use Horovod's "
+                "own compression for it."
+            )
+        if function in ("allreduce", "grouped_allreduce"):
+            variables = found
+            break
+    else:
+        raise RuntimeError(
+            "GlobalQSGD: compress() must be called by Horovod's DistributedOptimizer, "
+            "DistributedGradientTape or allreduce, which tell it the name of the tensor; to reduce "
+            "a tensor yourself use gq_horovod.tensorflow.allreduce."
+        )
+    siblings = tuple(variables["tensor_list"]) if "tensor_list" in variables else (tensor,)
+    name, scaling = variables["name"], variables["prescale_factor"] * variables["postscale_factor"]
+    if name is not None and function == "grouped_allreduce":
+        name = f"{name}.{_position(tensor, variables['tensors'])}"
+    for function, outer in callers:
+        if function == "allreduce_grads":
+            # gradient_predivide_factor only divides before the sum what it multiplies after it.
+            scaling = 1.0
+            # Like Horovod's own names, which come from the graph, this one has no counter in it.
+            name = name or f"{outer['name']}.{_position(tensor, outer['grads'])}"
+            break
+    name = require_name(name)
+    require_linear(hvd, variables["op"], name)
+    return _Caller(
+        name=name,
+        op=variables["op"],
+        process_set=variables["process_set"],
+        ignore_name_scope=variables["ignore_name_scope"],
+        scaling=scaling,
+        siblings=siblings,
+    )
+
+
+def _position(tensor: Any, tensors: Any) -> int:
+    """Where a tensor is in a list.
+
+    A tensor that is in it twice has the first place twice. Its reductions differ in their steps,
+    and in the name scopes of their operations.
+    """
+    return next(index for index, member in enumerate(tensors) if member is tensor)
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+def _aligned(size: int, dtype: Any) -> Array:
+    """A new array that TensorFlow takes over without a copy."""
+    dtype = np.dtype(dtype)
+    memory = np.empty(size * dtype.itemsize + _ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size * dtype.itemsize].view(dtype)
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """What is computed for one tensor, on NumPy arrays that share TensorFlow's memory."""
+
+    name: str
+    dtype: Any
+    factor: float  # result = mean over ranks * factor
+    process_set: Any
+    plan: Plan
+    rank: int  # in the process set
+    seed: int
+    chunk_count: int
+
+    def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
+        """This rank's norms, and the token; `step` says that they belong to one run."""
+        mark = token.make(self.name, x.size, x.dtype.name)
+        return codec.norms(Buffer.of(x), self.plan), np.array(mark)
+
+    def quantize(self, chunk_index: int, x: Array, norms: Array, step: Array) -> Array:
+        """The payload of one chunk, in as many equal parts as there are ranks if it is codes."""
+        chunk = self._chunks(x.size, norms)[chunk_index]
+        part = chunk.of(Buffer.of(x))
+        size = codec.payload_size(part.size, self.plan)
+        if self.plan.levels == "exponential":
+            size = codec.shard_size(part.size, self.plan) * self.plan.world_size
+        out = _aligned(size, codec.payload_dtype(self.plan))
+        random = self._dither(chunk_index, step, Stage.QUANTIZE)
+        codec.quantize(part, chunk.norms, self.plan, random, out=out)
+        return out
+
+    def reduce(self, chunk_index: int, pieces: Array, step: Array) -> Array:
+        """The shard of one chunk's mean that this rank rounds for all."""
+        out = _aligned(pieces.size // self.plan.world_size, pieces.dtype)
+        random = self._dither(chunk_index, step, Stage.REDUCE)
+        codec.reduce(np.split(pieces, self.plan.world_size), self.plan, random, out=out)
+        return out
+
+    def dequantize(
+        self, reduced: Array, mark: Array, norms: Array, shape: Array, *sums: Array
+    ) -> Array:
+        """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
+        if self.process_set.size() != self.plan.world_size:
+            raise RuntimeError(
+                f"GlobalQSGD: the graph of {self.name!r} was built for {self.plan.world_size} "
+                f"ranks, and there are {self.process_set.size()} now; build it again after "
+                "hvd.init()."
+            )
+        token.check(reduced.tolist(), mark.tolist(), self.name, self.plan.world_size)
+        out = _aligned(int(shape.prod()), self.dtype)
+        for chunk, payload in zip(self._chunks(out.size, norms), sums, strict=True):
+            codec.dequantize(payload, chunk.norms, self.plan, chunk.of(Buffer.of(out)))
+        if self.factor != 1:
+            np.multiply(out, self.factor, out=out, casting="same_kind")
+        return out.reshape(shape)
+
+    def _chunks(self, count: int, norms: Array) -> list[Chunk]:
+        # Where the graph was built without knowing the size, there is one chunk.
+        wanted = max(count, 1) if self.chunk_count == 1 else pipeline.CHUNK_ELEMENTS
+        return list(chunks(count, norms, self.plan, wanted)) or [Chunk(0, 0, 0, norms)]
+
+    def _dither(self, chunk_index: int, step: Array, stage: Stage) -> NDArray[np.uint32]:
+        # The names are those of the pipeline, so that all frameworks round alike.
+        name = f"gq.{self.name}.{chunk_index}"
+        return dither(self.seed, name, int(step), self.rank, stage)
+
+
+def _chunk_count(count: int | None, plan: Plan) -> int:
+    if count is None:
+        return 1
+    norms = np.empty(lanes.blocks(count, plan.block_for(count)), dtype=np.int32)
+    return len(list(chunks(count, norms, plan, pipeline.CHUNK_ELEMENTS)))
+
+
+# ------------------------------------------------------------------------------------------- graph
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """One tensor's way through the graph."""
+
+    kernels: _Kernels
+    ignore_name_scope: bool
+    x: Any
+    step: Any
+
+    def measure(self) -> tuple[Any, Any]:
+        """The global norms, and the token to reduce."""
+        inputs = [self.x, self.step]
+        norms, mark = self._call(self.kernels.measure, inputs, "measure", tf.int32, tf.float64)
+        mark.set_shape([4])
+        return self._allreduce(norms, "norm", hvd.Max), mark
+
+    def standard(self, norms: Any) -> list[Any]:
+        """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
+        payloads = [self._quantize(index, norms) for index in range(self.kernels.chunk_count)]
+        return [
+            self._allreduce(payload, f"codes.{index}", hvd.Sum)
+            for index, payload in enumerate(payloads)
+        ]
+
+    def exponential(self, norms: Any) -> list[Any]:
+        """Codes of powers of two: each rank reduces one shard of all ranks' with one rounding."""
+        means = []
+        for index in range(self.kernels.chunk_count):
+            codes = self._quantize(index, norms)
+            pieces = hvd.alltoall(codes, **self._named(f"codes.{index}"))
+            (shard,) = self._call(
+                lambda *inputs, index=index: self.kernels.reduce(index, *inputs),
+                [pieces, self.step],
+                f"reduce.{index}",
+                tf.uint8,
+            )
+            means.append(hvd.allgather(shard, **self._named(f"mean.{index}")))
+        return means
+
+    def dequantize(self, reduced: Any, mark: Any, norms: Any, payloads: list[Any]) -> Any:
+        """The result, of the shape and dtype of x."""
+        inputs = [reduced, mark, norms, tf.shape(self.x), *payloads]
+        (result,) = self._call(self.kernels.dequantize, inputs, "dequantize", self.x.dtype)
+        result.set_shape(self.x.shape)
+        return result
+
+    def _quantize(self, index: int, norms: Any) -> Any:
+        dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
+        (payload,) = self._call(
+            lambda *inputs: self.kernels.quantize(index, *inputs),
+            [self.x, norms, self.step],
+            f"quantize.{index}",
+            dtype,
+        )
+        return payload
+
+    def _allreduce(self, array: Any, part: str, op: int) -> Any:
+        return hvd_ops._allreduce(array, op=op, **self._named(part))
+
+    def _named(self, part: str) -> dict[str, Any]:
+        return {
+            "name": self._name(part),
+            "ignore_name_scope": self.ignore_name_scope,
+            "process_set": self.kernels.process_set,
+        }
+
+    def _name(self, part: str) -> str:
+        return f"gq.{hvd_ops._normalize_name(self.kernels.name)}.{part}"
+
+    def _call(
+        self, function: Callable[..., Any], inputs: list[Any], part: str, *dtypes: Any
+    ) -> list[Any]:
+        """Insert a call of a kernel; all results but the last stage's are vectors."""
+        results = tf.numpy_function(
+            function,
+            inputs,
+            dtypes[0] if len(dtypes) == 1 else list(dtypes),
+            stateful=False,
+            name=self._name(part),
+        )
+        listed = [results] if len(dtypes) == 1 else list(results)
+        if part != "dequantize":
+            for result in listed:
+                result.set_shape([None])
+        return listed
+
+
+class _Context(NamedTuple):
+    """What decompress() has to know about a tensor."""
+
+    reduction: _Reduction
+    mark: Any
+    norms: Any
+    payloads: list[Any]
+
+
+@tf.custom_gradient
+def _not_differentiable(result: Any) -> Any:
+    """The result; an error if somebody differentiates it, in place of a gradient of None."""
+
+    def refuse(_: Any) -> Any:
+        raise ValueError(
+            "GlobalQSGD: a compressed result must not be differentiated, because the quantized "
+            "mean is not differentiable; pass tf.stop_gradient(tensor), or no compression."
+        )
+
+    return tf.identity(result), refuse
+
+
+# --------------------------------------------------------------------------------------- agreement
+
+
+class _Gathering:
+    """An allgather in flight; `Handle` of the pipeline. TensorFlow itself only waits."""
+
+    def __init__(self, own: NDArray[np.uint8], process_set: Any) -> None:
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(own, process_set), daemon=True)
+        self._thread.start()
+
+    def _run(self, own: NDArray[np.uint8], process_set: Any) -> None:
+        # A graph, because Horovod names operations after its nodes.
+        @tf.function(autograph=False)
+        def gather(data: Any) -> Any:
+            return hvd.allgather(
+                data, name="gq.configuration", ignore_name_scope=True, process_set=process_set
+            )
+
+        try:
+            self._result = gather(tf.constant(own)).numpy()
+        except Exception as error:  # wait() raises it
+            self._error = error
+
+    def ready(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class GlobalQSGD(Compression):
+    __doc__ = f"""{Compression.__doc__}
+    Works with hvd.allreduce, grouped_allreduce, DistributedGradientTape and DistributedOptimizer,
+    eagerly and in a tf.function, with op Average and Sum, `gradient_predivide_factor`,
+    `backward_passes_per_step`, `groups`, `sparse_as_dense` and process sets.
+
+    A NaN or Inf on any rank makes its block NaN on every rank; a block of zeros stays zeros.
+    float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
+    anything else is left to Horovod, tf.IndexedSlices too. Tensors on a GPU are staged through host
+    memory. transport must be "horovod".
+
+    Raises ConfigMismatchError at the first use, on every rank, if the ranks are configured
+    differently.
+    """
+
+    HVD = hvd
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.config.transport != "horovod":
+            raise ValueError(
+                "GlobalQSGD: transport must be 'horovod' with TensorFlow, got "
+                f"{self.config.transport!r}; leave it out."
+            )
+        self._plans: dict[Any, Plan] = {}
+        self._steps: dict[str, Any] = {}
+
+    # -------------------------------------------------------------------------- Horovod's interface
+
+    @tf.autograph.experimental.do_not_convert
+    def _compress(self, tensor: Any) -> tuple[Any, Any]:
+        """Start reducing `tensor` and return a token for Horovod to reduce in place of it."""
+        caller = _find_caller(tensor, sys._getframe(1))
+        eligible = any(self._eligible(member) for member in caller.siblings)
+        if not caller.process_set.included():
+            # Horovod builds the graph on all ranks, and runs it on those of the process set.
+            return tensor, None
+        plan = self._plan(caller.process_set)
+        if not eligible:
+            return _left_to_horovod(tensor)
+        x = tf.convert_to_tensor(tensor)
+        kernels = _Kernels(
+            name=caller.name,
+            dtype=x.dtype.as_numpy_dtype,
+            factor=caller.scaling * (plan.world_size if caller.op == hvd.Sum else 1),
+            process_set=caller.process_set,
+            plan=plan,
+            rank=caller.process_set.rank(),
+            seed=self.config.seed,
+            chunk_count=_chunk_count(x.shape.num_elements(), plan),
+        )
+        reduction = _Reduction(kernels, caller.ignore_name_scope, x, self._next_step(caller.name))
+        norms, mark = reduction.measure()
+        method = reduction.standard if plan.levels == "standard" else reduction.exponential
+        return mark, _Context(reduction, mark, norms, method(norms))
+
+    @tf.autograph.experimental.do_not_convert
+    def _decompress(self, tensor: Any, ctx: Any) -> Any:
+        """The reduced gradient for the token that Horovod reduced."""
+        if ctx is None:
+            return tensor
+        if not isinstance(ctx, _Context):
+            return tf.cast(tensor, ctx)
+        result = ctx.reduction.dequantize(tensor, ctx.mark, ctx.norms, ctx.payloads)
+        return _not_differentiable(result)
+
+    compress = ClassOrInstance(_compress)
+    decompress = ClassOrInstance(_decompress)
+
+    def _eligible(self, tensor: Any) -> bool:
+        """Whether to compress; a tensor whose size the graph does not know yet is compressed."""
+        count = tensor.shape.num_elements()
+        large = count is None or count >= max(self.config.min_elements, 1)
+        return large and tensor.dtype in _DTYPES
+
+    # --------------------------------------------------------------------------------------- state
+
+    def _next_step(self, name: str) -> Any:
+        """How many times a tensor of this name was reduced before, as a tensor.
+
+        A variable for each name: TensorFlow orders uses of one variable, and nothing else.
+        """
+        with tf.init_scope(), tf.device("/CPU:0"):
+            if name not in self._steps:
+                self._steps[name] = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        with tf.device("/CPU:0"):
+            return self._steps[name].assign_add(1, read_value=True)
+
+    def _plan(self, process_set: Any) -> Plan:
+        """The settings for a process set; on first use, checks that its ranks have the same."""
+        self.require_process_set(process_set)
+        if os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0"):
+            raise ValueError(
+                "GlobalQSGD: the number of ranks must be fixed with TensorFlow, because graphs are "
+                "built for it, got an elastic job; start it without elastic mode."
+            )
+        key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
+        if key not in self._plans:
+            plan = self.config.plan(process_set.size())
+            description = {"gq-horovod version": __version__, **self.config.describe()}
+            with tf.init_scope():
+                handle = _Gathering(agreement.encode(description), process_set)
+                agreement.require_same(agreement.decode(agreement.wait(handle)))
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:
+    """What Horovod reduces by itself: in TensorFlow it knows float16 but not bfloat16."""
+    if tensor.dtype == tf.bfloat16:
+        return tf.cast(tensor, tf.float32), tensor.dtype
+    return tensor, None
+
+
+def allreduce(
+    tensor: Any,
+    name: str,
+    *,
+    op: int = hvd.Average,
+    compression: type[GlobalQSGD] | GlobalQSGD = GlobalQSGD,
+    process_set: Any = hvd.global_process_set,
+) -> Any:
+    """Average or sum a tensor over ranks with Global-QSGD, without an optimizer.
+
+    Arguments:
+        tensor: tf.Tensor or tf.Variable of any shape and dtype.
+        name: identifies the operation, the same on every rank. Repeated calls may reuse it.
+        op: hvd.Average or hvd.Sum.
+        compression: GlobalQSGD or an instance of it.
+        process_set: the ranks that take part.
+
+    Returns a new tensor of the same shape and dtype, equal on every rank bit for bit. Eagerly, it
+    blocks until it is there. Raises ValueError for a missing name or another op.
+    """
+    return hvd.allreduce(tensor, name=name, op=op, compression=compression, process_set=process_set)
