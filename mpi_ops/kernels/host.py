@@ -79,7 +79,7 @@ class Host(Kernels):
         return array.ctypes.data
 
     def random(self, dither: NDArray[np.uint32]) -> tuple[Any, ...]:
-        return (dither.tobytes(),)  # ctypes passes a pointer to them; much quicker than .ctypes.data
+        return (dither.tobytes(),)  # passed as a pointer; much quicker than .ctypes.data
 
     def table(self, arrays: Sequence[NDArray[Any]]) -> Any:
         return (ctypes.c_void_p * len(arrays))(*map(self.address, arrays))
