@@ -1,9 +1,11 @@
 """The stages of a reduction that compute: norm, quantize, reduce, dequantize, for a given plan.
 
 Every transport is made of these four and of its own communication. A *payload* is what travels:
-int32 words of lanes (standard levels) or bytes of codes (exponential levels). All four run where
-the tensor lies: norms and payloads are NumPy arrays for a tensor in host memory, and CuPy arrays
-for one on a device, where they are enqueued on CuPy's current stream.
+int32 words of lanes (standard levels) or bytes of codes (exponential levels). Norms and payloads
+are NumPy arrays, wherever the tensor lies: a tensor on a GPU is measured, quantized and dequantized
+there, on CuPy's current stream, and only what travels passes through host memory. A stage is
+complete when its function returns. What writes the tensor must be complete before, or on that
+stream.
 """
 
 from __future__ import annotations
@@ -16,19 +18,18 @@ from numpy.typing import NDArray
 
 from . import lanes
 from .kernels import host
-from .kernels.interface import Array, Buffer, Kernels
+from .kernels.interface import Buffer, Kernels
 from .scheme import Plan
 
-Norms = Array  # int32
-Payload = Array  # int32 or uint8, see payload_dtype
+Norms = NDArray[np.int32]
+Payload = NDArray[Any]  # int32 or uint8, see payload_dtype
 
 
-def kernels_for(data: Buffer | Payload) -> Kernels:
-    """The kernels of the memory in which a buffer or an array lies."""
-    on_host = data.memory == "host" if isinstance(data, Buffer) else isinstance(data, np.ndarray)
-    if on_host:
+def kernels_for(tensor: Buffer) -> Kernels:
+    """The kernels of the memory in which a tensor lies."""
+    if tensor.memory == "host":
         return host.KERNELS
-    from .kernels import device  # imports CuPy, which made the data
+    from .kernels import device  # imports CuPy
 
     return device.KERNELS
 
@@ -55,7 +56,12 @@ def norms(x: Buffer, plan: Plan) -> Norms:
     """This rank's norm of each block; the global norms are their maximum over ranks."""
     kernels = kernels_for(x)
     measure = kernels.l2norm if plan.norm == "l2" else kernels.absmax
-    return measure(x, plan.block_for(x.size))
+    block_size = plan.block_for(x.size)
+    result = np.empty(lanes.blocks(x.size, block_size), dtype=np.int32)
+    with kernels.on_device_of(x):
+        staged = measure(x, block_size, out=kernels.staging(result))
+        kernels.download(staged, result)
+    return result
 
 
 def quantize(
@@ -69,23 +75,32 @@ def quantize(
     kernels = kernels_for(x)
     size = payload_size(x.size, plan)
     if out is None:
-        out = kernels.empty(size, payload_dtype(plan))
+        out = np.empty(size, payload_dtype(plan))
     out[size:] = 0
     block_size = plan.block_for(x.size)
-    if plan.levels == "standard":
-        kernels.quantize_standard(
-            x,
-            norms,
-            block_size=block_size,
-            bits=plan.bits,
-            levels=plan.level_count,
-            dither=dither,
-            out=out[:size],
-        )
-    else:
-        kernels.quantize_exponential(
-            x, norms, block_size=block_size, bits=plan.bits, dither=dither, out=out[:size]
-        )
+    payload = out[:size]
+    with kernels.on_device_of(x):
+        staged = kernels.staging(payload)
+        if plan.levels == "standard":
+            kernels.quantize_standard(
+                x,
+                kernels.upload(norms),
+                block_size=block_size,
+                bits=plan.bits,
+                levels=plan.level_count,
+                dither=dither,
+                out=staged,
+            )
+        else:
+            kernels.quantize_exponential(
+                x,
+                kernels.upload(norms),
+                block_size=block_size,
+                bits=plan.bits,
+                dither=dither,
+                out=staged,
+            )
+        kernels.download(staged, payload)
     return out
 
 
@@ -96,13 +111,13 @@ def reduce(
     out: Payload | None = None,
 ) -> Payload:
     """Standard: the exact sum of the lanes. Exponential: the mean, rounded once with `dither`."""
-    kernels = kernels_for(pieces[0])
     if plan.levels == "standard":
-        xp = kernels.xp
-        return xp.sum(xp.asarray(pieces), axis=0, dtype=np.int32, out=out)
-    return kernels.reduce_exponential(
+        total: Payload = np.add.reduce(pieces, axis=0, dtype=np.int32, out=out)
+        return total
+    reduced: Payload = host.reduce_exponential(
         list(pieces), bits=plan.bits, factor=1.0 / plan.world_size, dither=dither, out=out
     )
+    return reduced
 
 
 def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
@@ -110,14 +125,22 @@ def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
     kernels = kernels_for(out)
     payload = payload[: payload_size(out.size, plan)]
     block_size = plan.block_for(out.size)
-    if plan.levels == "standard":
-        kernels.dequantize_standard(
-            payload,
-            norms,
-            out,
-            block_size=block_size,
-            bits=plan.bits,
-            divisor=plan.level_count * plan.world_size,
-        )
-    else:
-        kernels.dequantize_exponential(payload, norms, out, block_size=block_size, bits=plan.bits)
+    with kernels.on_device_of(out):
+        if plan.levels == "standard":
+            kernels.dequantize_standard(
+                kernels.upload(payload),
+                kernels.upload(norms),
+                out,
+                block_size=block_size,
+                bits=plan.bits,
+                divisor=plan.level_count * plan.world_size,
+            )
+        else:
+            kernels.dequantize_exponential(
+                kernels.upload(payload),
+                kernels.upload(norms),
+                out,
+                block_size=block_size,
+                bits=plan.bits,
+            )
+        kernels.wait()

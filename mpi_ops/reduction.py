@@ -25,6 +25,7 @@ from .dither import Stage, dither
 from .exchange import TAGS, Exchange, Steps, finish
 from .kernels import host
 from .kernels.host import Buffer
+from .kernels.interface import dtype_name
 from .scheme import Plan, Scheme
 
 Bytes = NDArray[np.uint8]
@@ -151,17 +152,20 @@ def allreduce(
     """Average (or sum) an array over the ranks of `comm` with Global-QSGD codes on the wire.
 
     Arguments:
-        array: float16, float32, float64 (or ml_dtypes.bfloat16) in host memory: a NumPy array or
-            anything that NumPy reads through the buffer or the DLPack protocol, of any shape. It is
-            not modified. An array that is not C-contiguous is copied.
+        array: float16, float32, float64 (or ml_dtypes.bfloat16) of any shape. A NumPy array or
+            anything that NumPy reads through the buffer or the DLPack protocol; or a CuPy array or
+            anything with `__cuda_array_interface__`, which is quantized and decoded on its GPU, so
+            that only codes and norms pass through host memory. It is not modified. An array that is
+            not C-contiguous is copied.
         comm: an intracommunicator; the call is collective and works on a private duplicate.
         levels, bits, block_size, norm, seed: as in `mpi_ops.scheme.Scheme`.
         average: False gives the sum.
-        out: C-contiguous array of the same shape and dtype for the result; may be `array` itself.
+        out: C-contiguous NumPy (or CuPy) array of the same shape and dtype for the result; may be
+            `array` itself.
 
-    Returns `out` or a new array: unbiased, equal on every rank bit for bit; NaN in blocks where any
-    rank has a NaN or Inf. Memory beyond that: the norms, and at most the compressed size.
-    Deterministic in `seed`, the data and the number of earlier calls on `comm`.
+    Returns `out` or a new array, NumPy's or CuPy's: unbiased, equal on every rank bit for bit; NaN
+    in blocks where any rank has a NaN or Inf. Memory beyond that: the norms, and at most the
+    compressed size. Deterministic in `seed`, the data and the number of earlier calls on `comm`.
 
     Raises ConfigMismatchError on every rank if size, dtype or options differ between ranks, and
     ValueError or TypeError for options that cannot work; the other ranks then get
@@ -246,32 +250,35 @@ def _prepare(
             f"mpi_ops.allreduce: average must be True or False, got {average!r} of type "
             f"{type(average).__name__}; pass False for the sum."
         )
-    values = array if isinstance(array, np.ndarray) else _as_numpy(array)
-    if values.dtype.name not in host.DTYPES or not values.dtype.isnative:
+    xp, values = _as_array(array)
+    if dtype_name(values.dtype) not in host.DTYPES:
         raise TypeError(
             "mpi_ops.allreduce: array must have one of the dtypes "
             f"{', '.join(host.DTYPES)} in native byte order, got {values.dtype}; convert it first, "
             "or use comm.Allreduce."
         )
     plan = scheme.plan(world_size)
-    x = Buffer.of(np.ascontiguousarray(values))
+    x = Buffer.of(xp.ascontiguousarray(values))
     if out is None:
-        out = np.empty(values.shape, dtype=values.dtype)
-    elif not isinstance(out, np.ndarray):
+        out = xp.empty(values.shape, dtype=values.dtype)
+    elif not isinstance(out, xp.ndarray):
         raise TypeError(
-            f"mpi_ops.allreduce: out must be a NumPy array, got {type(out).__name__}; leave it out "
-            "to get a new array."
+            f"mpi_ops.allreduce: out must be a {xp.__name__}.ndarray, got a "
+            f"{type(out).__module__}.{type(out).__name__}; "
+            "leave it out to get a new array."
         )
-    elif out.shape != values.shape or out.dtype != values.dtype or not out.flags.carray:
+    writeable = getattr(out.flags, "writeable", True)  # CuPy's always are
+    same = out.shape == values.shape and out.dtype == values.dtype
+    if not (same and out.flags.c_contiguous and writeable):
         raise ValueError(
             f"mpi_ops.allreduce: out must be a C-contiguous, writeable array of shape "
             f"{values.shape} and dtype {values.dtype}, got shape {out.shape}, dtype {out.dtype}, "
-            f"strides {out.strides}{'' if out.flags.writeable else ', read-only'}; leave it out to "
-            "get a new array."
+            f"strides {out.strides}{'' if writeable else ', read-only'}; leave it out to get a new "
+            "array."
         )
     target = Buffer.of(out)
     # The same memory is fine: a chunk is written after it has been read.
-    if target.pointer != x.pointer and np.may_share_memory(out, x.owner):
+    if 0 < abs(target.pointer - x.pointer) < values.nbytes:
         raise ValueError(
             "mpi_ops.allreduce: out must be array itself or share no memory with it, got "
             "overlapping arrays; pass one of them, or leave out out."
@@ -279,13 +286,21 @@ def _prepare(
     return _Prepared(x, out, target, scheme, plan, bool(average))
 
 
-def _as_numpy(array: Any) -> NDArray[Any]:
+def _as_array(array: Any) -> tuple[Any, Any]:
+    """The module of array functions for the memory in which `array` lies, and an array of it."""
+    if isinstance(array, np.ndarray):
+        return np, array
     if hasattr(array, "__cuda_array_interface__"):
-        raise TypeError(
-            f"mpi_ops.allreduce: array must be in host memory, got {type(array).__name__} on a "
-            "GPU; copy it to the host first."
-        )
-    return np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
+        try:
+            import cupy
+        except ImportError as error:
+            raise TypeError(
+                f"mpi_ops.allreduce: array must be in host memory where CuPy is missing, got "
+                f"{type(array).__name__} on a GPU; `pip install gq-horovod[cuda12]`, or copy it to "
+                "the host first."
+            ) from error
+        return cupy, cupy.asarray(array)
+    return np, np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
 
 
 # ---------------------------------------------------------------------------------------- the steps
@@ -337,7 +352,7 @@ def _reduction(
 
     yield from Exchange(channel.comm, first_tag, x, norms, plan, random, decode).steps()
     if not prepared.average:
-        np.multiply(prepared.out, prepared.plan.world_size, out=prepared.out)
+        prepared.out *= prepared.plan.world_size
 
 
 def _gather(comm: MPI.Intracomm, encoded: Bytes) -> tuple[MPI.Request, Bytes]:

@@ -12,6 +12,7 @@ Importing this module imports CuPy, so callers import it where they have a buffe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,22 @@ class Device(Kernels):
 
     def table(self, arrays: Sequence[Any]) -> Any:
         return cupy.asarray(np.array([self.address(array) for array in arrays], dtype=np.uint64))
+
+    def on_device_of(self, buffer: Buffer) -> AbstractContextManager[object]:
+        device: AbstractContextManager[object] = cupy.cuda.Device(_device_of(buffer.pointer))
+        return device
+
+    def upload(self, array: NDArray[Any]) -> Any:
+        return cupy.asarray(array)
+
+    def staging(self, array: NDArray[Any]) -> Any:
+        return self.empty(array.size, array.dtype)
+
+    def download(self, staged: Any, array: NDArray[Any]) -> None:
+        staged.get(out=array)
+
+    def wait(self) -> None:
+        cupy.cuda.get_current_stream().synchronize()
 
     def measure(self, name: str, x: Buffer, block_size: int, norms: Any) -> None:
         block = min(block_size, lanes.whole_tensor_block(x.size))

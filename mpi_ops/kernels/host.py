@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ class Host(Kernels):
 
     def table(self, arrays: Sequence[NDArray[Any]]) -> Any:
         return (ctypes.c_void_p * len(arrays))(*map(self.address, arrays))
+
+    def on_device_of(self, buffer: Buffer) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def staging(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def download(self, staged: NDArray[Any], array: NDArray[Any]) -> None:
+        assert staged is array
+
+    def wait(self) -> None:
+        pass
 
     def measure(self, name: str, x: Buffer, block_size: int, norms: NDArray[np.int32]) -> None:
         self.launch(name, x.dtype, x.size, x.pointer, x.size, block_size, self.address(norms))

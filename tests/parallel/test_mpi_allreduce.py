@@ -128,7 +128,7 @@ def read_only(x: np.ndarray) -> np.ndarray:
         ({"out": np.ones(1000, np.float64)}, "out must be a C-contiguous"),
         ({"out": np.ones(2000, np.float32)[::2]}, "out must be a C-contiguous"),
         ({"out": read_only(np.ones(1000, np.float32))}, "read-only"),
-        ({"out": [0.0] * 1000}, "out must be a NumPy array, got list"),
+        ({"out": [0.0] * 1000}, "out must be a numpy.ndarray, got a builtins.list"),
         ({"average": "yes"}, "average must be True or False"),
         ({"average": None}, "average must be True or False"),
         ({"bits": "8"}, "bits must be an integer"),

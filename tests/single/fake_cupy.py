@@ -15,7 +15,7 @@ import subprocess
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,23 @@ class ndarray:
             "version": 3,
         }
 
+    def __imul__(self, factor: float) -> ndarray:
+        self._values *= factor
+        return self
+
     def fill(self, value: Any) -> None:
         self._values.fill(value)
 
     def reshape(self, *shape: int) -> ndarray:
         return ndarray(self._values.reshape(*shape))
 
-    def get(self) -> np.ndarray:
-        return self._values.copy()
+    def get(self, out: np.ndarray | None = None) -> np.ndarray:
+        if out is None:
+            return self._values.copy()
+        assert (out.shape, out.dtype) == (self.shape, self.dtype)
+        assert out.flags.c_contiguous
+        out[...] = self._values
+        return out
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
@@ -117,12 +126,8 @@ def asarray(values: Any) -> ndarray:
     return array
 
 
-def total(values: ndarray, axis: int, dtype: Any, out: ndarray | None = None) -> ndarray:
-    result = np.sum(values._values, axis=axis, dtype=dtype)
-    if out is None:
-        return asarray(result)
-    out._values[...] = result
-    return out
+def ascontiguousarray(values: ndarray) -> ndarray:
+    return values if values.flags.c_contiguous else asarray(values._values.copy())
 
 
 # ------------------------------------------------------------------------------- compile and launch
@@ -211,7 +216,15 @@ def modules() -> dict[str, types.ModuleType]:
         for name in ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupy_backends.cuda.libs.nvrtc")
     )
     for module, names in (
-        (cupy, {"ndarray": ndarray, "empty": empty, "asarray": asarray, "sum": total}),
+        (
+            cupy,
+            {
+                "ndarray": ndarray,
+                "empty": empty,
+                "asarray": asarray,
+                "ascontiguousarray": ascontiguousarray,
+            },
+        ),
         (cuda, {"Module": Module, "Device": Device, "get_current_stream": Stream}),
         (
             runtime,
@@ -252,6 +265,7 @@ def modules() -> dict[str, types.ModuleType]:
 
 def build(directory: Path, elements: dict[str, str]) -> dict[str, ctypes.CDLL]:
     """The emulated kernels of each element type, and under "" those of codes."""
+    directory.mkdir(exist_ok=True)
     built = {}
     for number, element in enumerate(["", *elements.values()]):
         library = directory / f"{number}.so"
@@ -264,7 +278,9 @@ def build(directory: Path, elements: dict[str, str]) -> dict[str, ctypes.CDLL]:
 
 
 @contextlib.contextmanager
-def installed(directory: Path) -> Iterator[types.ModuleType]:
+def installed(
+    directory: Path, dtypes: Collection[str] = ("float32", "float64", "float16", "bfloat16")
+) -> Iterator[types.ModuleType]:
     """device.py on top of the emulation, whose libraries are put into `directory`."""
     import mpi_ops.kernels as package
 
@@ -272,7 +288,8 @@ def installed(directory: Path) -> Iterator[types.ModuleType]:
     sys.modules.update(modules())
     try:
         device = importlib.import_module("mpi_ops.kernels.device")
-        Module.built, Module.launches = build(directory, device.ELEMENTS), []
+        elements = {dtype: device.ELEMENTS[dtype] for dtype in dtypes}
+        Module.built, Module.launches = build(directory, elements), []
         yield device
     finally:
         vars(package).pop("device", None)

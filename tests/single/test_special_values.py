@@ -32,6 +32,8 @@ def exponential(x: Array, norms: Array, block: int, bits: int, headroom: int, ou
     host.dequantize_exponential(codes, norms, buffer(out), **args)
 
 
+NARROW = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
 # (x, norms, block, out)
 Method = Callable[..., None]
 METHODS = {
@@ -229,9 +231,25 @@ def test_l2_norm_of_a_finite_block_is_finite_and_bounds_it() -> None:
     np.testing.assert_array_equal(norms[2:], np.float32([exact, 1e-45]))
 
 
-# ------------------------------------------------------------------------------ narrow conversions
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_values_near_the_end_of_the_range_stay_finite_with_an_l2_norm(
+    method: str, dtype: str
+) -> None:
+    """Their L2 norm lies beyond the dtype, and so would the levels next to them."""
+    out = np.zeros(4096, dtype=NARROW.get(dtype, np.dtype(np.float32)))
+    top = float(ml_dtypes.finfo(out.dtype).max)
+    x = np.full_like(out, top * 0.46)
+    norms = host.l2norm(buffer(x), 4096)
+    np.testing.assert_array_equal(norms.view(np.float32), np.float32(top))
+    METHODS[method](x, norms, 4096, out=out)
+    means = out.astype(np.float64)
+    assert np.all(np.isfinite(means))
+    # Unbiased within 5 standard deviations; a level is at most 0.5 (exponential) or 1 norm wide.
+    assert abs(means.mean() / top - 0.46) < 5 * 0.5 / 64
 
-NARROW = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# ------------------------------------------------------------------------------ narrow conversions
 
 
 def all_patterns(dtype: str) -> Array:
