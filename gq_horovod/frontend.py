@@ -38,21 +38,6 @@ class Compression:
     """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
 
     Pass the class itself for the defaults, or an instance.
-
-    Arguments:
-        levels: "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers of
-            two, an error that does not grow with the number of ranks).
-        bits: bits per element on the wire, 2 to 16 (standard), 4 or 8 (exponential). None takes 8,
-            and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
-        block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
-            "auto" takes 256, and None for 8-bit exponential levels.
-        norm: "max" or "l2", the norm of a block on one rank; the global norm is the largest.
-        min_elements: tensors with fewer elements go through Horovod's own Allreduce.
-        seed: key of the dither; runs that share it (and everything else) are reproducible.
-        process_set: the process set whose ranks reduce; by default that of the caller.
-        transport: "horovod" (its own operations) or "mpi" (messages between ranks beside them).
-
-    Raises ValueError or TypeError for options that cannot work.
     """
 
     HVD: ClassVar[Any]  # Horovod's module for the framework
@@ -76,6 +61,25 @@ class Compression:
         process_set: Any = None,
         transport: Literal["horovod", "mpi"] = "horovod",
     ) -> None:
+        """Configure it.
+
+        Arguments:
+            levels: "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers
+                of two, an error that does not grow with the number of ranks).
+            bits: bits per element on the wire, 2 to 16 (standard), 4 or 8 (exponential). None takes
+                8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
+            block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
+                "auto" takes 256, and None for 8-bit exponential levels.
+            norm: "max" or "l2", the norm of a block on one rank; the global norm is the largest.
+            min_elements: tensors with fewer elements go through Horovod's own Allreduce.
+            seed: key of the dither; runs that share it (and everything else) are reproducible.
+            process_set: the process set whose ranks reduce; by default that of the caller.
+            transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
+                "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
+                PyTorch only; needs Horovod's MPI controller, MPI_THREAD_MULTIPLE, no hvd.join()).
+
+        Raises ValueError or TypeError for options that cannot work.
+        """
         if process_set is not None and not isinstance(process_set, self.HVD.ProcessSet):
             raise TypeError(
                 f"GlobalQSGD: process_set must be a {self.HVD.__name__}.ProcessSet or None, got "
@@ -124,7 +128,7 @@ def require_name(name: str | None) -> str:
     return name
 
 
-def require_linear(hvd: Any, op: int, name: str) -> None:
+def require_linear(hvd: Any, op: int, name: str | None) -> None:
     """Raise ValueError unless sums of codes can express `op` for the tensor `name`."""
     if op not in (hvd.Average, hvd.Sum):
         names = {hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max", hvd.Product: "Product"}

@@ -21,10 +21,10 @@ What happens to a gradient, from its backward hook on:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType, MethodType
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import cache, cached_property
+from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,14 +49,8 @@ except ImportError as error:
 from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
-from .config import (
-    DEFAULT_MIN_ELEMENTS,
-    PAPER_EXPONENTIAL,
-    PAPER_STANDARD,
-    Config,
-    ConfigMismatchError,
-    Plan,
-)
+from .config import ConfigMismatchError, Plan
+from .frontend import ClassOrInstance, Compression, require_linear, require_name
 from .pipeline import Array, Exchanges, InFlight, Pipeline, Task
 
 __all__ = ["GlobalQSGD", "allreduce"]
@@ -174,24 +168,13 @@ def _optimizer_caller(optimizer: Any, parameter: torch.Tensor) -> _Caller:
 
 
 def _function_caller(variables: dict[str, Any], name: str | None) -> _Caller:
-    if name is None:
-        raise ValueError(
-            "hvd.allreduce with compression=GlobalQSGD: name must be a string that is the same on "
-            "every rank, got None; pass name=."
-        )
     op = hvd_ops.handle_average_backwards_compatibility(variables["op"], variables["average"])
     scaling = variables["prescale_factor"] * variables["postscale_factor"]
-    return _checked(_Caller(name, op, variables["process_set"], scaling))
+    return _checked(_Caller(require_name(name), op, variables["process_set"], scaling))
 
 
 def _checked(caller: _Caller) -> _Caller:
-    if caller.op not in (hvd.Average, hvd.Sum):
-        names = {hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max", hvd.Product: "Product"}
-        raise ValueError(
-            "GlobalQSGD: op must be hvd.Average or hvd.Sum, got "
-            f"hvd.{names.get(caller.op, caller.op)} for tensor {caller.name!r}; use Horovod's own "
-            "compression for it."
-        )
+    require_linear(hvd, caller.op, caller.name)
     return caller
 
 
@@ -227,105 +210,30 @@ class _Context(NamedTuple):
     device: torch.device
 
 
-class _ClassOrInstance:
-    """A method that Horovod may call on the class, which then stands for its default instance."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> MethodType:
-        return MethodType(self._function, owner._shared(Config()) if instance is None else instance)
-
-
-class _Preset:
-    """A configured instance as an attribute of the class."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> GlobalQSGD:
-        return owner._shared(self._config)
-
-
-class GlobalQSGD:
+class GlobalQSGD(Compression):
     """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
 
     Pass the class itself for the defaults, or an instance. Works with op Average and Sum,
     `gradient_predivide_factor`, `backward_passes_per_step`, `groups`, `sparse_as_dense` and process
     sets.
 
-    Arguments:
-        levels: "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers of
-            two, an error that does not grow with the number of ranks).
-        bits: bits per element on the wire, 2 to 16 (standard), 4 or 8 (exponential). None takes 8,
-            and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
-        block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
-            "auto" takes 256, and None for 8-bit exponential levels.
-        norm: "max" or "l2", the norm of a block on one rank; the global norm is the largest.
-        min_elements: tensors with fewer elements go through Horovod's own Allreduce.
-        seed: key of the dither; runs that share it (and everything else) are reproducible.
-        process_set: the process set whose ranks reduce; by default that of the optimizer.
-        transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
-            "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
-            needs Horovod's MPI controller, MPI_THREAD_MULTIPLE and no hvd.join()).
-
-    A NaN or Inf on any rank makes its block NaN on every rank; a block of zeros stays zeros.
     float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
-    anything else is left to Horovod. As without compression, an optimizer's gradients are replaced
-    where they lie, and tensors of hvd.allreduce are left alone. Gradients on a GPU are staged
-    through host memory.
+    anything else is left to Horovod. A NaN or Inf on any rank makes its block NaN on every rank; a
+    block of zeros stays zeros. As without compression, an optimizer's gradients are replaced where
+    they lie, and tensors of hvd.allreduce are left alone. Gradients on a GPU are quantized there
+    with CuPy, and only codes and norms pass through host memory; without CuPy they are staged there
+    whole.
 
-    Raises ValueError or TypeError for options that cannot work, and ConfigMismatchError at the
-    first step, on every rank, if the ranks are configured differently.
+    Raises ConfigMismatchError at the first step, on every rank, if the ranks are configured
+    differently.
     """
 
-    paper_standard = _Preset(PAPER_STANDARD)
-    """The paper's standard dithering: 8 bits, one norm per tensor."""
-    paper_exponential = _Preset(PAPER_EXPONENTIAL)
-    """The paper's exponential dithering: 8 bits, one norm per tensor."""
+    HVD = hvd
 
-    _instances: ClassVar[dict[tuple[type, Config], GlobalQSGD]] = {}
-
-    def __init__(
-        self,
-        *,
-        levels: Literal["standard", "exponential"] = "standard",
-        bits: int | None = None,
-        block_size: int | Literal["auto"] | None = "auto",
-        norm: Literal["max", "l2"] = "max",
-        min_elements: int = DEFAULT_MIN_ELEMENTS,
-        seed: int = 0,
-        process_set: Any = None,
-        transport: Literal["horovod", "mpi"] = "horovod",
-    ) -> None:
-        if process_set is not None and not isinstance(process_set, hvd.ProcessSet):
-            raise TypeError(
-                "GlobalQSGD: process_set must be a horovod.torch.ProcessSet or None, got "
-                f"{process_set!r} of type {type(process_set).__name__}; see hvd.add_process_set."
-            )
-        self.config = Config(
-            levels=levels,
-            bits=bits,
-            block_size=block_size,
-            norm=norm,
-            min_elements=min_elements,
-            seed=seed,
-            transport=transport,
-        )
-        self._process_set = process_set
-        self._groups: dict[int, _Group] = {}
-
-    @classmethod
-    def _shared(cls, config: Config) -> GlobalQSGD:
-        """The instance that stands for the class, or for one of its presets."""
-        key = (cls, config)  # a subclass has instances of its own
-        if key not in cls._instances:
-            cls._instances[key] = cls(**config.describe())
-        return cls._instances[key]
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
-        return f"{type(self).__name__}({options})"
+    @cached_property
+    def _groups(self) -> dict[int, _Group]:
+        """What belongs to the process sets, by their ids."""
+        return {}
 
     # -------------------------------------------------------------------------- Horovod's interface
 
@@ -344,7 +252,7 @@ class GlobalQSGD:
         dtype = _DTYPES[tensor.dtype]
         device = tensor.device
         template = torch.empty_like(tensor, device="meta")
-        values = tensor.detach().to("cpu").contiguous()
+        values = _readable(tensor.detach())
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
         ours = caller.in_place or values.data_ptr() != tensor.data_ptr()
         task = Task(
@@ -386,19 +294,14 @@ class GlobalQSGD:
             mean = strided.copy_(mean)
         return mean.to(ctx.device)
 
-    compress = _ClassOrInstance(_compress)
-    decompress = _ClassOrInstance(_decompress)
+    compress = ClassOrInstance(_compress)
+    decompress = ClassOrInstance(_decompress)
 
     # --------------------------------------------------------------------------------------- groups
 
     def _group(self, process_set: Any) -> _Group:
         """State for a process set; on first use, checks that its ranks are configured alike."""
-        if self._process_set is not None and self._process_set != process_set:
-            raise ValueError(
-                f"GlobalQSGD: process_set must be that of the caller, ranks {process_set.ranks}, "
-                f"got ranks {self._process_set.ranks}; pass the same process_set to both, or only "
-                "to Horovod."
-            )
+        self.require_process_set(process_set)
         session = hvd_ops._handle_map  # replaced by every hvd.init()
         number = process_set.process_set_id
         group = self._groups.get(number)
@@ -449,8 +352,27 @@ def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | 
     return tensor.contiguous(), None
 
 
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy, where kernels can read it: contiguous, and written already."""
+    if tensor.is_cuda and _cupy_is_there():
+        tensor = tensor.contiguous()
+        torch.cuda.current_stream(tensor.device).synchronize()  # CuPy has streams of its own
+        return tensor
+    return tensor.to("cpu").contiguous()
+
+
+@cache
+def _cupy_is_there() -> bool:
+    try:
+        from mpi_ops.kernels import device  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def _buffer(tensor: torch.Tensor) -> Buffer:
-    return Buffer(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.numel(), tensor)
+    memory = "device" if tensor.is_cuda else "host"
+    return Buffer(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.numel(), tensor, memory)
 
 
 def allreduce(
