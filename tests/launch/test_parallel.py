@@ -44,7 +44,10 @@ def test_in_every_rank(
 
 
 # What depends on the option of that name. It has nothing to do with tests/launch's transports.
-OVER_MPI = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "optimizer", "training")]
+OVER_MPI = [
+    f"tests/parallel/test_{part}.py"
+    for part in ("allreduce", "gpu_tensors", "optimizer", "training")
+]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

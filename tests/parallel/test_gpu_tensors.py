@@ -1,0 +1,54 @@
+"""gq_horovod.torch.allreduce of tensors on a GPU, which is emulated: see tests/single/fake_cupy.py.
+
+PyTorch has no part in that, so what looks at a tensor's device is replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from helpers import TRANSPORT, check_replicas, gradients
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
+import fake_cupy
+
+from gq_horovod import torch as plugin
+from mpi_ops.kernels.interface import Buffer
+
+
+def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    memory = fake_cupy.empty(tuple(tensor.shape), np.float32)._values
+    return torch.from_numpy(memory).copy_(tensor)
+
+
+def _buffer(tensor: torch.Tensor) -> Buffer:
+    return Buffer(tensor.data_ptr(), "float32", tensor.numel(), tensor, "device")
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+def test_the_same_bytes_as_in_host_memory(
+    levels: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = gradients((7, 1003), tag=19)
+    own = inputs[hvd.rank()]
+
+    def mean() -> torch.Tensor:
+        compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
+        return plugin.allreduce(own, name, compression=compression)
+
+    expected = mean()
+    with fake_cupy.installed(tmp_path / "emulation", ["float32"]):
+        monkeypatch.setattr(plugin, "_readable", _on_gpu)
+        monkeypatch.setattr(plugin, "_buffer", _buffer)
+        launches = fake_cupy.Module.launches
+        result = mean()
+        kernels = {kernel for kernel, *_ in launches}
+    assert len(kernels) == 3, kernels  # norms, quantize, dequantize; codes are reduced on the host
+    assert torch.equal(result, expected)
+    check_replicas(result)
