@@ -79,7 +79,7 @@ class _Caller(NamedTuple):
     process_set: Any
     ignore_name_scope: bool  # of the names of Horovod's operations
     scaling: float  # of the result, beside what op does
-    siblings: tuple[Any, ...]  # what Horovod reduces in one operation
+    siblings: tuple[Any, ...]  # the tensors of its group, itself among them
 
 
 def _callers(frame: FrameType | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -112,10 +112,12 @@ def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
             "DistributedGradientTape or allreduce, which tell it the name of the tensor; to reduce "
             "a tensor yourself use gq_horovod.tensorflow.allreduce."
         )
-    siblings = tuple(variables["tensor_list"]) if "tensor_list" in variables else (tensor,)
-    name, scaling = variables["name"], variables["prescale_factor"] * variables["postscale_factor"]
-    if name is not None and function == "grouped_allreduce":
-        name = f"{name}.{_position(tensor, variables['tensors'])}"
+    name, siblings = variables["name"], (tensor,)
+    if function == "grouped_allreduce":
+        siblings = tuple(variables["tensors"])
+        name = None if name is None else f"{name}.{_position(tensor, siblings)}"
+    op = hvd_ops.handle_average_backwards_compatibility(variables["op"], variables["average"])
+    scaling = variables["prescale_factor"] * variables["postscale_factor"]
     for function, outer in callers:
         if function == "allreduce_grads":
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
@@ -123,11 +125,10 @@ def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
             # Like Horovod's own names, which come from the graph, this one has no counter in it.
             name = name or f"{outer['name']}.{_position(tensor, outer['grads'])}"
             break
-    name = require_name(name)
-    require_linear(hvd, variables["op"], name)
+    require_linear(hvd, op, name)
     return _Caller(
-        name=name,
-        op=variables["op"],
+        name=require_name(name),
+        op=op,
         process_set=variables["process_set"],
         ignore_name_scope=variables["ignore_name_scope"],
         scaling=scaling,
@@ -446,6 +447,8 @@ class GlobalQSGD(Compression):
 
     def _eligible(self, tensor: Any) -> bool:
         """Whether to compress; a tensor whose size the graph does not know yet is compressed."""
+        if isinstance(tensor, tf.IndexedSlices):
+            return False
         count = tensor.shape.num_elements()
         large = count is None or count >= max(self.config.min_elements, 1)
         return large and tensor.dtype in _DTYPES

@@ -1,0 +1,189 @@
+"""Mistakes that get one clear error, the same on every rank, after which Horovod still works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import horovod.tensorflow as hvd
+import pytest
+import tensorflow as tf
+from tf_helpers import check_mean, gradients
+
+from gq_horovod import token
+from gq_horovod.config import ConfigMismatchError
+from gq_horovod.tensorflow import GlobalQSGD, allreduce
+
+LAST = pytest.mark.usefixtures("several_ranks")
+MODES = pytest.mark.parametrize("mode", ["eager", "graph"])
+
+
+def message_of(
+    error: type[Exception], mode: str, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> str:
+    """The text of the error that the call raises; the same on every rank."""
+
+    def call() -> Any:
+        return function(*arguments, **options)
+
+    with pytest.raises(error) as caught:
+        (tf.function(call) if mode == "graph" else call)()
+    # Where in user code it was, AutoGraph puts before it, and TensorFlow behind.
+    found = re.search(
+        r"(GlobalQSGD|hvd\.\w+)( with compression=GlobalQSGD)?: .*", str(caught.value)
+    )
+    assert found, str(caught.value)
+    texts = hvd.allgather_object(found[0], name="test.texts")
+    assert texts == [texts[0]] * hvd.size()
+    return found[0]
+
+
+def check_it_still_works(name: str) -> None:
+    compression = GlobalQSGD(min_elements=0)
+    inputs = gradients(1000, tag=50)
+    result = allreduce(inputs[hvd.rank()], f"{name}.after", compression=compression)
+    check_mean(result, inputs, compression)
+
+
+def on_the_last_rank(value: Any, elsewhere: Any) -> Any:
+    return value if hvd.rank() == hvd.size() - 1 else elsewhere
+
+
+DIFFERENCES = [("bits", 4, 8), ("levels", "exponential", "standard"), ("min_elements", 1000, 1001)]
+
+
+@LAST
+@MODES
+@pytest.mark.parametrize(("key", "one", "others"), DIFFERENCES)
+def test_ranks_with_different_options(
+    key: str, one: Any, others: Any, mode: str, name: str
+) -> None:
+    compression = GlobalQSGD(**{key: on_the_last_rank(one, others)})
+    for _ in range(2):  # it is not forgotten either
+        text = message_of(
+            ConfigMismatchError, mode, allreduce, tf.ones(5000), name, compression=compression
+        )
+        assert text.startswith(f"GlobalQSGD: the ranks are configured differently: {key} is ")
+        assert f"{one!r} on rank {hvd.size() - 1}. Pass the" in text
+    check_it_still_works(name)
+
+
+@LAST
+@MODES
+def test_ranks_that_reduce_different_tensors(
+    mode: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = token.make
+    other = on_the_last_rank("another", "one")
+    monkeypatch.setattr(token, "make", lambda name, *rest: make(f"{name}.{other}", *rest))
+    error = tf.errors.UnknownError if mode == "graph" else ConfigMismatchError
+
+    def reduce() -> Any:
+        return allreduce(tf.ones(5000), name, compression=GlobalQSGD)
+
+    with pytest.raises(error) as caught:
+        (tf.function(reduce) if mode == "graph" else reduce)()
+    assert f"GlobalQSGD: the ranks disagree about tensor {name!r}" in str(caught.value)
+    assert all(hvd.allgather_object(True, name="test.all"))
+    monkeypatch.undo()
+    check_it_still_works(name)
+
+
+@MODES
+@pytest.mark.parametrize("op", ["Min", "Max", "Product", "Adasum"])
+def test_functions_with_another_op(op: str, mode: str, name: str) -> None:
+    text = message_of(
+        ValueError,
+        mode,
+        hvd.allreduce,
+        tf.ones(5000),
+        name=name,
+        op=getattr(hvd, op),
+        compression=GlobalQSGD,
+    )
+    assert text == (
+        f"GlobalQSGD: op must be hvd.Average or hvd.Sum, got hvd.{op} for tensor {name!r}; "
+        "use Horovod's own compression for it."
+    )
+    check_it_still_works(name)
+
+
+@LAST
+def test_tapes_with_another_op(name: str) -> None:
+    variable = tf.Variable(tf.zeros(5000))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(variable)
+    tape = hvd.DistributedGradientTape(tape, op=hvd.Max, compression=GlobalQSGD)
+    text = message_of(ValueError, "eager", tape.gradient, loss, [variable])
+    assert text.startswith("GlobalQSGD: op must be hvd.Average or hvd.Sum, got hvd.Max")
+    check_it_still_works(name)
+
+
+@MODES
+def test_functions_without_a_name(mode: str, name: str) -> None:
+    for function, argument in (
+        (hvd.allreduce, tf.ones(5000)),
+        (hvd.grouped_allreduce, [tf.ones(5000)]),
+    ):
+        text = message_of(ValueError, mode, function, argument, compression=GlobalQSGD)
+        assert text == (
+            "hvd.allreduce with compression=GlobalQSGD: name must be a string that is the same on "
+            "every rank, got None; pass name=."
+        )
+    check_it_still_works(name)
+
+
+@MODES
+def test_another_collective(mode: str, name: str) -> None:
+    text = message_of(
+        ValueError, mode, hvd.reducescatter, tf.ones(4096), name=name, compression=GlobalQSGD
+    )
+    assert text == (
+        "GlobalQSGD: the caller must be an allreduce, got hvd.reducescatter; use Horovod's own "
+        "compression for it."
+    )
+    check_it_still_works(name)
+
+
+def test_compress_called_by_hand(name: str) -> None:
+    text = message_of(RuntimeError, "eager", GlobalQSGD.compress, tf.ones(5000))
+    assert text.startswith("GlobalQSGD: compress() must be called by Horovod's Distributed")
+    check_it_still_works(name)
+
+
+@LAST
+@MODES
+def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
+    text = message_of(
+        ValueError, mode, allreduce, tf.ones(5000), name, compression=GlobalQSGD(bits=2)
+    )
+    assert text.startswith("GlobalQSGD: bits must be at least ")
+    check_it_still_works(name)
+
+
+def test_transport_mpi() -> None:
+    text = message_of(ValueError, "eager", GlobalQSGD, transport="mpi")
+    assert text == (
+        "GlobalQSGD: transport must be 'horovod' with TensorFlow, got 'mpi'; leave it out."
+    )
+
+
+def test_an_elastic_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    text = message_of(ValueError, "eager", allreduce, tf.ones(5000), name)
+    assert text.startswith("GlobalQSGD: the number of ranks must be fixed with TensorFlow")
+    monkeypatch.undo()
+    check_it_still_works(name)
+
+
+def test_a_process_set_that_is_none() -> None:
+    text = message_of(TypeError, "eager", GlobalQSGD, process_set=[0, 1])
+    assert re.search(r"process_set must be .*ProcessSet or None, got \[0, 1\] of type list", text)
+
+
+def test_another_process_set_than_the_callers(ends: hvd.ProcessSet, name: str) -> None:
+    compression = GlobalQSGD(process_set=ends)
+    text = message_of(ValueError, "eager", allreduce, tf.ones(5000), name, compression=compression)
+    assert "pass the same process_set to both, or only to Horovod" in text
+    check_it_still_works(name)
