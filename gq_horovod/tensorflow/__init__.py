@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -319,6 +320,33 @@ class _Reduction:
         return listed
 
 
+class _Counter:
+    """How many times a tensor of one name was reduced.
+
+    A variable of its own: TensorFlow orders the uses of one variable, and of nothing else. It is
+    not a tf.Variable, because a tf.function may create those only when it is traced first.
+    """
+
+    def __init__(self) -> None:
+        with tf.init_scope(), tf.device("/CPU:0"):
+            self._handle = tf.raw_ops.VarHandleOp(
+                dtype=tf.int64, shape=[], shared_name=f"gq.step.{uuid.uuid4()}"
+            )
+            tf.raw_ops.AssignVariableOp(resource=self._handle, value=tf.constant(-1, tf.int64))
+
+    def next(self) -> Any:
+        """The number of the reduction that begins here, as a tensor; the first is 0."""
+        with tf.device("/CPU:0"):
+            one = tf.constant(1, tf.int64)
+            added = tf.raw_ops.AssignAddVariableOp(resource=self._handle, value=one)
+            with tf.control_dependencies([] if tf.executing_eagerly() else [added]):
+                return self.last()
+
+    def last(self) -> Any:
+        """The number of the last reduction, as a tensor."""
+        return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=tf.int64)
+
+
 class _Context(NamedTuple):
     """What decompress() has to know about a tensor."""
 
@@ -401,7 +429,7 @@ class GlobalQSGD(Compression):
                 f"{self.config.transport!r}; leave it out."
             )
         self._plans: dict[Any, Plan] = {}
-        self._steps: dict[str, Any] = {}
+        self._counters: dict[str, _Counter] = {}
 
     # -------------------------------------------------------------------------- Horovod's interface
 
@@ -427,7 +455,9 @@ class GlobalQSGD(Compression):
             seed=self.config.seed,
             chunk_count=_chunk_count(x.shape.num_elements(), plan),
         )
-        reduction = _Reduction(kernels, caller.ignore_name_scope, x, self._next_step(caller.name))
+        reduction = _Reduction(
+            kernels, caller.ignore_name_scope, x, self._counter(caller.name).next()
+        )
         norms, mark = reduction.measure()
         method = reduction.standard if plan.levels == "standard" else reduction.exponential
         return mark, _Context(reduction, mark, norms, method(norms))
@@ -455,16 +485,10 @@ class GlobalQSGD(Compression):
 
     # --------------------------------------------------------------------------------------- state
 
-    def _next_step(self, name: str) -> Any:
-        """How many times a tensor of this name was reduced before, as a tensor.
-
-        A variable for each name: TensorFlow orders uses of one variable, and nothing else.
-        """
-        with tf.init_scope(), tf.device("/CPU:0"):
-            if name not in self._steps:
-                self._steps[name] = tf.Variable(-1, dtype=tf.int64, trainable=False)
-        with tf.device("/CPU:0"):
-            return self._steps[name].assign_add(1, read_value=True)
+    def _counter(self, name: str) -> _Counter:
+        if name not in self._counters:
+            self._counters[name] = _Counter()
+        return self._counters[name]
 
     def _plan(self, process_set: Any) -> Plan:
         """The settings for a process set; on first use, checks that its ranks have the same."""
