@@ -5,6 +5,7 @@ Needs NumPy and an MPI library only; tests/launch/test_mpi_libraries.py runs it 
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,21 @@ def test_the_result_may_replace_the_array(average: Any) -> None:
     expected = allreduce(x.copy(), COMM.Dup(), average=bool(average))
     assert allreduce(x, COMM.Dup(), average=average, out=x) is x
     assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+def test_memory_beyond_the_arrays_is_bounded_by_the_compressed_size(levels: Any) -> None:
+    count = 4_000_000
+    x = np.random.default_rng(COMM.rank).standard_normal(count, dtype=np.float32)
+    out = np.empty_like(x)
+    allreduce(x, COMM, levels=levels, bits=8, out=out)
+    tracemalloc.start()  # NumPy reports to it what its arrays take
+    try:
+        allreduce(x, COMM, levels=levels, bits=8, out=out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count / 4 < peak < 1.5 * count, peak
 
 
 def test_an_option_too_long_to_be_compared() -> None:
