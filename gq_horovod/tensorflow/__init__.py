@@ -357,8 +357,8 @@ class _Context(NamedTuple):
 
 
 @tf.custom_gradient
-def _not_differentiable(result: Any) -> Any:
-    """The result; an error if somebody differentiates it, in place of a gradient of None."""
+def _not_differentiable(x: Any, result: Any) -> Any:
+    """The result; an error if somebody differentiates it to `x`, not a gradient of None."""
 
     def refuse(_: Any) -> Any:
         raise ValueError(
@@ -470,7 +470,7 @@ class GlobalQSGD(Compression):
         if not isinstance(ctx, _Context):
             return tf.cast(tensor, ctx)
         result = ctx.reduction.dequantize(tensor, ctx.mark, ctx.norms, ctx.payloads)
-        return _not_differentiable(result)
+        return _not_differentiable(ctx.reduction.x, result)
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
