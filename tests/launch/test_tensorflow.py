@@ -1,0 +1,38 @@
+"""Runs tests/parallel_tf inside the ranks of real jobs, over MPI and over Gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launcher import launch
+from test_parallel import PYTEST, check, summary
+
+# Some ten times what they take on two idle cores.
+LIMIT_SECONDS = 420
+
+DIRECTORY = "tests/parallel_tf"
+# Keras 2 is the one that all of Horovod works with; TensorFlow has Keras 3 unless it is told.
+KERAS_2 = {"TF_USE_LEGACY_KERAS": "1"}
+KERAS_3 = {"TF_USE_LEGACY_KERAS": "0"}
+
+
+@pytest.mark.parametrize(
+    ("transport", "ranks"),
+    [*(("mpirun", ranks) for ranks in (1, 2, 3, 4)), ("horovodrun", 2), ("horovodrun", 3)],
+)
+def test_in_every_rank(
+    transport: str, ranks: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    command = [*PYTEST, DIRECTORY]
+    job = launch(transport, ranks, command, LIMIT_SECONDS, tmp_path, KERAS_2)
+    check(job, ranks)
+    record_property("job", f"TensorFlow, {transport}, {ranks} ranks: {summary(job)}")
+
+
+def test_keras_3(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    command = [*PYTEST, f"{DIRECTORY}/test_tf_keras3.py"]
+    job = launch("mpirun", 2, command, LIMIT_SECONDS, tmp_path, KERAS_3)
+    check(job, 2)
+    record_property("job", f"Keras 3, mpirun, 2 ranks: {summary(job)}")
