@@ -27,7 +27,7 @@ Array = NDArray[Any]
 
 # A large tensor's codes travel in chunks: while some do, the next are computed. Chunks this large
 # still fill the network.
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 21
 
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
 _POLL_SECONDS = 50e-6
