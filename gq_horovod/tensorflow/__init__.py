@@ -28,6 +28,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -372,6 +373,19 @@ def _not_differentiable(x: Any, result: Any) -> Any:
 # --------------------------------------------------------------------------------------- agreement
 
 
+@cache
+def _gathering(process_set: Any) -> Any:
+    """A graph that gathers bytes: Horovod names operations after the nodes of graphs."""
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.uint8)])
+    def gather(data: Any) -> Any:
+        return hvd.allgather(
+            data, name="gq.configuration", ignore_name_scope=True, process_set=process_set
+        )
+
+    return gather
+
+
 class _Gathering:
     """An allgather in flight; `Handle` of the pipeline. TensorFlow itself only waits."""
 
@@ -382,15 +396,8 @@ class _Gathering:
         self._thread.start()
 
     def _run(self, own: NDArray[np.uint8], process_set: Any) -> None:
-        # A graph, because Horovod names operations after its nodes.
-        @tf.function(autograph=False)
-        def gather(data: Any) -> Any:
-            return hvd.allgather(
-                data, name="gq.configuration", ignore_name_scope=True, process_set=process_set
-            )
-
         try:
-            self._result = gather(tf.constant(own)).numpy()
+            self._result = _gathering(process_set)(tf.constant(own)).numpy()
         except Exception as error:  # wait() raises it
             self._error = error
 
