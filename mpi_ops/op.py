@@ -1,6 +1,6 @@
 """The MPI operation that adds exponential codes.
 
-    from mpi_ops.op import exponential_sum
+    from mpi_ops import exponential_sum
 
     comm.Allreduce(codes, total, op=exponential_sum(bits=8))
 

@@ -1,7 +1,7 @@
 """A compressed Allreduce for plain MPI programs.
 
     from mpi4py import MPI
-    from mpi_ops.reduction import allreduce
+    from mpi_ops import allreduce
 
     mean = allreduce(gradient, MPI.COMM_WORLD)
 

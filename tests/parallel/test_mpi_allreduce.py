@@ -13,8 +13,7 @@ import pytest
 from mpi4py import MPI
 from mpi_cases import COMM, check_same_bytes, check_unbiased, rank_inputs
 
-from mpi_ops import lanes
-from mpi_ops.reduction import allreduce
+from mpi_ops import allreduce, lanes
 from mpi_ops.scheme import ConfigMismatchError
 
 

@@ -14,7 +14,7 @@ from mpi4py import MPI
 sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
 import fake_cupy
 
-from mpi_ops.reduction import allreduce
+from mpi_ops import allreduce
 
 COMM = MPI.COMM_WORLD
 

@@ -47,6 +47,14 @@ def test_imports_are_light() -> None:
     assert python(code).splitlines() == [f"{module} []" for module in LIGHT]
 
 
+def test_what_mpi_ops_offers_is_looked_up_when_it_is_asked_for() -> None:
+    code = "import sys, mpi4py, mpi_ops\nmpi4py.rc.initialize = False\n"
+    code += "print('mpi4py.MPI' in sys.modules, set(mpi_ops.__all__) <= set(dir(mpi_ops)))\n"
+    code += "print(mpi_ops.chain_headroom(8), callable(mpi_ops.exponential_sum))\n"
+    code += "print('mpi4py.MPI' in sys.modules, hasattr(mpi_ops, 'allreduces'))"
+    assert python(code).split() == ["False", "True", "7", "True", "True", "False"]
+
+
 def test_the_check_for_light_imports_sees_heavy_ones() -> None:
     code = "import sys, mpi4py\nmpi4py.rc.initialize = False\nimport mpi4py.MPI\n"
     code += f"print([name for name in {HEAVY} if name in sys.modules])"
