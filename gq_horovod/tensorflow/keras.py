@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import warnings
 
-from . import GlobalQSGD, tf
+import tensorflow as tf
+
+from . import GlobalQSGD
 
 __all__ = ["GlobalQSGD"]
 
