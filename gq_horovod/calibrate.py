@@ -1,0 +1,366 @@
+"""Measure a cluster with real collectives and kernels, for the performance model.
+
+`gq-horovod calibrate` runs this on every rank. MPI, Horovod and PyTorch are imported when a
+measurement begins, so calibration files can be read without them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ops import codec
+from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels.host import Buffer
+
+from .config import Config
+from .model import Cluster, Kernels
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+FORMAT = "gq-horovod calibration"
+VERSION = 1
+
+# Payloads of the collectives: those of a few hundred thousand to some million parameters, large
+# enough that latency is a small part, small enough for some seconds at 200 Mbit/s.
+COLLECTIVE_BYTES = (4 << 20, 16 << 20)
+STREAM_BYTES = 8 << 20
+KERNEL_ELEMENTS = 4 << 20
+SMALL_OPERATIONS = 50
+
+Call = Callable[[], object]
+
+
+class CalibrationError(ValueError):
+    """A calibration file that cannot be used, or a job that cannot be measured."""
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def save(cluster: Cluster, path: Path) -> None:
+    """Write what was measured as JSON."""
+    document = {"format": FORMAT, "version": VERSION, "cluster": asdict(cluster)}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def load(path: Path) -> Cluster:
+    """The cluster of a calibration file. Raises CalibrationError if it is not a valid one."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise _unusable(path, f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:  # also of bytes that are no text
+        raise _unusable(path, f"it is not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise _unusable(path, f'expected an object with "format": "{FORMAT}"')
+    if document.get("version") != VERSION:
+        raise _unusable(path, f"expected version {VERSION}, got {document.get('version')!r}")
+    values = _known(path, "cluster", document.get("cluster"), Cluster)
+    kernels = _known(path, "kernels", values.pop("kernels", None), Kernels)
+    try:
+        return Cluster(**values, kernels=Kernels(**kernels))
+    except (TypeError, ValueError) as error:
+        raise _unusable(path, str(error)) from error
+
+
+def _known(path: Path, name: str, found: object, kind: type[Any]) -> dict[str, Any]:
+    """The fields of a dataclass in a file: all of them, and no other."""
+    if not isinstance(found, dict):
+        raise _unusable(path, f"expected an object {name!r}, got {found!r}")
+    expected = {field.name for field in fields(kind)}
+    if expected != set(found):
+        missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
+        raise _unusable(path, f"{name!r} lacks {missing} and has {unknown} too much")
+    return dict(found)
+
+
+def _unusable(path: Path, why: str) -> CalibrationError:
+    return CalibrationError(
+        f"calibration file {path}: {why}; write a new one with `mpirun ... gq-horovod calibrate`."
+    )
+
+
+# ------------------------------------------------------------------------------------- measurement
+
+
+def measure(comm: MPI.Intracomm, rounds: int = 5) -> tuple[Cluster, bool]:
+    """Measure the cluster of `comm`; collective. The same result on every rank.
+
+    Returns the cluster, and whether Horovod's operations were measured; where it cannot be
+    imported, MPI's are, and Horovod's overheads keep their defaults. Ranks of a single host count
+    as hosts of their own, and its loopback as their network.
+
+    Raises:
+        CalibrationError: with fewer than two ranks.
+    """
+    if comm.size < 2:
+        raise CalibrationError(
+            "gq-horovod calibrate: expected at least 2 ranks, got 1; start it with the mpirun of "
+            "your training, such as `mpirun -np 4 --host a,b,c,d gq-horovod calibrate`."
+        )
+    hosts = Counter(comm.allgather(_host()))
+    latency = _latency(comm)
+    cluster = Cluster(
+        ranks=comm.size,
+        ranks_per_host=max(hosts.values()) if len(hosts) > 1 else 1,
+        latency=latency,
+        message_overhead=_message_overhead(comm, latency),
+        bandwidth=_bandwidth(comm, latency, rounds),
+    )
+    horovod = _horovod(comm)
+    cluster = replace(cluster, kernels=_kernels(comm, horovod is not None, rounds))
+    if horovod is not None:
+        cluster = _horovod_overheads(comm, horovod, cluster, rounds)
+    return _efficiencies(comm, horovod, cluster, rounds), horovod is not None
+
+
+def _host() -> str:
+    from mpi4py import MPI
+
+    return MPI.Get_processor_name()
+
+
+def _seconds(comm: MPI.Intracomm, rounds: int, call: Call) -> float:
+    """Median over rounds of a call on all ranks together, until the last one is done."""
+    call()
+    taken = []
+    for _ in range(rounds):
+        comm.Barrier()
+        begin = time.perf_counter()
+        call()
+        comm.Barrier()
+        taken.append(time.perf_counter() - begin)
+    return float(comm.bcast(statistics.median(taken)))
+
+
+# The pair that is timed is the first and the last rank: on two hosts, if there are two.
+
+
+def _latency(comm: MPI.Intracomm, trips: int = 200) -> float:
+    """α: half of a round trip of 8 bytes."""
+    message = np.zeros(1)
+    last = comm.size - 1
+    taken = []
+    comm.Barrier()
+    for _ in range(trips):
+        begin = time.perf_counter()
+        if comm.rank == 0:
+            comm.Send(message, last)
+            comm.Recv(message, last)
+        elif comm.rank == last:
+            comm.Recv(message, 0)
+            comm.Send(message, 0)
+        taken.append(time.perf_counter() - begin)
+    return float(comm.bcast(statistics.median(taken))) / 2
+
+
+def _message_overhead(comm: MPI.Intracomm, latency: float, burst: int = 200) -> float:
+    """o: what a small message adds to others that are in flight with it."""
+    from mpi4py import MPI
+
+    message, answer = np.zeros(1), np.zeros(1)
+    messages = np.zeros((burst, 1))
+    last = comm.size - 1
+    taken = []
+    for _ in range(10):
+        comm.Barrier()
+        begin = time.perf_counter()
+        if comm.rank == 0:
+            MPI.Request.Waitall([comm.Isend(message, last) for _ in range(burst)])
+            comm.Recv(answer, last)
+        elif comm.rank == last:
+            MPI.Request.Waitall([comm.Irecv(row, 0) for row in messages])
+            comm.Send(answer, 0)
+        taken.append(time.perf_counter() - begin)
+    return max(float(comm.bcast(statistics.median(taken))) - 2 * latency, 0.0) / burst
+
+
+def _bandwidth(comm: MPI.Intracomm, latency: float, rounds: int) -> float:
+    """β in bits/s: one large message from the first to the last rank, and a short answer."""
+    data, answer = np.zeros(STREAM_BYTES, np.uint8), np.zeros(1)
+    last = comm.size - 1
+
+    def stream() -> None:
+        if comm.rank == 0:
+            comm.Send(data, last)
+            comm.Recv(answer, last)
+        elif comm.rank == last:
+            comm.Recv(data, 0)
+            comm.Send(answer, 0)
+
+    return 8 * STREAM_BYTES / max(_seconds(comm, rounds, stream) - 2 * latency, 1e-9)
+
+
+def _horovod(comm: MPI.Intracomm) -> Any:
+    """horovod.torch, started; None unless every rank has it and counts ranks as MPI does."""
+    try:
+        import horovod.torch as horovod
+    except ImportError:
+        horovod = None
+    if not all(comm.allgather(horovod is not None)):
+        return None
+    horovod.init()
+    same = (horovod.rank(), horovod.size()) == (comm.rank, comm.size)
+    return horovod if all(comm.allgather(same)) else None
+
+
+def _kernels(comm: MPI.Intracomm, with_torch: bool, rounds: int) -> Kernels:
+    """γ: bytes read and written per second, all ranks at once, as in training."""
+    count = KERNEL_ELEMENTS
+    x = np.random.default_rng(comm.rank).standard_normal(count, dtype=np.float32)
+    y = np.zeros_like(x)
+    source, target = Buffer.of(x), Buffer.of(y)
+    random = dither(0, "calibrate", 0, comm.rank, Stage.QUANTIZE)
+    plan = Config().plan(comm.size)
+    norms = codec.norms(source, plan)
+    payload = codec.quantize(source, norms, plan, random)
+    exponential = Config(levels="exponential").plan(comm.size)
+    codes = codec.quantize(source, codec.norms(source, exponential), exponential, random)
+    share = codec.shard_size(count, exponential) // comm.size * comm.size
+    pieces = [codes[:share]] * comm.size
+    reduced = np.empty_like(codes[:share])
+    cast: Call = lambda: x.astype(np.float16).astype(np.float32)  # noqa: E731
+    if with_torch:  # as hvd.Compression.fp16 does it
+        import torch
+
+        torch.set_num_threads(1)
+        tensor = torch.from_numpy(x)
+        cast = lambda: tensor.half().float()  # noqa: E731
+
+    def rate(size: int, call: Call) -> float:
+        """Mean over rounds and ranks: with more ranks than cores, some calls wait for a core."""
+        call()
+        comm.Barrier()
+        begin = time.perf_counter()
+        for _ in range(3 * rounds):
+            call()
+        taken = (time.perf_counter() - begin) / (3 * rounds)
+        return size / statistics.mean(comm.allgather(taken))
+
+    moved = x.nbytes + payload.nbytes
+    return Kernels(
+        norm=rate(x.nbytes, lambda: codec.norms(source, plan)),
+        quantize=rate(moved, lambda: codec.quantize(source, norms, plan, random, out=payload)),
+        reduce=rate(
+            reduced.nbytes * (comm.size + 1),
+            lambda: codec.reduce(pieces, exponential, random, out=reduced),
+        ),
+        dequantize=rate(moved, lambda: codec.dequantize(payload, norms, plan, target)),
+        cast=rate(3 * x.nbytes, cast),
+        sum=rate(3 * x.nbytes, lambda: np.add(x, y, out=y)),
+    )
+
+
+def _horovod_overheads(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -> Cluster:
+    """The cycle from a lone small operation, and the overhead from many in flight together."""
+    import torch
+
+    tensors = [torch.zeros(1) for _ in range(SMALL_OPERATIONS)]
+
+    def operations(count: int) -> None:
+        handles = [
+            horovod.allreduce_async_(tensor, name=f"calibrate.{index}")
+            for index, tensor in enumerate(tensors[:count])
+        ]
+        for handle in handles:
+            horovod.synchronize(handle)
+
+    lone = _seconds(comm, 4 * rounds, lambda: operations(1))
+    many = _seconds(comm, rounds, lambda: operations(SMALL_OPERATIONS))
+    overhead = max(many - lone, 0.0) / (SMALL_OPERATIONS - 1)
+    cycle = max(lone - overhead - cluster.allreduce(4), 0.0)
+    return replace(cluster, cycle_time=cycle, operation_overhead=overhead)
+
+
+def _efficiencies(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -> Cluster:
+    """Shares of the bandwidth that payloads reach, over all sizes together."""
+    started = 0.0 if horovod is None else cluster.cycle_time + cluster.operation_overhead
+    make = _mpi_calls if horovod is None else _horovod_calls
+    taken: dict[str, list[float]] = {"allreduce": [], "gather": [], "message": []}
+    for size in COLLECTIVE_BYTES:
+        reduce, gather = make(comm, size)
+        taken["allreduce"].append(_seconds(comm, rounds, reduce) - started)
+        taken["gather"].append(_seconds(comm, rounds, gather) - 2 * started)
+        taken["message"].append(_seconds(comm, rounds, _message_call(comm, size)))
+
+    def share_of(name: str, modelled: Callable[[Cluster, float], float]) -> float:
+        return _efficiency(cluster, COLLECTIVE_BYTES, taken[name], modelled)
+
+    return replace(
+        cluster,
+        allreduce_efficiency=share_of("allreduce", Cluster.allreduce),
+        gather_efficiency=share_of("gather", lambda c, s: c.alltoall(s) + c.allgather(s)),
+        message_efficiency=share_of("message", lambda c, s: 2 * c.messages(s)),
+    )
+
+
+def _mpi_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
+    """MPI's Allreduce of `size` bytes of float32, and Alltoall and Allgather of as many bytes."""
+    x, result = np.ones(size // 4, np.float32), np.empty(size // 4, np.float32)
+    codes = np.zeros((comm.size, size // comm.size), np.uint8)
+    gathered = np.empty_like(codes)
+
+    def gather() -> None:
+        comm.Alltoall(codes, gathered)
+        comm.Allgather(codes[0], gathered)
+
+    return lambda: comm.Allreduce(x, result), gather
+
+
+def _horovod_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
+    """The same by Horovod, which has to be started."""
+    import horovod.torch as hvd
+    import torch
+
+    share = size // comm.size
+    x = torch.ones(size // 4)
+    codes = torch.zeros(share * comm.size, dtype=torch.uint8)
+
+    def gather() -> None:
+        hvd.alltoall(codes, name="calibrate.alltoall")
+        hvd.allgather(codes[:share], name="calibrate.allgather")
+
+    return lambda: hvd.allreduce(x, name="calibrate.allreduce"), gather
+
+
+def _message_call(comm: MPI.Intracomm, size: int) -> Call:
+    """The two phases of mpi_ops.exchange for `size` bytes, without their computation."""
+    from mpi4py import MPI
+
+    here = np.zeros((comm.size, size // comm.size), np.uint8)
+    there = np.zeros_like(here)
+    others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+
+    def exchange() -> None:
+        for sent, received in ((here, there), (there, here)):
+            requests = [comm.Irecv(received[rank], rank) for rank in reversed(others)]
+            requests += [comm.Isend(sent[rank], rank) for rank in others]
+            MPI.Request.Waitall(requests)
+
+    return exchange
+
+
+def _efficiency(
+    cluster: Cluster,
+    sizes: Sequence[float],
+    measured: Sequence[float],
+    modelled: Callable[[Cluster, float], float],
+) -> float:
+    """The share of the bandwidth with which the model gives the measured seconds, summed."""
+    perfect = replace(
+        cluster, allreduce_efficiency=1.0, gather_efficiency=1.0, message_efficiency=1.0
+    )
+    no_wire = replace(perfect, bandwidth=1e18)
+    fixed = sum(modelled(no_wire, size) for size in sizes)
+    wire = sum(modelled(perfect, size) for size in sizes) - fixed
+    return min(max(wire / max(sum(measured) - fixed, 1e-9), 0.01), 1.0)

@@ -1,0 +1,525 @@
+"""What a training step costs with each way of reducing gradients, from a description of a cluster.
+
+Two models. `paper_*` is that of the paper (arXiv 2305.18627), for one Allreduce. `cost` and
+`step_time` extend it: the operations that GlobalQSGD really starts, the bytes that its codec really
+makes, kernels, Horovod's cycle and fusion, and overlap with the backward pass. docs/advisor.md says
+where each formula comes from, how well it predicts, and what it leaves out.
+
+Everything here is arithmetic; importing this module starts no MPI and imports no framework.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+
+import numpy as np
+
+from mpi_ops import codec, lanes
+from mpi_ops.chunks import chunks
+from mpi_ops.scheme import Plan
+
+from .config import Config
+from .pipeline import CHUNK_ELEMENTS
+
+FLOAT32_BYTES = 4
+FLOAT16_BYTES = 2
+NORM_BYTES = 4
+TOKEN_BYTES = 16  # what Horovod itself reduces for a tensor under GlobalQSGD: four float32
+
+# The chunk rule of transport="mpi", as mpi_ops.exchange has it; that module starts MPI, so it
+# cannot be imported here. tests/single/test_model.py compares them.
+EXCHANGE_MINIMUM_CHUNKS = 8
+EXCHANGE_MAXIMUM_CHUNK = 1 << 20
+EXCHANGE_MINIMUM_CHUNK = 1 << 14
+
+
+# ------------------------------------------------------------------------------------ the paper's
+
+
+def paper_allreduce(ranks: int, size: float, latency: float, beta: float, gamma: float) -> float:
+    """Seconds of one Allreduce: T = 2 log n α + 2 log n S/β + log n S/γ (arXiv 2305.18627).
+
+    A tree that reduces and then broadcasts the whole vector; log is to base 2.
+
+    Args:
+        ranks: n, at least 1.
+        size: S, bytes.
+        latency: α, seconds per message.
+        beta: β, network bandwidth in bytes/s.
+        gamma: γ, throughput of the reduction kernel in bytes/s.
+    """
+    hops = math.log2(ranks)
+    return 2 * hops * latency + 2 * hops * size / beta + hops * size / gamma
+
+
+def paper_compressed_allreduce(
+    ranks: int, size: float, latency: float, beta: float, gamma: float, omega: float
+) -> float:
+    """The same for float32 compressed to 8 bits: S/4, and a reduction kernel ω times slower."""
+    return paper_allreduce(ranks, size / 4, latency, beta, gamma / omega)
+
+
+def paper_pays(beta: float, gamma: float, omega: float) -> bool:
+    """Whether 8-bit compression is faster: ω < 4 or β < 6γ/(ω-4) (arXiv 2305.18627).
+
+    It follows from `paper_compressed_allreduce` < `paper_allreduce`, where the latencies cancel:
+    2/β + 1/γ > (2/β + ω/γ)/4, so 6/β > (ω-4)/γ. At ω = 4 the reduction costs the same and the
+    network less, so it pays at every bandwidth.
+
+    Args:
+        beta, gamma: bandwidth and kernel throughput, both in bytes/s.
+        omega: ω, time of the reduction kernel per byte relative to that of a plain sum.
+    """
+    return omega <= 4 or beta < 6 * gamma / (omega - 4)
+
+
+# --------------------------------------------------------------------------------------- a cluster
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """γ: throughput of what a rank computes, in bytes read plus written per second.
+
+    The defaults are those of one core of a Xeon server with AVX-512 (README, "Results": ratios to
+    a memcpy of 21 GB/s), rounded down. `gq-horovod calibrate` measures them.
+    """
+
+    norm: float = 12e9  # largest magnitude of each block
+    quantize: float = 11e9  # float32 in, payload out
+    reduce: float = 7e9  # decode, average and round exponential codes
+    dequantize: float = 19e9  # payload in, float32 out
+    cast: float = 10e9  # float32 to float16, or back
+    sum: float = 10e9  # add two arrays, as Allreduce does
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _require_positive("Kernels", name, value, "bytes per second")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the model knows of a cluster. Raises ValueError on values that cannot be.
+
+    The defaults of latency and efficiencies are for TCP on cloud Ethernet, and are guesses until
+    `gq-horovod calibrate` has measured them.
+    """
+
+    ranks: int  # n, at least 2
+    bandwidth: float  # β of a host's link in each direction, bits/s
+    latency: float = 50e-6  # α, seconds from the start of a small message to its arrival
+    message_overhead: float = 5e-6  # seconds of processor time of each further message in flight
+    ranks_per_host: int = 1
+    # Shares of the bandwidth that the payload reaches, in (0, 1]:
+    allreduce_efficiency: float = 0.6  # Allreduce, beside its sums
+    gather_efficiency: float = 0.6  # Alltoall and Allgather
+    message_efficiency: float = 0.75  # messages between pairs of ranks, transport="mpi"
+    # Seconds that a lone operation of Horovod waits before it starts: its thread looks for work
+    # once in HOROVOD_CYCLE_TIME (1 ms by default) and negotiates with the other ranks.
+    cycle_time: float = 1e-3
+    operation_overhead: float = 50e-6  # seconds of each further operation in flight
+    fusion_threshold: int = 128 << 20  # bytes, HOROVOD_FUSION_THRESHOLD
+    kernels: Kernels = field(default_factory=Kernels)
+
+    def __post_init__(self) -> None:
+        for name, least in (("ranks", 2), ("ranks_per_host", 1), ("fusion_threshold", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"Cluster: {name} must be an integer of at least {least}, got {value!r}."
+                )
+        if self.ranks_per_host > self.ranks:
+            raise ValueError(
+                f"Cluster: ranks_per_host must be at most ranks ({self.ranks}), got "
+                f"{self.ranks_per_host}; ranks counts those of all hosts."
+            )
+        _require_positive("Cluster", "bandwidth", self.bandwidth, "bits per second")
+        for name in ("latency", "message_overhead", "cycle_time", "operation_overhead"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ValueError(
+                    f"Cluster: {name} must be a number of seconds, 0 or more, got {value!r}."
+                )
+        for name in ("allreduce_efficiency", "gather_efficiency", "message_efficiency"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value <= 1:
+                raise ValueError(
+                    f"Cluster: {name} must be a share of the bandwidth, above 0 and at most 1, "
+                    f"got {value!r}."
+                )
+
+    # Bytes that leave a host, as a multiple of the vector's. Ranks are placed in blocks.
+
+    @property
+    def _ring(self) -> float:
+        """Half of a ring: only the last rank of a host sends to another host."""
+        return (self.ranks - 1) / self.ranks if self.ranks > self.ranks_per_host else 0.0
+
+    @property
+    def _direct(self) -> float:
+        """Every rank of a host sends its part to every rank elsewhere."""
+        return self.ranks_per_host * (self.ranks - self.ranks_per_host) / self.ranks
+
+    def _wire(self, size: float, efficiency: float) -> float:
+        return 8 * size / (self.bandwidth * efficiency)
+
+    def allreduce(self, size: float) -> float:
+        """Seconds of a bare Allreduce of `size` bytes: the faster of two algorithms, and the sums.
+
+        Ring: 2(n-1)α + 2(n-1)/n·8S/β'. Recursive halving and doubling (Rabenseifner):
+        2⌈log2 n⌉α + 2h(n-h)/n·8S/β', h the ranks of a host. (Thakur, Rabenseifner and Gropp,
+        "Optimization of Collective Communication Operations in MPICH", 2005; h from placing ranks
+        in blocks.) Each rank adds (n-1)/n·S bytes, reading two and writing one: 3(n-1)/n·S/γ.
+        """
+        n, hops = self.ranks, math.ceil(math.log2(self.ranks))
+        ring = (n - 1) * self.latency + self._wire(self._ring * size, self.allreduce_efficiency)
+        halving = hops * self.latency + self._wire(self._direct * size, self.allreduce_efficiency)
+        return 2 * min(ring, halving) + 3 * (n - 1) / n * size / self.kernels.sum
+
+    def alltoall(self, size: float) -> float:
+        """Seconds of an Alltoall in which a rank has `size` bytes, its own part included.
+
+        Pairwise exchange: (n-1)α + h(n-h)/n·8S/β' (Thakur, Rabenseifner and Gropp 2005).
+        """
+        wire = self._wire(self._direct * size, self.gather_efficiency)
+        return (self.ranks - 1) * self.latency + wire
+
+    def allgather(self, size: float) -> float:
+        """Seconds of an Allgather of `size` bytes in all: half of `allreduce` without its sums."""
+        hops = math.ceil(math.log2(self.ranks))
+        ring = self._wire(self._ring * size, self.gather_efficiency)
+        doubling = self._wire(self._direct * size, self.gather_efficiency)
+        return min((self.ranks - 1) * self.latency + ring, hops * self.latency + doubling)
+
+    def messages(self, size: float) -> float:
+        """Seconds in which each rank sends an n-th of `size` bytes to every other rank, at once.
+
+        α + (n-1)·o + h(n-h)/n·8S/β': latencies overlap, overheads do not (o and α as in LogP,
+        Culler et al. 1993).
+        """
+        wire = self._wire(self._direct * size, self.message_efficiency)
+        return self.latency + (self.ranks - 1) * self.message_overhead + wire
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_positive(owner: str, name: str, value: object, unit: str) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        raise ValueError(f"{owner}: {name} must be a positive number of {unit}, got {value!r}.")
+
+
+# ----------------------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of reducing gradients."""
+
+    name: str
+    argument: str  # of hvd.DistributedOptimizer
+    element_bytes: int = FLOAT32_BYTES  # on the wire, where nothing is quantized
+    config: Config | None = None  # where GlobalQSGD quantizes
+    # Whether the advisor may recommend it unasked. 4 bits are too coarse for some models: the
+    # paper's 4-bit runs diverged.
+    recommended: bool = True
+
+    def why_not(self, ranks: int) -> str | None:
+        """Why this cannot run on so many ranks, or None."""
+        try:
+            if self.config is not None:
+                self.config.plan(ranks)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def _global_qsgd(name: str, config: Config, recommended: bool = True) -> Method:
+    """A setting of GlobalQSGD, with the Python that a user writes for it."""
+    changed = {f.name: getattr(config, f.name) for f in fields(config)}
+    written = ", ".join(
+        f"{name}={value!r}" for name, value in changed.items() if value != getattr(Config, name)
+    )
+    argument = f"compression=GlobalQSGD({written})" if written else "compression=GlobalQSGD"
+    return Method(name, argument, config=config, recommended=recommended)
+
+
+NONE = Method("none", "compression=hvd.Compression.none")
+FP16 = Method("fp16", "compression=hvd.Compression.fp16", element_bytes=FLOAT16_BYTES)
+STANDARD = _global_qsgd("standard", Config())
+EXPONENTIAL = _global_qsgd("exponential", Config(levels="exponential"))
+STANDARD_MPI = _global_qsgd("standard, mpi", Config(transport="mpi"))
+EXPONENTIAL_MPI = _global_qsgd("exponential, mpi", Config(levels="exponential", transport="mpi"))
+METHODS = (
+    NONE,
+    FP16,
+    STANDARD,
+    _global_qsgd("standard 4 bit", Config(bits=4), recommended=False),
+    EXPONENTIAL,
+    _global_qsgd("exponential 4 bit", Config(levels="exponential", bits=4), recommended=False),
+    STANDARD_MPI,
+    _global_qsgd("standard 4 bit, mpi", Config(bits=4, transport="mpi"), recommended=False),
+    EXPONENTIAL_MPI,
+    _global_qsgd(
+        "exponential 4 bit, mpi",
+        Config(levels="exponential", bits=4, transport="mpi"),
+        recommended=False,
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------------- bytes
+
+
+@lru_cache(maxsize=4096)
+def chunk_bytes(count: int, plan: Plan, transport: str) -> tuple[int, ...]:
+    """Bytes of each chunk's payload of a tensor of `count` elements, padding included.
+
+    The rules are those of the pipeline, not a copy: `mpi_ops.chunks` cuts, `mpi_ops.codec` sizes.
+    """
+    wanted = CHUNK_ELEMENTS
+    if transport == "mpi":
+        wanted = max(count // EXCHANGE_MINIMUM_CHUNKS, EXCHANGE_MINIMUM_CHUNK)
+        wanted = min(wanted, EXCHANGE_MAXIMUM_CHUNK)
+    norms = np.broadcast_to(np.int32(0), norm_count(count, plan))  # only their number matters
+    item = codec.payload_dtype(plan).itemsize
+    sizes = []
+    for chunk in chunks(count, norms, plan, wanted):
+        elements = chunk.stop - chunk.start
+        if plan.levels == "standard" and transport == "horovod":
+            sizes.append(codec.payload_size(elements, plan) * item)
+        else:  # as many whole rows for every rank
+            sizes.append(codec.shard_size(elements, plan) * plan.world_size * item)
+    return tuple(sizes)
+
+
+def norm_count(count: int, plan: Plan) -> int:
+    """Norms of a tensor of `count` elements."""
+    return lanes.blocks(count, plan.block_for(count))
+
+
+def fused(sizes: Sequence[float], threshold: int) -> list[float]:
+    """Bytes of the messages that Horovod makes of operations of these sizes, in their order.
+
+    Operations are put together while they fit in `threshold` bytes; a larger one goes alone
+    (Horovod's documentation, "Tensor Fusion").
+    """
+    messages: list[float] = []
+    for size in sizes:
+        if messages and messages[-1] + size <= threshold:
+            messages[-1] += size
+        else:
+            messages.append(size)
+    return messages
+
+
+# -------------------------------------------------------------------------------------------- cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of reducing all gradients of one step."""
+
+    seconds: float  # from the first gradient to the last mean, nothing else going on
+    kernels: float  # seconds of these that a rank's processor computes
+    bytes: float  # that a rank sends: 2(n-1)/n times payload, norms and tokens
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.seconds + other.seconds, self.kernels + other.kernels, self.bytes + other.bytes
+        )
+
+
+def cost(method: Method, sizes: Sequence[int], cluster: Cluster) -> Cost:
+    """Seconds and bytes of reducing tensors of `sizes` float32 elements with `method`.
+
+    Tensors of fewer than the method's `min_elements` go uncompressed, as in GlobalQSGD.
+    Raises ValueError for a negative size or a width that cannot hold the sum of so many ranks.
+    """
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"cost: sizes must be 0 or more elements each, got {min(sizes)}.")
+    sizes = [size for size in sizes if size]
+    if method.config is None:
+        return _plain(sizes, method.element_bytes, cluster)
+    large = [size for size in sizes if size >= method.config.min_elements]
+    small = [size for size in sizes if size < method.config.min_elements]
+    return _plain(small, FLOAT32_BYTES, cluster) + _quantized(large, method.config, cluster)
+
+
+def allreduce_seconds(method: Method, elements: int, cluster: Cluster) -> float:
+    """Seconds of one Allreduce of `elements` float32."""
+    return cost(method, [elements], cluster).seconds
+
+
+def _operations(sizes: Sequence[float], cluster: Cluster) -> float:
+    """Seconds of Horovod Allreduces of these bytes that are in flight together."""
+    if not sizes:
+        return 0.0
+    messages = fused(sizes, cluster.fusion_threshold)
+    started = cluster.cycle_time + len(sizes) * cluster.operation_overhead
+    return started + sum(map(cluster.allreduce, messages))
+
+
+def _sent(size: float, cluster: Cluster) -> float:
+    return 2 * (cluster.ranks - 1) / cluster.ranks * size
+
+
+def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
+    """Horovod's own Allreduce. float16 is cast before and after: 12 bytes per element moved."""
+    total = sum(sizes)
+    cast = 0.0
+    if element_bytes == FLOAT16_BYTES:
+        cast = 2 * (FLOAT32_BYTES + FLOAT16_BYTES) * total / cluster.kernels.cast
+    network = _operations([element_bytes * size for size in sizes], cluster)
+    return Cost(network + cast, cast, _sent(element_bytes * total, cluster))
+
+
+def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
+    """GlobalQSGD: T = norms + pipeline(kernels, codes).
+
+    Norms are measured and reduced by a Max-Allreduce; then quantizing, reducing and decoding of
+    some chunks goes on while others travel.
+    """
+    if not sizes:
+        return Cost(0.0, 0.0, 0.0)
+    n, kernels = cluster.ranks, cluster.kernels
+    plan = config.plan(n)
+    norm_bytes = [NORM_BYTES * norm_count(size, plan) for size in sizes]
+    if config.transport == "mpi":  # and each rank's proposal of a number
+        norm_bytes = [size + 4 * n for size in norm_bytes]
+    payloads = [size for count in sizes for size in chunk_bytes(count, plan, config.transport)]
+    elements, payload = sum(sizes), sum(payloads)
+
+    measure = FLOAT32_BYTES * elements / kernels.norm
+    norms = _operations(norm_bytes, cluster)
+    tokens = len(sizes) * (cluster.operation_overhead + cluster.allreduce(TOKEN_BYTES))
+    moved = FLOAT32_BYTES * elements + payload
+    compute = moved / kernels.quantize + moved / kernels.dequantize
+    if plan.levels == "exponential":  # reads n shares, writes one
+        compute += payload * (1 + 1 / n) / kernels.reduce
+    elif config.transport == "mpi":  # n - 1 additions to a share
+        compute += 3 * payload * (n - 1) / n / kernels.sum
+
+    if config.transport == "mpi":
+        network = 2 * sum(map(cluster.messages, payloads))
+    elif plan.levels == "standard":
+        network = _operations(payloads, cluster)
+    else:
+        started = cluster.cycle_time + len(payloads) * cluster.operation_overhead
+        network = 2 * started
+        network += sum(cluster.alltoall(size) + cluster.allgather(size) for size in payloads)
+
+    seconds = measure + norms + tokens + pipelined(compute, network, len(payloads))
+    sent = _sent(payload + sum(norm_bytes) + TOKEN_BYTES * len(sizes), cluster)
+    return Cost(seconds, measure + compute, sent)
+
+
+def pipelined(first: float, second: float, pieces: int) -> float:
+    """Seconds of two stages of `first` and `second` seconds that work on `pieces` equal pieces.
+
+    max + min/pieces: the slower stage is busy all the time but for one piece of the other. With one
+    piece, their sum.
+    """
+    return max(first, second) + min(first, second) / pieces
+
+
+# -------------------------------------------------------------------------------------------- step
+
+
+def step_time(
+    method: Method, sizes: Sequence[int], cluster: Cluster, compute: float, overlap: float = 0.5
+) -> float:
+    """Seconds of a training step: compute, and what of the reduction is not hidden behind it.
+
+    T = compute + max(T_reduce - overlap·compute, kernels, tail). Kernels run where the hooks run,
+    so only communication is hidden. The tail is the reduction of what becomes ready last: the
+    tensor sizes[0], or a chunk of it where sizes is a single number, that of a whole model.
+
+    Args:
+        method: how gradients are reduced.
+        sizes: float32 elements of each tensor in the order of model.parameters(), whose first is
+            ready last; or the number of all parameters alone.
+        cluster: what is known of the cluster.
+        compute: seconds of forward, backward and optimizer together, 0 or more.
+        overlap: share of `compute` in which gradients become ready while others are still
+            computed, 0 to 1. Backward takes about two thirds of a step, and its first gradients
+            come some time after its start, so 0.5 is a cautious choice.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+    if not _is_number(compute) or compute < 0:
+        raise ValueError(f"step_time: compute must be seconds, 0 or more, got {compute!r}.")
+    if not _is_number(overlap) or not 0 <= overlap <= 1:
+        raise ValueError(
+            f"step_time: overlap must be a share of the compute time, 0 to 1, got {overlap!r}."
+        )
+    if not sizes:
+        return compute
+    last = sizes[0] if len(sizes) > 1 else min(sizes[0], CHUNK_ELEMENTS)
+    reduction = cost(method, sizes, cluster)
+    tail = min(cost(method, [last], cluster).seconds, reduction.seconds)
+    return compute + max(reduction.seconds - overlap * compute, reduction.kernels, tail)
+
+
+BANDWIDTHS = (1e6, 1e11)  # bits/s: what `break_even` searches; beyond, memory limits first
+
+
+def break_even(
+    method: Method,
+    reference: Method,
+    sizes: Sequence[int],
+    cluster: Cluster,
+    compute: float,
+    overlap: float = 0.5,
+) -> float:
+    """Bandwidth in bits/s below which `method` makes a faster step than `reference`.
+
+    0.0 if it does at no bandwidth of `BANDWIDTHS`, infinity if it does at all of them. The
+    arguments are those of `step_time`; the bandwidth of `cluster` is not used.
+    """
+
+    def pays(bandwidth: float) -> bool:
+        there = replace(cluster, bandwidth=bandwidth)
+        return step_time(method, sizes, there, compute, overlap) < step_time(
+            reference, sizes, there, compute, overlap
+        )
+
+    low, high = BANDWIDTHS
+    if not pays(low):
+        return 0.0
+    if pays(high):
+        return math.inf
+    while high / low > 1.001:  # what it saves shrinks with a faster network, what it costs does not
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
+
+
+# ---------------------------------------------------------------------------- the paper's workloads
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model that the paper trains. The compute time is this project's guess, not the paper's."""
+
+    name: str
+    parameters: int
+    compute: float  # seconds of a step without communication, on one data-centre GPU
+
+
+WORKLOADS = (
+    Workload("DeepLight", 607_959_381, 0.120),
+    Workload("Wide-ResNet-101-2", 126_886_696, 0.300),
+    Workload("Transformer-XL", 191_950_298, 0.250),
+)
+# Speed-ups that the paper and its poster report (arXiv 2305.18627): over the authors' own float32
+# tree over send and receive, not over NCCL or Horovod.
+PUBLISHED = (
+    ("DeepLight, 64 cloud nodes, paper", 3.17),
+    ("DeepLight, 64 cloud nodes, poster", 3.16),
+    ("largest, abstract", 3.51),
+)

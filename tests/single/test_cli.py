@@ -1,0 +1,292 @@
+"""The command gq-horovod: units, tables, errors, calibration files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gq_horovod import calibrate, cli
+from gq_horovod.calibrate import CalibrationError
+from gq_horovod.model import METHODS, Cluster, Kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+ADVISE = ["advise", "--params", "607959381", "--step-compute", "120ms"]
+NETWORK = ["--workers", "64", "--bandwidth", "1Gbit"]
+MEASURED = Cluster(ranks=8, bandwidth=9.3e8, latency=3e-5, kernels=Kernels(cast=1e9))
+
+
+# -------------------------------------------------------------------------------------------- units
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1Gbit", 1e9),
+        ("1gbit", 1e9),
+        ("200 Mbit/s", 2e8),
+        ("25Gbps", 2.5e10),
+        ("0.2Gbit/s", 2e8),
+        ("100kbit", 1e5),
+        ("10Gb/s", 1e10),
+        ("1 GBit", 1e9),
+    ],
+)
+def test_bandwidths(text: str, value: float) -> None:
+    assert cli.bandwidth(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("120ms", 0.12), ("1.5s", 1.5), ("50 us", 5e-5)])
+def test_durations(text: str, value: float) -> None:
+    assert cli.duration(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("608M", 608_000_000), ("1_000", 1000), ("1.5k", 1500)]
+)
+def test_counts(text: str, value: int) -> None:
+    assert cli.count(text) == value
+
+
+@pytest.mark.parametrize("text", ["1", "1GB", "1GB/s", "0Gbit", "-1Gbit", "fast", "", "1Gbitten"])
+def test_what_is_no_bandwidth(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"rate in bits such as 1Gbit.*got"):
+        cli.bandwidth(text)
+
+
+@pytest.mark.parametrize("text", ["120", "-1s", "1h", "", "ms"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"with its unit such as 120ms.*got"):
+        cli.duration(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "-3", "many", ""])
+def test_what_is_no_count(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"positive whole number.*got"):
+        cli.count(text)
+
+
+# ------------------------------------------------------------------------------------------- advise
+
+
+def test_advise_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*ADVISE, *NETWORK]) == 0
+    output = capsys.readouterr().out
+    for method in METHODS:
+        assert method.name in output
+    assert "Recommended: compression=GlobalQSGD(" in output
+    assert "Assumptions:" in output
+    assert "defaults, not measured" in output
+
+
+def test_advise_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*ADVISE, *NETWORK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["method"]: row for row in result["methods"]}
+    assert rows["none"]["speedup"] == 1
+    assert rows["none"]["bytes_per_rank"] == pytest.approx(2 * 63 / 64 * 4 * 607_959_381)
+    assert set(result["left_out"]) == {"standard 4 bit", "standard 4 bit, mpi"}
+    candidates = [row for row in rows.values() if row["candidate"]]
+    fastest = min(candidates, key=lambda row: row["step_seconds"])
+    assert result["recommended"]["argument"] == fastest["argument"]
+
+
+def test_nothing_is_recommended_where_nothing_pays(capsys: pytest.CaptureFixture[str]) -> None:
+    """A small model behind a long computation."""
+    command = ["advise", "--params", "100k", "--step-compute", "1s", "--workers", "4"]
+    assert cli.main([*command, "--bandwidth", "100Gbit"]) == 0
+    assert "Recommended: compression=hvd.Compression.none" in capsys.readouterr().out
+
+
+def test_a_list_of_tensors(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["advise", "--params", "1M,4096,100", "--step-compute", "1ms", *NETWORK, "--json"]
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["parameters"] == 1_004_196
+
+
+def test_plots(tmp_path: Path) -> None:
+    path = tmp_path / "advice.png"
+    assert cli.main([*ADVISE, *NETWORK, "--json", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (ADVISE, "expected --workers or --calibration, got neither"),
+        ([*ADVISE, "--workers", "4"], "expected --bandwidth or --calibration, got neither"),
+        ([*ADVISE, "--workers", "1", "--bandwidth", "1Gbit"], "ranks must be an integer of at"),
+        ([*ADVISE, *NETWORK, "--ranks-per-host", "65"], "ranks_per_host must be at most ranks"),
+    ],
+)
+def test_errors_of_one_line(
+    command: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gq-horovod advise: error: ")
+    assert text in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (["--bandwidth", "1GB"], "argument --bandwidth: expected a positive rate in bits"),
+        (["--overlap", "2"], "argument --overlap: expected a share of the compute time"),
+        (["--step-compute", "5"], "argument --step-compute: expected a duration with its unit"),
+        (["--params", "1M,x"], "argument --params: expected a positive whole number"),
+    ],
+)
+def test_errors_of_arguments(
+    extra: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*ADVISE, *NETWORK, *extra])
+    assert raised.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- calibration files
+
+
+def test_calibration_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    calibrate.save(MEASURED, path)
+    assert calibrate.load(path) == MEASURED
+
+
+def test_advise_takes_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "calibration.json"
+    calibrate.save(MEASURED, path)
+    assert cli.main([*ADVISE, "--calibration", str(path), "--workers", "16", "--json"]) == 0
+    cluster = json.loads(capsys.readouterr().out)["cluster"]
+    assert cluster == {**asdict(MEASURED), "ranks": 16}
+
+
+def corrupt(**changes: object) -> str:
+    document = {
+        "format": calibrate.FORMAT,
+        "version": calibrate.VERSION,
+        "cluster": asdict(MEASURED),
+    }
+    document.update(changes)
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "it is not JSON"),
+        (corrupt()[:-30], "it is not JSON"),
+        ("[]", 'expected an object with "format"'),
+        ('{"alpha": 1}', 'expected an object with "format"'),
+        (corrupt(version=99), "expected version 1, got 99"),
+        (corrupt(cluster=None), "expected an object 'cluster', got None"),
+        (corrupt(cluster={"ranks": 4}), "'cluster' lacks"),
+        (corrupt(cluster={**asdict(MEASURED), "bandwidth": "1Gbit"}), "bandwidth must be"),
+        (corrupt(cluster={**asdict(MEASURED), "kernels": {}}), "'kernels' lacks"),
+        (corrupt(cluster={**asdict(MEASURED), "ranks": 1.5}), "ranks must be an integer"),
+    ],
+)
+def test_corrupt_calibrations(
+    text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    with pytest.raises(CalibrationError):
+        calibrate.load(path)
+    assert cli.main([*ADVISE, "--calibration", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"calibration file {path}: " in error
+    assert why in error
+    assert "write a new one with `mpirun ... gq-horovod calibrate`" in error
+
+
+def test_binary_and_missing_calibrations(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        calibrate.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CalibrationError, match="not JSON"):
+        calibrate.load(path)
+
+
+# ----------------------------------------------------------------------------------------- simulate
+
+
+def test_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "simulation.png"
+    command = ["simulate", "--workers", "64,4096", "--bandwidth", "1Gbit,25Gbit"]
+    assert cli.main([*command, "--plot", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "DeepLight" in output
+    assert "3.17x" in output
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*command, "--compute", "DeepLight=1s", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 3 * 2 * 2
+    assert {row["step_compute_seconds"] for row in rows if row["workload"] == "DeepLight"} == {1.0}
+
+
+def test_simulate_refuses_unknown_workloads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "--compute", "BERT=1s"])
+    assert "expected NAME=DURATION with a name of DeepLight" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def test_module_runs_without_heavy_imports() -> None:
+    """Also without matplotlib and rich, where neither a plot nor a table is asked for."""
+    code = (
+        "import sys\n"
+        "from gq_horovod import cli\n"
+        f"assert cli.main({[*ADVISE, *NETWORK, '--json']!r}) == 0\n"
+        "heavy = ('torch', 'tensorflow', 'horovod', 'mpi4py', 'matplotlib', 'rich', 'cupy')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gq_horovod", *ADVISE, *NETWORK],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Recommended:" in done.stdout
+
+
+def test_missing_rich_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main([*ADVISE, *NETWORK]) == 2
+    assert "expected rich for the table" in capsys.readouterr().err
+
+
+def test_calibrate_with_one_rank_says_how_to_start_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gq_horovod", "calibrate"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "expected at least 2 ranks, got 1; start it with the mpirun" in done.stderr

@@ -1,0 +1,285 @@
+"""The performance model: the paper's rule, real bytes, and the directions that it must have."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gq_horovod import model
+from gq_horovod.config import Config
+from gq_horovod.model import (
+    EXPONENTIAL,
+    EXPONENTIAL_MPI,
+    FP16,
+    METHODS,
+    NONE,
+    STANDARD,
+    STANDARD_MPI,
+    Cluster,
+    Kernels,
+    Method,
+)
+from mpi_ops import codec, lanes
+
+ROOT = Path(__file__).resolve().parents[2]
+positive = st.floats(1e-3, 1e3)
+methods = st.sampled_from(METHODS)
+counts = st.integers(1, 1 << 28)
+# Half of a float's digits: sums of thousands of terms round differently.
+SLACK = 1 + 1e-9
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    ranks = draw(st.integers(2, 512))
+    return Cluster(
+        ranks=ranks,
+        ranks_per_host=draw(st.integers(1, min(ranks, 8))),
+        bandwidth=draw(st.floats(1e8, 1e11)),
+        latency=draw(st.floats(0, 1e-3)),
+    )
+
+
+# -------------------------------------------------------------------------------- the paper's model
+
+
+def test_papers_formula_by_hand() -> None:
+    """8 ranks: 3 hops of 1 s latency, 10 bytes at 5 bytes/s, summed at 2 bytes/s."""
+    assert model.paper_allreduce(8, 10, latency=1, beta=5, gamma=2) == 2 * 3 + 2 * 3 * 2 + 3 * 5
+
+
+@given(
+    ranks=st.integers(2, 4096),
+    size=positive,
+    latency=positive,
+    beta=positive,
+    gamma=positive,
+    omega=st.floats(1, 100),
+)
+def test_papers_rule_follows_from_its_formula(
+    ranks: int, size: float, latency: float, beta: float, gamma: float, omega: float
+) -> None:
+    """Compression pays iff ω < 4 or β < 6γ/(ω-4); not compared where both sides are equal."""
+    plain = model.paper_allreduce(ranks, size, latency, beta, gamma)
+    compressed = model.paper_compressed_allreduce(ranks, size, latency, beta, gamma, omega)
+    assume(abs(plain - compressed) > 1e-9 * plain)
+    assert model.paper_pays(beta, gamma, omega) == (compressed < plain)
+
+
+def test_papers_rule_at_its_boundaries() -> None:
+    assert model.paper_pays(1e30, 1.0, omega=3.9)
+    assert model.paper_pays(1e30, 1.0, omega=4.0)
+    assert model.paper_pays(beta=2.9, gamma=1.0, omega=6.0)
+    assert not model.paper_pays(beta=3.1, gamma=1.0, omega=6.0)
+
+
+# -------------------------------------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("count", [1, 33, 4096, 1_000_003, 9_999_999])
+@pytest.mark.parametrize("ranks", [2, 4, 64])
+@pytest.mark.parametrize("method", [STANDARD, EXPONENTIAL, STANDARD_MPI, EXPONENTIAL_MPI])
+def test_bytes_are_those_of_the_codec(method: Method, ranks: int, count: int) -> None:
+    """The payload that codec makes, and what padding to equal shares adds to each chunk."""
+    assert method.config is not None
+    plan = method.config.plan(ranks)
+    item = codec.payload_dtype(plan).itemsize
+    pieces = model.chunk_bytes(count, plan, method.config.transport)
+    exact = codec.payload_size(count, plan) * item
+    padding = sum(pieces) - exact
+    # A chunk ends at a whole row of words, and where ranks reduce shares, of every share.
+    shares = 1 if method is STANDARD else ranks
+    assert 0 <= padding <= len(pieces) * shares * lanes.ROW * item
+    assert padding == 0 or method is not STANDARD or len(pieces) > 1
+    norms = lanes.blocks(count, plan.block_for(count))
+    assert model.norm_count(count, plan) == norms
+    whole = replace(method, config=replace(method.config, min_elements=0))
+    proposals = 4 * ranks if method.config.transport == "mpi" else 0
+    total = sum(pieces) + 4 * norms + proposals + model.TOKEN_BYTES
+    sent = model.cost(whole, [count], Cluster(ranks, 1e9)).bytes
+    assert sent == pytest.approx(2 * (ranks - 1) / ranks * total)
+
+
+def test_chunk_rule_is_that_of_the_exchange() -> None:
+    """In a process of its own, since that module starts MPI."""
+    names = "MINIMUM_CHUNKS", "MAXIMUM_CHUNK", "MINIMUM_CHUNK"
+    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi_ops import exchange as e; "
+    code += f"print([getattr(e, name) for name in {names}])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    ours = [getattr(model, f"EXCHANGE_{name}") for name in names]
+    assert done.stdout.strip() == str(ours), done.stderr
+
+
+@given(count=counts, bits=st.integers(2, 15), ranks=st.integers(2, 512))
+def test_more_bits_are_never_fewer_bytes(count: int, bits: int, ranks: int) -> None:
+    assume(lanes.levels(bits, ranks) > 0)
+    cluster = Cluster(ranks, 1e9)
+
+    def sent(width: int) -> float:
+        return model.cost(Method("", "", config=Config(bits=width)), [count], cluster).bytes
+
+    assert sent(bits) <= sent(bits + 1) * SLACK
+
+
+def test_small_tensors_go_uncompressed() -> None:
+    cluster = Cluster(4, 1e9)
+    assert model.cost(STANDARD, [4095], cluster) == model.cost(NONE, [4095], cluster)
+    assert model.cost(STANDARD, [4096], cluster).bytes < model.cost(NONE, [4096], cluster).bytes
+
+
+# -------------------------------------------------------------------------------------- collectives
+
+
+def test_bandwidth_terms_of_collectives() -> None:
+    """No latency, free sums: 2(n-1)/n, (n-1)/n and (n-1)/n times the bytes."""
+    free = Kernels(sum=1e30)
+    ideal = Cluster(4, 8e9, 0.0, 0.0, allreduce_efficiency=1.0, gather_efficiency=1.0, kernels=free)
+    assert ideal.allreduce(1e9) == pytest.approx(1.5)
+    assert ideal.alltoall(1e9) == pytest.approx(0.75)
+    assert ideal.allgather(1e9) == pytest.approx(0.75)
+    assert replace(ideal, message_efficiency=1.0).messages(1e9) == pytest.approx(0.75)
+    shared = replace(ideal, ranks=8, ranks_per_host=4)
+    assert shared.allreduce(1e9) == pytest.approx(2 * 7 / 8)  # a ring: one rank crosses
+    assert shared.alltoall(1e9) == pytest.approx(4 * 4 / 8)  # every rank of a host to all elsewhere
+    assert replace(ideal, ranks_per_host=4).allreduce(1e9) == pytest.approx(0)  # no link is used
+
+
+def test_latency_terms_of_collectives() -> None:
+    slow = Cluster(64, 1e30, latency=1.0, message_overhead=0.0)
+    assert slow.allreduce(8) == pytest.approx(12)
+    assert slow.alltoall(8) == pytest.approx(63)
+    assert slow.allgather(8) == pytest.approx(6)
+    assert slow.messages(8) == pytest.approx(1)
+
+
+def test_fusion() -> None:
+    assert model.fused([1, 2, 3, 9, 1], threshold=6) == [6, 9, 1]
+    assert model.fused([1, 2], threshold=0) == [1, 2]
+    assert model.fused([], threshold=6) == []
+
+
+def test_pipeline_of_two_stages() -> None:
+    assert model.pipelined(2, 3, 1) == 5
+    assert model.pipelined(2, 3, 4) == 3.5
+    assert model.pipelined(3, 2, 1 << 40) == pytest.approx(3)
+
+
+# -------------------------------------------------------------------------------------------- steps
+
+
+@given(
+    method=methods,
+    sizes=st.lists(counts, min_size=1, max_size=4),
+    cluster=clusters(),
+    faster=st.floats(1, 100),
+    compute=st.floats(0, 10),
+    overlap=st.floats(0, 1),
+)
+def test_a_faster_network_never_slows_a_step(
+    method: Method,
+    sizes: list[int],
+    cluster: Cluster,
+    faster: float,
+    compute: float,
+    overlap: float,
+) -> None:
+    assume(method.why_not(cluster.ranks) is None)
+    better = replace(cluster, bandwidth=cluster.bandwidth * faster)
+    slow = model.step_time(method, sizes, cluster, compute, overlap)
+    assert compute <= model.step_time(method, sizes, better, compute, overlap) <= slow * SLACK
+
+
+@given(method=methods, count=counts, cluster=clusters(), overlaps=st.tuples(*[st.floats(0, 1)] * 2))
+def test_more_overlap_never_slows_a_step(
+    method: Method, count: int, cluster: Cluster, overlaps: tuple[float, float]
+) -> None:
+    assume(method.why_not(cluster.ranks) is None)
+    less, more = sorted(overlaps)
+    slow = model.step_time(method, [count], cluster, 0.1, less)
+    assert model.step_time(method, [count], cluster, 0.1, more) <= slow * SLACK
+
+
+def test_without_overlap_a_step_is_the_sum() -> None:
+    cluster = Cluster(4, 1e9)
+    for method in METHODS:
+        alone = model.allreduce_seconds(method, 1 << 24, cluster)
+        assert model.step_time(method, [1 << 24], cluster, 1.0, 0.0) == pytest.approx(1 + alone)
+
+
+def test_communication_hides_but_for_the_last_tensor() -> None:
+    cluster = Cluster(4, 1e9)
+    last = model.allreduce_seconds(NONE, 10_000, cluster)
+    step = model.step_time(NONE, [10_000, 1 << 20], cluster, compute=1e3, overlap=1.0)
+    assert step == pytest.approx(1e3 + last)
+
+
+def test_break_even_separates_the_two() -> None:
+    cluster = Cluster(4, 1e9)
+    sizes = [1 << 24]
+    found = model.break_even(FP16, NONE, sizes, cluster, 0.1)
+    assert 1e6 < found < 1e11
+    for rate, pays in ((found / 1.1, True), (found * 1.1, False)):
+        there = replace(cluster, bandwidth=rate)
+        times = [model.step_time(method, sizes, there, 0.1) for method in (FP16, NONE)]
+        assert (times[0] < times[1]) == pays
+
+
+def test_break_even_where_there_is_none() -> None:
+    cluster = Cluster(4, 1e9)
+    assert model.break_even(NONE, FP16, [1 << 24], replace(cluster, latency=1.0), 0.1) == 0.0
+    instant = Kernels(cast=1e30)
+    assert math.isinf(
+        model.break_even(FP16, NONE, [1 << 24], replace(cluster, kernels=instant), 0.0)
+    )
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"ranks": 1}, "Cluster: ranks must be an integer of at least 2, got 1"),
+        ({"bandwidth": 0.0}, "Cluster: bandwidth must be a positive number of bits per second"),
+        ({"bandwidth": math.nan}, "Cluster: bandwidth must be"),
+        ({"latency": -1.0}, "Cluster: latency must be a number of seconds, 0 or more, got -1.0"),
+        ({"allreduce_efficiency": 1.5}, "Cluster: allreduce_efficiency must be a share"),
+        ({"ranks_per_host": 8}, "ranks_per_host must be at most ranks"),
+    ],
+)
+def test_clusters_that_cannot_be(wrong: dict[str, float], text: str) -> None:
+    values = {"ranks": 4, "bandwidth": 1e9, **wrong}
+    with pytest.raises(ValueError, match=text):
+        Cluster(**values)  # type: ignore[arg-type]
+
+
+def test_other_values_that_cannot_be() -> None:
+    cluster = Cluster(64, 1e9)
+    with pytest.raises(ValueError, match="Kernels: sum must be a positive number"):
+        Kernels(sum=0)
+    with pytest.raises(ValueError, match="compute must be seconds"):
+        model.step_time(NONE, [1], cluster, -1)
+    with pytest.raises(ValueError, match="overlap must be a share"):
+        model.step_time(NONE, [1], cluster, 1, 2)
+    with pytest.raises(ValueError, match="sizes must be 0 or more"):
+        model.cost(NONE, [-1], cluster)
+    four_bits = next(method for method in METHODS if method.name == "standard 4 bit")
+    reason = four_bits.why_not(64)
+    assert reason is not None
+    assert "at least 8 for standard levels on 64 ranks" in reason
+
+
+def test_arguments_are_the_settings_that_they_stand_for() -> None:
+    for method in METHODS[2:]:
+        written = method.argument.removeprefix("compression=").replace("GlobalQSGD", "Config")
+        built = eval(written)
+        assert (built() if built is Config else built) == method.config
