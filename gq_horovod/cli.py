@@ -22,7 +22,9 @@ from typing import Any
 from . import __version__, calibrate, model
 from .model import METHODS, NONE, Cluster, Method
 
-WORTHWHILE = 1.02  # speed-up from which a setting is recommended: less is within the model's error
+# Less is within the model's error: a setting is recommended from this speed-up over none, and the
+# simplest one (the first of METHODS) that the fastest one does not beat by so much.
+WORTHWHILE = 1.05
 
 
 # ------------------------------------------------------------------------------------------- units
@@ -171,8 +173,9 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
                 "candidate": method.recommended,
             }
         )
-    fastest = min((row for row in rows if row["candidate"]), key=lambda row: row["step_seconds"])
-    best = fastest if fastest["speedup"] >= WORTHWHILE else rows[0]
+    candidates = [row for row in rows if row["candidate"]]
+    fastest = min(row["step_seconds"] for row in candidates)
+    best = next(row for row in candidates if row["step_seconds"] < WORTHWHILE * fastest)
     return {
         "cluster": asdict(cluster),
         "parameters": sum(sizes),
@@ -205,8 +208,8 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         else f"{tensors} tensors in the order of the model; the first is ready last.",
         "4-bit settings are never recommended: try them for accuracy first. Standard levels use "
         "the default width for this many ranks.",
-        f"Speed-ups below {WORTHWHILE} are taken for none. What the model leaves out, and its "
-        "measured error: docs/advisor.md.",
+        f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended. What the "
+        "model leaves out, and its measured error: docs/advisor.md.",
     ]
 
 
@@ -383,7 +386,7 @@ def simulate(options: argparse.Namespace) -> None:
     table = table_of(
         "Predicted speed-up of a step over none",
         ["workload"],
-        ["ranks", "Gbit/s", "none", *(method.name for method in SIMULATED), "paper's model"],
+        ["ranks", "Gbit/s", "none", *(method.name for method in SIMULATED), "paper"],
     )
     for row in rows:
         table.add_row(
@@ -400,6 +403,9 @@ def simulate(options: argparse.Namespace) -> None:
         print(f"- {what}: {value:.2f}x")
     computes = {row["workload"]: row["step_compute_seconds"] for row in rows}
     listing = ", ".join(f"{name} {written_seconds(value)}" for name, value in computes.items())
+    print(
+        "Column paper: the paper's model, without overlap, at full bandwidth, 8 bits on any scale."
+    )
     print(f"Compute times of a step are assumptions (--compute): {listing}.")
 
 
@@ -447,10 +453,11 @@ def rich() -> tuple[Any, Callable[[str, list[str], list[str]], Any]]:
         for heading in left:
             table.add_column(heading, no_wrap=True)
         for heading in right:
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         return table
 
-    return Console(), table_of
+    # A file or a pipe has no width of its own, and 80 columns are too few.
+    return Console(width=None if sys.stdout.isatty() else 130), table_of
 
 
 def new_plot(panels: int = 1) -> tuple[Any, Any]:

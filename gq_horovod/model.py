@@ -115,7 +115,7 @@ class Cluster:
     # Shares of the bandwidth that the payload reaches, in (0, 1]:
     allreduce_efficiency: float = 0.6  # Allreduce, beside its sums
     gather_efficiency: float = 0.6  # Alltoall and Allgather
-    message_efficiency: float = 0.75  # messages between pairs of ranks, transport="mpi"
+    message_efficiency: float = 0.6  # messages between pairs of ranks, transport="mpi"
     # Seconds that a lone operation of Horovod waits before it starts: its thread looks for work
     # once in HOROVOD_CYCLE_TIME (1 ms by default) and negotiates with the other ranks.
     cycle_time: float = 1e-3
