@@ -208,8 +208,8 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         else f"{tensors} tensors in the order of the model; the first is ready last.",
         "4-bit settings are never recommended: try them for accuracy first. Standard levels use "
         "the default width for this many ranks.",
-        f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended. What "
-        "the model leaves out, and its measured error: docs/advisor.md.",
+        f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended. "
+        "What the model leaves out, and its measured error: docs/advisor.md.",
     ]
 
 
