@@ -7,6 +7,7 @@ measurement begins, so calibration files can be read without them.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections import Counter
@@ -143,25 +144,22 @@ def _seconds(comm: MPI.Intracomm, rounds: int, call: Call) -> float:
     return float(comm.bcast(statistics.median(taken)))
 
 
-# The pair that is timed is the first and the last rank: on two hosts, if there are two.
-
-
 def _latency(comm: MPI.Intracomm, trips: int = 200) -> float:
-    """α: half of a round trip of 8 bytes."""
-    message = np.zeros(1)
-    last = comm.size - 1
-    taken = []
+    """α: 8 bytes from every rank to the one half of the ranks further, all at once.
+
+    The mean, not the median: where ranks wait for a core now and then, so will collectives.
+    """
+    sent, received = np.zeros(1), np.zeros(1)
+    half = comm.size // 2
+    to, source = (comm.rank + half) % comm.size, (comm.rank - half) % comm.size
     comm.Barrier()
+    begin = time.perf_counter()
     for _ in range(trips):
-        begin = time.perf_counter()
-        if comm.rank == 0:
-            comm.Send(message, last)
-            comm.Recv(message, last)
-        elif comm.rank == last:
-            comm.Recv(message, 0)
-            comm.Send(message, 0)
-        taken.append(time.perf_counter() - begin)
-    return float(comm.bcast(statistics.median(taken))) / 2
+        comm.Sendrecv(sent, to, recvbuf=received, source=source)
+    return float(comm.bcast(time.perf_counter() - begin)) / trips
+
+
+# The pair that is timed is the first and the last rank: on two hosts, if there are two.
 
 
 def _message_overhead(comm: MPI.Intracomm, latency: float, burst: int = 200) -> float:
@@ -226,9 +224,9 @@ def _kernels(comm: MPI.Intracomm, with_torch: bool, rounds: int) -> Kernels:
     payload = codec.quantize(source, norms, plan, random)
     exponential = Config(levels="exponential").plan(comm.size)
     codes = codec.quantize(source, codec.norms(source, exponential), exponential, random)
-    share = codec.shard_size(count, exponential) // comm.size * comm.size
-    pieces = [codes[:share]] * comm.size
-    reduced = np.empty_like(codes[:share])
+    share = codec.shard_size(count, exponential)
+    pieces = [codes[:share].copy() for _ in range(comm.size)]
+    reduced = np.empty_like(pieces[0])
     cast: Call = lambda: x.astype(np.float16).astype(np.float32)  # noqa: E731
     if with_torch:  # as hvd.Compression.fp16 does it
         import torch
@@ -334,18 +332,29 @@ def _horovod_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
 
 
 def _message_call(comm: MPI.Intracomm, size: int) -> Call:
-    """The two phases of mpi_ops.exchange for `size` bytes, without their computation."""
-    from mpi4py import MPI
+    """The messages of mpi_ops.exchange for `size` bytes, with as many chunks, and no computation.
 
-    here = np.zeros((comm.size, size // comm.size), np.uint8)
-    there = np.zeros_like(here)
+    With chunks in flight together, as there: one after the other they reach a smaller share.
+    """
+    from mpi_ops.exchange import CHUNKS_IN_FLIGHT, MINIMUM_CHUNKS, Steps, finish
+
+    shape = (CHUNKS_IN_FLIGHT, comm.size, size // comm.size // MINIMUM_CHUNKS)
+    here, there = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
     others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
+    def chunks(place: int) -> Steps:
+        for _ in range(MINIMUM_CHUNKS // CHUNKS_IN_FLIGHT):
+            for phase, (sent, received) in enumerate(((here, there), (there, here))):
+                tag = 2 * place + phase
+                requests = [comm.Irecv(received[place, r], r, tag) for r in reversed(others)]
+                requests += [comm.Isend(sent[place, r], r, tag) for r in others]
+                yield from finish(requests)
+
     def exchange() -> None:
-        for sent, received in ((here, there), (there, here)):
-            requests = [comm.Irecv(received[rank], rank) for rank in reversed(others)]
-            requests += [comm.Isend(sent[rank], rank) for rank in others]
-            MPI.Request.Waitall(requests)
+        running = [chunks(place) for place in range(CHUNKS_IN_FLIGHT)]
+        while running:
+            running = [steps for steps in running if next(steps, steps) is not steps]
+            os.sched_yield()  # as mpi_ops.reduction does, for ranks that share a core
 
     return exchange
 

@@ -545,7 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a file that cannot be written
         print(f"gq-horovod {options.command}: error: {error}", file=sys.stderr)
         return 2
     return 0
