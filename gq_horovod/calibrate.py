@@ -273,8 +273,9 @@ def _horovod_overheads(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, roun
         for handle in handles:
             horovod.synchronize(handle)
 
-    lone = _seconds(comm, 4 * rounds, lambda: operations(1))
-    many = _seconds(comm, rounds, lambda: operations(SMALL_OPERATIONS))
+    nothing = _seconds(comm, 4 * rounds, lambda: None)  # the barrier, slow where cores are shared
+    lone = _seconds(comm, 4 * rounds, lambda: operations(1)) - nothing
+    many = _seconds(comm, rounds, lambda: operations(SMALL_OPERATIONS)) - nothing
     overhead = max(many - lone, 0.0) / (SMALL_OPERATIONS - 1)
     cycle = max(lone - overhead - cluster.allreduce(4), 0.0)
     return replace(cluster, cycle_time=cycle, operation_overhead=overhead)
