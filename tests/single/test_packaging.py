@@ -105,6 +105,7 @@ def test_wheel_requires_numpy_and_never_horovod(wheel: Path) -> None:
         "torch",
         "tensorflow",
         "mpi",
+        "cli",
         "cuda12",
         "cuda13",
     }
