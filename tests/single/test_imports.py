@@ -17,7 +17,10 @@ HEAVY = (*sorted(FRAMEWORKS), "mpi4py.MPI", "cupy")
 LIGHT = [
     "gq_horovod",
     "gq_horovod.agreement",
+    "gq_horovod.cli",
     "gq_horovod.config",
+    "gq_horovod.frontend",
+    "gq_horovod.model",
     "gq_horovod.pipeline",
     "gq_horovod.token",
     "mpi_ops",
@@ -89,7 +92,10 @@ def test_mpi_ops_knows_no_framework(path: Path) -> None:
     assert not top_level_imports(path) & {"gq_horovod", *FRAMEWORKS}
 
 
-@pytest.mark.parametrize("name", ["__init__", "agreement", "config", "pipeline", "token"])
+@pytest.mark.parametrize(
+    "name",
+    ["__init__", "agreement", "cli", "config", "frontend", "model", "mpi", "pipeline", "token"],
+)
 def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:
     """One module for each framework; everything else serves all of them."""
     assert not top_level_imports(ROOT / "gq_horovod" / f"{name}.py") & FRAMEWORKS
