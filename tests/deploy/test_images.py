@@ -154,6 +154,36 @@ def test_user_ports_and_paths_are_those_of_the_manifests() -> None:
     assert f"ARG VERSION={version()}\n" in run
 
 
+def names_in_the_runbook_that_do_not_exist(text: str) -> set[str]:
+    """Files, overlays and build arguments that docs/cloud.md mentions and the project lacks."""
+    text = text.replace("CLUSTER/METHOD", "gke-64xa100/$method").replace("/v0.8", "")
+    text = "".join(text.replace("$method", method) for method in ("none", "exponential"))
+    paths = set(re.findall(r"(?<![\w/])((?:docker|k8s)/[\w./-]*\w)", text))
+    arguments = set(re.findall(r"--build-arg (\w+)=", text))
+    images = set(re.findall(r"/(gq-horovod[a-z-]*:[0-9.]+[0-9])", text))
+    known = {f"{name}:{version()}" for name in ("gq-horovod", "gq-horovod-cuda")}
+    assert paths
+    assert arguments
+    assert images
+    return (
+        {path for path in paths if not (ROOT / path).exists()}
+        | {argument for argument in arguments if f"\nARG {argument}=" not in DOCKERFILE}
+        | (images - known)
+    )
+
+
+def test_runbook_names_what_exists() -> None:
+    text = (ROOT / "docs" / "cloud.md").read_text()
+    assert names_in_the_runbook_that_do_not_exist(text) == set()
+    for good, bad, found in [
+        ("docker/gq-launch", "docker/gq-lunch", "docker/gq-lunch"),
+        ("local-cpu/standard", "local-cpu/std", "k8s/overlays/local-cpu/std"),
+        ("--build-arg RUN_BASE", "--build-arg BASE", "BASE"),
+        ("gq-horovod-cuda:0.1.0", "gq-horovod-gpu:0.1.0", "gq-horovod-gpu:0.1.0"),
+    ]:
+        assert found in names_in_the_runbook_that_do_not_exist(changed(text, good, bad))
+
+
 # ------------------------------------------------------------------------------------- gq-launch
 
 
