@@ -70,7 +70,7 @@ def launch(
         process = subprocess.Popen(
             [*_prefix(transport, ranks, output), sys.executable, *(str(part) for part in command)],
             cwd=ROOT,
-            env={**_environment(transport), **(variables or {})},
+            env={**_environment(transport, directory), **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -114,8 +114,11 @@ def _tool(name: str) -> str:
     return found
 
 
-def _environment(transport: str) -> dict[str, str]:
+def _environment(transport: str, directory: Path) -> dict[str, str]:
     environment = dict(os.environ)
+    # Where the ranks' own pytests put temporary files. In the common place they would clean up what
+    # earlier ones left, all at the same time, and warn when another one was faster.
+    environment["PYTEST_DEBUG_TEMPROOT"] = str(directory)
     environment["OMP_NUM_THREADS"] = "1"
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # horovodrun imports TensorFlow, which talks
     environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(_STALL_SECONDS)
