@@ -412,10 +412,13 @@ class _Gathering:
 
 
 class GlobalQSGD(Compression):
-    __doc__ = f"""{Compression.__doc__}
-    Works with hvd.allreduce, grouped_allreduce, DistributedGradientTape and DistributedOptimizer,
-    eagerly and in a tf.function, with op Average and Sum, `gradient_predivide_factor`,
-    `backward_passes_per_step`, `groups`, `sparse_as_dense` and process sets.
+    """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
+
+    Pass the class itself for the defaults, or an instance; its options are those of
+    `Compression.__init__`. Works with hvd.allreduce, grouped_allreduce, DistributedGradientTape and
+    DistributedOptimizer, eagerly and in a tf.function, with op Average and Sum,
+    `gradient_predivide_factor`, `backward_passes_per_step`, `groups`, `sparse_as_dense` and process
+    sets.
 
     A NaN or Inf on any rank makes its block NaN on every rank; a block of zeros stays zeros.
     float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
