@@ -385,25 +385,57 @@ GQ_HD void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int6
   }
 }
 
+// The stream of a group's dither, keyed by its contents.
+template <int kByteRows>
+GQ_HD Random keyed(const Random& random, const uint8_t a[kByteRows], const uint8_t b[kByteRows]) {
+  const uint64_t key = content_key<kByteRows>(a, b);
+  return {{random.key[0], random.key[1]},
+          {random.stream[0] ^ static_cast<uint32_t>(key),
+           random.stream[1] ^ static_cast<uint32_t>(key >> 32)}};
+}
+
 // The operation of MPI: inout = round(in + inout), its dither keyed by the two.
-template <int kBits>
 GQ_HD void add_exponential_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
                                 const Random& random) {
-  constexpr int kByteRows = kGroupRows * kBits / 8;
-  constexpr int kGroupBytes = kByteRows * kRow;
+  constexpr int kGroupBytes = kGroupRows * kRow;
   for (int64_t group = warp(); group * kGroupBytes < bytes; group += warps()) {
     const int64_t begin = group * kGroupBytes;
-    uint8_t a[kByteRows], b[kByteRows];
-    load_bytes<kByteRows>(in, begin, bytes, a);
-    load_bytes<kByteRows>(inout, begin, bytes, b);
-    const uint64_t key = content_key<kByteRows>(a, b);
-    Random stream = random;
-    stream.stream[0] ^= static_cast<uint32_t>(key);
-    stream.stream[1] ^= static_cast<uint32_t>(key >> 32);
+    uint8_t a[kGroupRows], b[kGroupRows];
+    load_bytes<kGroupRows>(in, begin, bytes, a);
+    load_bytes<kGroupRows>(inout, begin, bytes, b);
+    const Random stream = keyed<kGroupRows>(random, a, b);
     float sums[kGroupRows];
-    add_decoded<kBits>(a, true, sums);
-    add_decoded<kBits>(b, false, sums);
-    store_rounded<kBits>(sums, 1.0f, stream, group, begin, bytes, inout);
+    add_decoded<8>(a, true, sums);
+    add_decoded<8>(b, false, sums);
+    store_rounded<8>(sums, 1.0f, stream, group, begin, bytes, inout);
+  }
+}
+
+// The same for two 4-bit codes to a byte. A Philox block has a byte for each of sixteen codes; they
+// stand in the order of memory, so a thread finds its own in the blocks of other columns.
+GQ_HD void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes, const Random& random) {
+  constexpr int kGroupBytes = kGroupRows * kRow;
+  for (int64_t group = warp(); group * kGroupBytes < bytes; group += warps()) {
+    const int64_t begin = group * kGroupBytes;
+    uint8_t a[kGroupRows], b[kGroupRows];
+    load_bytes<kGroupRows>(in, begin, bytes, a);
+    load_bytes<kGroupRows>(inout, begin, bytes, b);
+    uint32_t words[4];
+    random_column(keyed<kGroupRows>(random, a, b), group, words);
+    const int64_t after = bytes - begin - column();
+#pragma unroll 1  // and bytes read again: registers for all of them at once would spill
+    for (int p = 0; p < kGroupRows; ++p) {
+      const int source = (p % 4) * (kRow / 4) + column() / 4;
+      const uint32_t low = __shfl_sync(kAllThreads, p < 4 ? words[0] : words[1], source, kRow);
+      const uint32_t high = __shfl_sync(kAllThreads, p < 4 ? words[2] : words[3], source, kRow);
+      if (p * kRow >= after) continue;
+      const int64_t i = begin + p * kRow + column();
+      const int shift = 8 * (column() % 4);
+      const uint8_t sums[2] = {
+          add_codes(nibble(in[i], 0), nibble(inout[i], 0), static_cast<uint8_t>(low >> shift)),
+          add_codes(nibble(in[i], 1), nibble(inout[i], 1), static_cast<uint8_t>(high >> shift))};
+      inout[i] = static_cast<uint8_t>(sums[0] | (sums[1] << 4));
+    }
   }
 }
 
@@ -488,9 +520,9 @@ GQ_KERNEL gq_add_exponential(const uint8_t* in, uint8_t* inout, int64_t bytes, i
                              uint64_t key, uint64_t stream) {
   const Random random = random_of(key, stream);
   if (bits == 8)
-    add_exponential_rows<8>(in, inout, bytes, random);
+    add_exponential_rows(in, inout, bytes, random);
   else
-    add_exponential_rows<4>(in, inout, bytes, random);
+    add_packed_rows(in, inout, bytes, random);
 }
 
 #endif

@@ -382,5 +382,5 @@ class Kernels(ABC):
         """
         name = "add_exponential"
         require(name, "bits", bits in lanes.EXPONENTIAL_BITS, "4 or 8", bits)
-        elements = size * 8 // bits
-        self.launch(name, None, elements, source, target, size, bits, *self.random(dither))
+        # Its threads take eight bytes each, of either width.
+        self.launch(name, None, size, source, target, size, bits, *self.random(dither))

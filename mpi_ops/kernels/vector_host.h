@@ -65,6 +65,25 @@ GQ_HD void stream_copy(void* to, const void* from, int bytes) {
 }
 GQ_HD void stream_fence() { _mm_sfence(); }
 
+// `addition_limit` of a multiple of 64 cases, in place.
+GQ_HD void look_up_limits(uint8_t* cases, int count) {
+  alignas(16) uint8_t table[16];
+  for (int i = 0; i < 16; ++i) table[i] = addition_limit(static_cast<uint8_t>(i));
+#if defined(__AVX512BW__)
+  const __m512i limits = _mm512_broadcast_i32x4(*reinterpret_cast<const __m128i*>(table));
+  for (int i = 0; i < count; i += 64)
+    _mm512_storeu_si512(cases + i, _mm512_shuffle_epi8(limits, _mm512_loadu_si512(cases + i)));
+#elif defined(__AVX2__)
+  const __m256i limits = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(table));
+  for (int i = 0; i < count; i += 32) {
+    __m256i* at = reinterpret_cast<__m256i*>(cases + i);
+    _mm256_storeu_si256(at, _mm256_shuffle_epi8(limits, _mm256_loadu_si256(at)));
+  }
+#else
+  for (int i = 0; i < count; ++i) cases[i] = table[cases[i]];
+#endif
+}
+
 // 64-bit lanes, of which Philox uses the low 32 bits: one multiplication gives both halves of the
 // product, and what stands in the upper half of a lane is ignored by the next one.
 #if defined(__AVX512F__)
@@ -150,6 +169,10 @@ GQ_HD void stream_copy(void* to, const void* from, int bytes) {
   __builtin_memcpy(to, from, static_cast<size_t>(bytes));
 }
 GQ_HD void stream_fence() {}
+
+GQ_HD void look_up_limits(uint8_t* cases, int count) {
+  for (int i = 0; i < count; ++i) cases[i] = addition_limit(cases[i]);
+}
 
 GQ_HD void random_group(const Random& random, uint64_t group, uint32_t (*words)[kRow]) {
   const uint64_t first = group * kRow;
