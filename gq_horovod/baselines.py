@@ -189,14 +189,16 @@ def add_up(task: Task, chunk: Chunk, gathered: NDArray[np.uint8], out: Buffer) -
     parts = [_parts(message, chunk, plan) for message in np.split(gathered, plan.world_size)]
     if plan.levels == "exponential":  # codec.dequantize takes such codes for those of a mean
         parts = [(_divided(norms, plan.world_size), codes) for norms, codes in parts]
-    scratch = np.empty(min(_PIECE_ELEMENTS, out.size), dtype=np.float32)
+    scratch = np.empty(0, dtype=np.float32)
     for start, stop in _pieces(out.size, plan):
         target = Chunk(0, start, stop, chunk.norms).of(out)
-        total, share = array_of(target), scratch[: stop - start]
-        block = plan.block_size
+        total = array_of(target)
+        if scratch.size == 0:  # the first piece is the largest
+            scratch = np.empty_like(total)
+        share = scratch[: total.size]
+        block, begin = plan.block_size, codec.payload_size(start, plan)
         for rank, (norms, codes) in enumerate(parts):
             own = norms if block is None else norms[start // block : lanes.blocks(stop, block)]
-            begin = codec.payload_size(start, plan)
             into = target if rank == 0 else Buffer.of(share)
             codec.dequantize(codes[begin:], own, plan, into)
             if rank > 0:

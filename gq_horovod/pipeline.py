@@ -216,7 +216,7 @@ class InFlight:
         self._output: Buffer | None = None
         self._method = method(task)
         self._reduction = self._method.reduce(task, self._deliver)
-        self._handle: Handle | None = next(self._reduction)
+        self._handle: Handle | None = next(self._reduction, None)
 
     def _deliver(self, chunk: Chunk, payload: Any) -> None:
         self._delivered.append((chunk, payload))
