@@ -19,15 +19,15 @@ _POLL_SECONDS = 1e-3
 TIMEOUT_SECONDS = 600.0
 
 
-def wait(handle: Handle) -> NDArray[Any]:
+def wait(handle: Handle, function: str = "GlobalQSGD") -> NDArray[Any]:
     """The gathered descriptions; raises instead of waiting for ever."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not handle.ready():
         if time.monotonic() > deadline:
             raise ConfigMismatchError(
-                f"GlobalQSGD: after {TIMEOUT_SECONDS:.0f} s not every rank has reported its "
-                "configuration; pass compression=GlobalQSGD on every rank, and see the first error "
-                "of the ranks that stopped."
+                f"{function}: after {TIMEOUT_SECONDS:.0f} s not every rank has reported its "
+                f"configuration; pass compression={function} on every rank, and see the first "
+                "error of the ranks that stopped."
             )
         time.sleep(_POLL_SECONDS)
     return handle.wait()

@@ -11,7 +11,14 @@ from typing import Any, ClassVar, Literal
 
 from .config import DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
 
-__all__ = ["ClassOrInstance", "Compression", "Preset", "require_linear", "require_name"]
+__all__ = [
+    "ClassOrInstance",
+    "Compression",
+    "Frontend",
+    "Preset",
+    "require_linear",
+    "require_name",
+]
 
 
 class ClassOrInstance:
@@ -20,8 +27,10 @@ class ClassOrInstance:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def __get__(self, instance: Compression | None, owner: type[Compression]) -> MethodType:
-        return MethodType(self._function, owner.shared(Config()) if instance is None else instance)
+    def __get__(self, instance: Frontend | None, owner: type[Frontend]) -> MethodType:
+        if instance is None:
+            instance = owner.shared(owner.CONFIG())
+        return MethodType(self._function, instance)
 
 
 class Preset:
@@ -30,24 +39,60 @@ class Preset:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def __get__(self, instance: Compression | None, owner: type[Compression]) -> Any:
+    def __get__(self, instance: Frontend | None, owner: type[Frontend]) -> Any:
         return owner.shared(self._config)
 
 
-class Compression:
+class Frontend:
+    """What users pass to Horovod as `compression=`: a class or an instance, of any method."""
+
+    HVD: ClassVar[Any]  # Horovod's module for the framework
+    CONFIG: ClassVar[type[Config]] = Config  # the options
+
+    _instances: ClassVar[dict[tuple[type, Config], Any]] = {}
+
+    def __init__(self, config: Config, process_set: Any) -> None:
+        if process_set is not None and not isinstance(process_set, self.HVD.ProcessSet):
+            raise TypeError(
+                f"{config.FUNCTION}: process_set must be a {self.HVD.__name__}.ProcessSet or None, "
+                f"got {process_set!r} of type {type(process_set).__name__}; see "
+                "hvd.add_process_set."
+            )
+        self.config = config
+        self.process_set = process_set
+
+    @classmethod
+    def shared(cls, config: Config) -> Any:
+        """The instance that stands for the class, or for one of its presets."""
+        key = (cls, config)  # a subclass has instances of its own
+        if key not in cls._instances:
+            cls._instances[key] = cls(**config.describe())
+        return cls._instances[key]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
+        return f"{type(self).__name__}({options})"
+
+    def require_process_set(self, callers: Any) -> None:
+        """Raise ValueError if Horovod reduces over other ranks than `process_set`."""
+        if self.process_set is not None and self.process_set != callers:
+            raise ValueError(
+                f"{self.config.FUNCTION}: process_set must be that of the caller, ranks "
+                f"{callers.ranks}, got ranks {self.process_set.ranks}; pass the same process_set "
+                "to both, or only to Horovod."
+            )
+
+
+class Compression(Frontend):
     """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
 
     Pass the class itself for the defaults, or an instance.
     """
 
-    HVD: ClassVar[Any]  # Horovod's module for the framework
-
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
     paper_exponential = Preset(PAPER_EXPONENTIAL)
     """The paper's exponential dithering: 8 bits, one norm per tensor."""
-
-    _instances: ClassVar[dict[tuple[type, Config], Any]] = {}
 
     def __init__(
         self,
@@ -80,12 +125,7 @@ class Compression:
 
         Raises ValueError or TypeError for options that cannot work.
         """
-        if process_set is not None and not isinstance(process_set, self.HVD.ProcessSet):
-            raise TypeError(
-                f"GlobalQSGD: process_set must be a {self.HVD.__name__}.ProcessSet or None, got "
-                f"{process_set!r} of type {type(process_set).__name__}; see hvd.add_process_set."
-            )
-        self.config = Config(
+        config = Config(
             levels=levels,
             bits=bits,
             block_size=block_size,
@@ -94,46 +134,25 @@ class Compression:
             seed=seed,
             transport=transport,
         )
-        self.process_set = process_set
-
-    @classmethod
-    def shared(cls, config: Config) -> Any:
-        """The instance that stands for the class, or for one of its presets."""
-        key = (cls, config)  # a subclass has instances of its own
-        if key not in cls._instances:
-            cls._instances[key] = cls(**config.describe())
-        return cls._instances[key]
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
-        return f"{type(self).__name__}({options})"
-
-    def require_process_set(self, callers: Any) -> None:
-        """Raise ValueError if Horovod reduces over other ranks than `process_set`."""
-        if self.process_set is not None and self.process_set != callers:
-            raise ValueError(
-                f"GlobalQSGD: process_set must be that of the caller, ranks {callers.ranks}, "
-                f"got ranks {self.process_set.ranks}; pass the same process_set to both, or only "
-                "to Horovod."
-            )
+        super().__init__(config, process_set)
 
 
-def require_name(name: str | None) -> str:
+def require_name(name: str | None, function: str = "GlobalQSGD") -> str:
     """The name that the caller gave to an operation; raises ValueError if there is none."""
     if name is None:
         raise ValueError(
-            "hvd.allreduce with compression=GlobalQSGD: name must be a string that is the same on "
+            f"hvd.allreduce with compression={function}: name must be a string that is the same on "
             "every rank, got None; pass name=."
         )
     return name
 
 
-def require_linear(hvd: Any, op: int, name: str | None) -> None:
+def require_linear(hvd: Any, op: int, name: str | None, function: str = "GlobalQSGD") -> None:
     """Raise ValueError unless sums of codes can express `op` for the tensor `name`."""
     if op not in (hvd.Average, hvd.Sum):
         names = {hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max", hvd.Product: "Product"}
         raise ValueError(
-            "GlobalQSGD: op must be hvd.Average or hvd.Sum, got "
+            f"{function}: op must be hvd.Average or hvd.Sum, got "
             f"hvd.{names.get(op, op)} for tensor {name!r}; use Horovod's own "
             "compression for it."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,8 +49,8 @@ class Collectives(Protocol):
     def allreduce_max(self, array: NDArray[np.int32], name: str) -> Handle:
         """Element-wise maximum over ranks; may overwrite `array`."""
 
-    def allreduce_sum(self, array: NDArray[np.int32], name: str) -> Handle:
-        """Element-wise sum over ranks; may overwrite `array`."""
+    def allreduce_sum(self, array: Array, name: str) -> Handle:
+        """Element-wise sum over ranks of int32 or float32; may overwrite `array`."""
 
     def alltoall(self, array: NDArray[np.uint8], name: str) -> Handle:
         """Piece i of rank j becomes piece j of rank i; pieces are equal parts of `array`."""
@@ -92,6 +92,9 @@ class Task:
     seed: int
     step: int  # how many times this tensor was reduced before
     exchanges: Exchanges | None = None  # where codes are to travel beside `collectives`
+    method: Method | None = None  # another way than Global-QSGD's
+    # What the method keeps of this tensor from step to step.
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def dither(self, chunk: int, stage: Stage) -> NDArray[np.uint32]:
         """Randomness of one stage of a chunk on this rank."""
@@ -102,11 +105,23 @@ class Task:
         return list(chunks(self.x.size, norms, self.plan, CHUNK_ELEMENTS))
 
 
-# A method waits for the handles that it yields, and delivers what the mean is decoded from: each
+# A reduction waits for the handles that it yields, and delivers what the mean is decoded from: each
 # chunk's reduced payload, when the chunk's part of x is not needed any more.
-Deliver = Callable[[Chunk, Payload], None]
+Deliver = Callable[[Chunk, Any], None]
 Reduction = Generator[Handle, Any, None]
-Method = Callable[[Task, Deliver], Reduction]
+
+
+def dequantize(task: Task, chunk: Chunk, payload: Any, out: Buffer) -> None:
+    """Decode a reduced payload of `chunk` to `out`, the chunk's part of the mean."""
+    codec.dequantize(payload, chunk.norms, task.plan, out)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The way that a tensor goes, and how the mean is decoded from what it delivers."""
+
+    reduce: Callable[[Task, Deliver], Reduction]
+    decode: Callable[[Task, Chunk, Any, Buffer], None] = dequantize
 
 
 def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
@@ -117,13 +132,20 @@ def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
     return norms
 
 
-def standard(task: Task, deliver: Deliver) -> Reduction:
+def quantize(task: Task, chunk: Chunk) -> Payload:
+    """This rank's codes of a chunk."""
+    random = task.dither(chunk.index, Stage.QUANTIZE)
+    return codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random)
+
+
+def standard(
+    task: Task, deliver: Deliver, quantize: Callable[[Task, Chunk], Payload] = quantize
+) -> Reduction:
     """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
     norms = yield from global_norms(task)
     sums = []
     for chunk in task.chunks(norms):
-        random = task.dither(chunk.index, Stage.QUANTIZE)
-        payload = codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random)
+        payload = quantize(task, chunk)
         name = f"{task.name}.codes.{chunk.index}"
         sums.append((chunk, task.collectives.allreduce_sum(payload, name)))
     for chunk, handle in sums:
@@ -173,12 +195,14 @@ def exchange(task: Task, deliver: Deliver) -> Reduction:
     yield task.exchanges.start(number, task.x, norms, task.plan, task.dither, deliver)
 
 
-METHODS: dict[str, Method] = {"standard": standard, "exponential": exponential}
+METHODS = {"standard": Method(standard), "exponential": Method(exponential)}
 
 
 def method(task: Task) -> Method:
     """The way that a tensor goes."""
-    return METHODS[task.plan.levels] if task.exchanges is None else exchange
+    if task.method is not None:
+        return task.method
+    return METHODS[task.plan.levels] if task.exchanges is None else Method(exchange)
 
 
 class InFlight:
@@ -188,12 +212,13 @@ class InFlight:
         self.name = task.name
         self.error: Exception | None = None  # what one of its operations or stages raised
         self._task = task
-        self._delivered: list[tuple[Chunk, Payload]] = []
+        self._delivered: list[tuple[Chunk, Any]] = []
         self._output: Buffer | None = None
-        self._reduction = method(task)(task, self._deliver)
-        self._handle: Handle | None = next(self._reduction)
+        self._method = method(task)
+        self._reduction = self._method.reduce(task, self._deliver)
+        self._handle: Handle | None = next(self._reduction, None)
 
-    def _deliver(self, chunk: Chunk, payload: Payload) -> None:
+    def _deliver(self, chunk: Chunk, payload: Any) -> None:
         self._delivered.append((chunk, payload))
 
     @property
@@ -229,7 +254,7 @@ class InFlight:
         if self._output is None:
             self._output = self._task.new_output()
         for chunk, payload in self._delivered:
-            codec.dequantize(payload, chunk.norms, self._task.plan, chunk.of(self._output))
+            self._method.decode(self._task, chunk, payload, chunk.of(self._output))
         self._delivered.clear()
         return self._output
 
@@ -237,7 +262,8 @@ class InFlight:
 class Pipeline:
     """The reductions in flight. Not thread-safe; one for each group of ranks that reduces."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: str = "GlobalQSGD") -> None:
+        self._function = function  # what errors name
         self._in_flight: dict[str, InFlight] = {}
 
     def submit(self, task: Task) -> InFlight:
@@ -282,8 +308,8 @@ class Pipeline:
         while not reduction.done:
             if self._in_flight.get(reduction.name) is not reduction:
                 raise RuntimeError(
-                    f"GlobalQSGD: the reduction of {reduction.name!r} was given up, because an "
-                    "operation that was in flight with it failed; see the first error."
+                    f"{self._function}: the reduction of {reduction.name!r} was given up, because "
+                    "an operation that was in flight with it failed; see the first error."
                 )
             if not self.poll():
                 time.sleep(_POLL_SECONDS)

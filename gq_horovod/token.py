@@ -25,7 +25,13 @@ def make(name: str, count: int, dtype: str) -> tuple[float, ...]:
     return (1.0, *(1.0 + byte % _FINGERPRINT_RANGE for byte in digest))
 
 
-def check(reduced: Sequence[float], own: Sequence[float], name: str, world_size: int) -> None:
+def check(
+    reduced: Sequence[float],
+    own: Sequence[float],
+    name: str,
+    world_size: int,
+    function: str = "GlobalQSGD",
+) -> None:
     """Raise ConfigMismatchError where the ranks reduced different tensors under one name."""
     scale = reduced[0]
     # One rank that differs by 1 moves the mean by 1 / world_size; rounding moves it far less.
@@ -38,7 +44,7 @@ def check(reduced: Sequence[float], own: Sequence[float], name: str, world_size:
         )
     if not agree:
         raise ConfigMismatchError(
-            f"GlobalQSGD: the ranks disagree about tensor {name!r}: the reduced fingerprint is "
+            f"{function}: the ranks disagree about tensor {name!r}: the reduced fingerprint is "
             f"{list(reduced)}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
             "the same name, number of elements and dtype."
         )

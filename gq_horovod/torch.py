@@ -24,7 +24,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,10 +50,10 @@ from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
 from .config import ConfigMismatchError, Plan
-from .frontend import ClassOrInstance, Compression, require_linear, require_name
-from .pipeline import Array, Exchanges, InFlight, Pipeline, Task
+from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
+from .pipeline import Array, Exchanges, InFlight, Method, Pipeline, Task
 
-__all__ = ["GlobalQSGD", "allreduce"]
+__all__ = ["GlobalQSGD", "TorchFrontend", "allreduce"]
 
 _DTYPES = {
     torch.float32: "float32",
@@ -91,10 +91,10 @@ class _Collectives:
     def allreduce_max(self, array: NDArray[np.int32], name: str) -> _Handle:
         return self._allreduce(array, name, hvd.Max)
 
-    def allreduce_sum(self, array: NDArray[np.int32], name: str) -> _Handle:
+    def allreduce_sum(self, array: Array, name: str) -> _Handle:
         return self._allreduce(array, name, hvd.Sum)
 
-    def _allreduce(self, array: NDArray[np.int32], name: str, op: int) -> _Handle:
+    def _allreduce(self, array: Array, name: str, op: int) -> _Handle:
         tensor = torch.from_numpy(array)
         return _Handle(hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set))
 
@@ -127,55 +127,54 @@ _ALLREDUCE = hvd_ops.allreduce.__code__
 _GROUPED_ALLREDUCE = hvd_ops.grouped_allreduce.__code__
 
 
-def _find_caller(tensor: torch.Tensor, frame: FrameType | None) -> _Caller:
+def _find_caller(tensor: torch.Tensor, frame: FrameType | None, function: str) -> _Caller:
     """Identify the Horovod function that called compress(tensor), by its code object.
 
     Names have to come from the parameter, never from a counter: ranks may run their hooks in
-    different orders. `frame` is that of the caller of compress().
+    different orders. `frame` is that of the caller of compress(), `function` what errors name.
     """
     for _ in range(2):  # the function itself, or a comprehension inside it
         if frame is None:
             break
         code, variables = frame.f_code, frame.f_locals
         if code is _HOOK:
-            return _optimizer_caller(variables["self"], variables["p"])
+            return _optimizer_caller(variables["self"], variables["p"], function)
         if code is _GROUPED_HOOK:
             owner = next(p for p in variables["ps"] if p.grad is tensor)
-            return _optimizer_caller(variables["self"], owner)
+            return _optimizer_caller(variables["self"], owner, function)
         if code is _ADASUM_HOOK:
             raise ValueError(
-                "GlobalQSGD: op must be hvd.Average or hvd.Sum, got hvd.Adasum, which combines "
+                f"{function}: op must be hvd.Average or hvd.Sum, got hvd.Adasum, which combines "
                 "gradients in a way that quantized sums cannot express; choose another op."
             )
         if code is _ALLREDUCE:
-            return _function_caller(variables, variables["name"])
+            return _function_caller(variables, variables["name"], function)
         if code is _GROUPED_ALLREDUCE:
             name, tensors = variables["name"], variables["tensors"]
             index = next(i for i, member in enumerate(tensors) if member is tensor)
-            return _function_caller(variables, None if name is None else f"{name}.{index}")
+            member_name = None if name is None else f"{name}.{index}"
+            return _function_caller(variables, member_name, function)
         frame = frame.f_back
     raise RuntimeError(
-        "GlobalQSGD: compress() must be called by Horovod's DistributedOptimizer or allreduce, "
+        f"{function}: compress() must be called by Horovod's DistributedOptimizer or allreduce, "
         "which tell it the name of the tensor; to reduce a tensor yourself use "
         "gq_horovod.torch.allreduce."
     )
 
 
-def _optimizer_caller(optimizer: Any, parameter: torch.Tensor) -> _Caller:
+def _optimizer_caller(optimizer: Any, parameter: torch.Tensor, function: str) -> _Caller:
     # gradient_predivide_factor only divides before the sum what it multiplies after it.
     name = optimizer._parameter_names[parameter]
-    return _checked(_Caller(name, optimizer.op, optimizer.process_set, in_place=True))
+    require_linear(hvd, optimizer.op, name, function)
+    return _Caller(name, optimizer.op, optimizer.process_set, in_place=True)
 
 
-def _function_caller(variables: dict[str, Any], name: str | None) -> _Caller:
+def _function_caller(variables: dict[str, Any], name: str | None, function: str) -> _Caller:
     op = hvd_ops.handle_average_backwards_compatibility(variables["op"], variables["average"])
     scaling = variables["prescale_factor"] * variables["postscale_factor"]
-    return _checked(_Caller(require_name(name), op, variables["process_set"], scaling))
-
-
-def _checked(caller: _Caller) -> _Caller:
-    require_linear(hvd, caller.op, caller.name)
-    return caller
+    name = require_name(name, function)
+    require_linear(hvd, op, name, function)
+    return _Caller(name, op, variables["process_set"], scaling)
 
 
 # -------------------------------------------------------------------------------------------- group
@@ -190,8 +189,9 @@ class _Group:
     plan: Plan
     collectives: _Collectives
     exchanges: Exchanges | None
-    pipeline: Pipeline = field(default_factory=Pipeline)
+    pipeline: Pipeline
     steps: dict[str, int] = field(default_factory=dict)  # reductions so far, by tensor name
+    memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor name
 
     def next_step(self, name: str) -> int:
         step = self.steps.get(name, 0)
@@ -210,40 +210,41 @@ class _Context(NamedTuple):
     device: torch.device
 
 
-class GlobalQSGD(Compression):
-    """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
-
-    Pass the class itself for the defaults, or an instance. Works with op Average and Sum,
-    `gradient_predivide_factor`, `backward_passes_per_step`, `groups`, `sparse_as_dense` and process
-    sets.
-
-    float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
-    anything else is left to Horovod. A NaN or Inf on any rank makes its block NaN on every rank; a
-    block of zeros stays zeros. As without compression, an optimizer's gradients are replaced where
-    they lie, and tensors of hvd.allreduce are left alone. Gradients on a GPU are quantized there
-    with CuPy, and only codes and norms pass through host memory; without CuPy they are staged there
-    whole.
-
-    Raises ConfigMismatchError at the first step, on every rank, if the ranks are configured
-    differently.
-    """
+class TorchFrontend(Frontend):
+    """Horovod's interface for PyTorch, for methods of any kind."""
 
     HVD = hvd
+    RESULT_DTYPE: ClassVar[torch.dtype | None] = None  # of what is decoded; None: the tensor's own
 
     @cached_property
     def _groups(self) -> dict[int, _Group]:
         """What belongs to the process sets, by their ids."""
         return {}
 
+    # ------------------------------------------------------------------ what depends on the method
+
+    def _method(self) -> Method | None:
+        """The way that tensors go. None: one of Global-QSGD's, which follow from the options."""
+        return None
+
+    def _eligible(self, tensor: torch.Tensor) -> bool:
+        """Whether to compress a tensor; Horovod reduces the others."""
+        return tensor.numel() >= max(self.config.min_elements, 1) and tensor.dtype in _DTYPES
+
+    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy, contiguous and where the method can read it."""
+        return _readable(tensor)
+
     # -------------------------------------------------------------------------- Horovod's interface
 
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
-        caller = _find_caller(tensor, sys._getframe(1))
-        eligible = tensor.numel() >= max(self.config.min_elements, 1) and tensor.dtype in _DTYPES
+        function = self.config.FUNCTION
+        caller = _find_caller(tensor, sys._getframe(1), function)
+        eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"GlobalQSGD: tensor {caller.name!r} must not require gradients, because the "
+                f"{function}: tensor {caller.name!r} must not require gradients, because the "
                 "quantized mean is not differentiable; pass tensor.detach()."
             )
         group = self._group(caller.process_set)
@@ -252,19 +253,25 @@ class GlobalQSGD(Compression):
         dtype = _DTYPES[tensor.dtype]
         device = tensor.device
         template = torch.empty_like(tensor, device="meta")
-        values = _readable(tensor.detach())
+        values = self._stage(tensor.detach())
+        result_dtype = self.RESULT_DTYPE or values.dtype
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
         ours = caller.in_place or values.data_ptr() != tensor.data_ptr()
+        ours = ours and values.dtype == result_dtype
         task = Task(
             name=f"gq.{caller.name}",
             x=_buffer(values),
-            new_output=lambda: _buffer(values if ours else torch.empty_like(values)),
+            new_output=lambda: _buffer(
+                values if ours else torch.empty_like(values, dtype=result_dtype)
+            ),
             plan=group.plan,
             collectives=group.collectives,
             rank=group.rank,
             seed=self.config.seed,
             step=group.next_step(caller.name),
             exchanges=group.exchanges,
+            method=self._method(),
+            memory=group.memories.setdefault(caller.name, {}),
         )
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
@@ -280,7 +287,13 @@ class GlobalQSGD(Compression):
             return tensor.to(ctx)
         assert isinstance(ctx, _Context)
         try:
-            token.check(tensor.tolist(), ctx.token, ctx.reduction.name, ctx.group.plan.world_size)
+            token.check(
+                tensor.tolist(),
+                ctx.token,
+                ctx.reduction.name,
+                ctx.group.plan.world_size,
+                self.config.FUNCTION,
+            )
         except ConfigMismatchError:
             ctx.group.pipeline.give_up()
             raise
@@ -290,9 +303,9 @@ class GlobalQSGD(Compression):
             mean.mul_(ctx.factor)
         if not ctx.template.is_contiguous():
             # A channels_last gradient stays one: its optimizer state has these strides too.
-            strided = torch.empty_strided(mean.shape, ctx.template.stride(), dtype=mean.dtype)
-            mean = strided.copy_(mean)
-        return mean.to(ctx.device)
+            strides, dtype = ctx.template.stride(), ctx.template.dtype
+            mean = torch.empty_strided(mean.shape, strides, dtype=dtype).copy_(mean)
+        return mean.to(ctx.device, ctx.template.dtype)
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
@@ -315,17 +328,39 @@ class GlobalQSGD(Compression):
             from .mpi import Messages
 
             exchanges = Messages(process_set.ranks or list(range(hvd.size())))
-        group = _Group(session, process_set.rank(), plan, collectives, exchanges)
+        pipeline = Pipeline(self.config.FUNCTION)
+        group = _Group(session, process_set.rank(), plan, collectives, exchanges, pipeline)
         self._groups[number] = group
         return group
 
     def _require_agreement(self, collectives: _Collectives) -> None:
-        description = {"gq-horovod version": __version__, **self.config.describe()}
+        function = self.config.FUNCTION
+        options = self.config.describe()
+        description = {"gq-horovod version": __version__, "compression": function, **options}
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
         handle = collectives.allgather(agreement.encode(description), "gq.configuration")
-        agreement.require_same(agreement.decode(agreement.wait(handle)))
+        agreement.require_same(agreement.decode(agreement.wait(handle, function)), function)
+
+
+class GlobalQSGD(TorchFrontend, Compression):
+    """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
+
+    Pass the class itself for the defaults, or an instance. Works with op Average and Sum,
+    `gradient_predivide_factor`, `backward_passes_per_step`, `groups`, `sparse_as_dense` and process
+    sets.
+
+    float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
+    anything else is left to Horovod. A NaN or Inf on any rank makes its block NaN on every rank; a
+    block of zeros stays zeros. As without compression, an optimizer's gradients are replaced where
+    they lie, and tensors of hvd.allreduce are left alone. Gradients on a GPU are quantized there
+    with CuPy, and only codes and norms pass through host memory; without CuPy they are staged there
+    whole.
+
+    Raises ConfigMismatchError at the first step, on every rank, if the ranks are configured
+    differently.
+    """
 
 
 def _mpi_problem() -> str | None:
@@ -380,7 +415,7 @@ def allreduce(
     name: str,
     *,
     op: int = hvd.Average,
-    compression: type[GlobalQSGD] | GlobalQSGD = GlobalQSGD,
+    compression: type[TorchFrontend] | TorchFrontend = GlobalQSGD,
     process_set: Any = hvd.global_process_set,
 ) -> torch.Tensor:
     """Average or sum a tensor over ranks with Global-QSGD, without an optimizer.
@@ -389,7 +424,7 @@ def allreduce(
         tensor: any shape, dtype and strides; not modified.
         name: identifies the operation, the same on every rank. Repeated calls may reuse it.
         op: hvd.Average or hvd.Sum.
-        compression: GlobalQSGD or an instance of it.
+        compression: GlobalQSGD or an instance of it (or of one of the `torch_baselines`).
         process_set: the ranks that take part.
 
     Returns a new tensor of the same shape and dtype, equal on every rank bit for bit. Blocks until

@@ -17,6 +17,7 @@ HEAVY = (*sorted(FRAMEWORKS), "mpi4py.MPI", "cupy")
 LIGHT = [
     "gq_horovod",
     "gq_horovod.agreement",
+    "gq_horovod.baselines",
     "gq_horovod.cli",
     "gq_horovod.config",
     "gq_horovod.frontend",
@@ -94,7 +95,10 @@ def test_mpi_ops_knows_no_framework(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["__init__", "agreement", "cli", "config", "frontend", "model", "mpi", "pipeline", "token"],
+    [
+        *("__init__", "agreement", "baselines", "cli", "config", "frontend", "model", "mpi"),
+        *("pipeline", "token"),
+    ],
 )
 def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:
     """One module for each framework; everything else serves all of them."""

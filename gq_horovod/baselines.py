@@ -1,0 +1,256 @@
+"""Other compressors on the path of Global-QSGD, to compare it with: options and reductions.
+
+They use the same kernels, the same chunks and the same pipeline, so that a comparison shows the
+methods and not how well each was written. What each is, and how it differs from its paper, is in
+docs/baselines.md; the classes that Horovod takes are in `torch_baselines`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ops import codec, lanes
+from mpi_ops.chunks import Chunk
+from mpi_ops.codec import Norms, Payload
+from mpi_ops.dither import Stage
+from mpi_ops.kernels.host import Buffer
+
+from . import pipeline
+from .config import Config, Plan
+from .pipeline import Deliver, Method, Reduction, Task
+
+# ------------------------------------------------------------------------------------------ options
+
+
+@dataclass(frozen=True)
+class BaselineConfig(Config):
+    """Options of a baseline: some of Global-QSGD's, with the others as the method has them."""
+
+    OPTIONS: ClassVar[tuple[str, ...]]  # those that users choose
+
+    def describe(self) -> dict[str, Any]:
+        """The options that users choose, as plain data."""
+        return {key: value for key, value in asdict(self).items() if key in self.OPTIONS}
+
+
+@dataclass(frozen=True)
+class QSGDConfig(BaselineConfig):
+    """Options of QSGD."""
+
+    FUNCTION: ClassVar[str] = "QSGD"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("bits", "block_size", "norm", "min_elements", "seed")
+
+    bits: int | None = 8
+    block_size: int | Any | None = 512  # the paper's buckets for 4 and 8 bits
+
+    def plan(self, world_size: int) -> Plan:
+        """The settings: all levels that fit the lanes, because no codes are added."""
+        assert self.bits is not None
+        top = lanes.levels(self.bits, 1)
+        return Plan("standard", self.bits, top, self._block_size(self.bits), self.norm, world_size)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("bits", self.bits)
+
+
+@dataclass(frozen=True)
+class TernGradConfig(QSGDConfig):
+    """Options of TernGrad: QSGD with the levels -1, 0 and 1 of the largest element of a tensor."""
+
+    FUNCTION: ClassVar[str] = "TernGrad"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("block_size", "min_elements", "seed")
+
+    bits: int | None = 2
+    block_size: int | Any | None = None
+
+
+@dataclass(frozen=True)
+class NaturalConfig(BaselineConfig):
+    """Options of natural compression."""
+
+    FUNCTION: ClassVar[str] = "NaturalCompression"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("min_elements", "seed")
+
+    levels: Any = "exponential"
+    bits: int | None = 8
+    block_size: int | Any | None = None
+
+
+@dataclass(frozen=True)
+class NearestConfig(BaselineConfig):
+    """Options of rounding to nearest: those of Global-QSGD's standard levels, without a seed."""
+
+    FUNCTION: ClassVar[str] = "NearestRounding"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("bits", "block_size", "norm", "min_elements")
+
+    bits: int | None = 8
+
+
+@dataclass(frozen=True)
+class PowerSGDConfig(BaselineConfig):
+    """Options of PowerSGD."""
+
+    FUNCTION: ClassVar[str] = "PowerSGD"
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "rank",
+        "warm_start",
+        "error_feedback",
+        "min_elements",
+        "seed",
+    )
+
+    rank: int = 4  # columns of the two factors
+    warm_start: bool = True  # whether a step begins with the factor of the step before
+    error_feedback: bool = True  # whether what a step leaves out is added to the next
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("rank", self.rank)
+        if self.rank < 1:
+            self._fail("rank", "1 or more", self.rank, "the paper uses 1 to 4")
+        for name in ("warm_start", "error_feedback"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"{self.FUNCTION}: {name} must be True or False, got {value!r} of type "
+                    f"{type(value).__name__}; pass a bool."
+                )
+
+    def plan(self, world_size: int) -> Plan:
+        """Nothing is quantized: the number of ranks is all that matters."""
+        return Plan("low rank", 32, 0, None, self.norm, world_size)
+
+    def shape(self, tensor_shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Rows and columns of the matrix that a tensor is, or None if factors save nothing.
+
+        As in the paper: the first dimension (outputs) by all others.
+        """
+        if len(tensor_shape) < 2 or 0 in tensor_shape:
+            return None
+        rows, columns = tensor_shape[0], math.prod(tensor_shape[1:])
+        return (rows, columns) if self.rank * (rows + columns) < rows * columns else None
+
+
+# --------------------------------------------------------------------------- gathered, then decoded
+
+# Elements that are decoded at a time: 256 KB of float32, so that a sum stays in a core's cache.
+_PIECE_ELEMENTS = 1 << 16
+
+
+def local_norms(task: Task) -> Norms:
+    """Norm of each block on this rank, as bit patterns."""
+    return codec.norms(task.x, task.plan)
+
+
+def powers_of_two(task: Task) -> Norms:
+    """This rank's norms, rounded up to powers of two, so that the levels are powers of two."""
+    norms = local_norms(task)
+    mantissa, largest = 0x7FFFFF, 0x7F000000
+    # Above 2**127 there is no further power of two; norms that are not finite are there too.
+    return np.where(norms > largest, norms, (norms + mantissa) & ~mantissa).astype(np.int32)
+
+
+def gather(
+    task: Task, deliver: Deliver, norms_of: Callable[[Task], Norms] = local_norms
+) -> Reduction:
+    """Each rank quantizes by its own norms; norms and codes of all go to all by Allgather."""
+    gathered = []
+    for chunk in task.chunks(norms_of(task)):
+        x = chunk.of(task.x)
+        items = codec.payload_size(x.size, task.plan)
+        size = chunk.norms.nbytes + items * codec.payload_dtype(task.plan).itemsize
+        message = np.empty(size, dtype=np.uint8)
+        norms, codes = _parts(message, chunk, task.plan)
+        norms[:] = chunk.norms
+        random = task.dither(chunk.index, Stage.QUANTIZE)
+        codec.quantize(x, chunk.norms, task.plan, random, out=codes)
+        name = f"{task.name}.codes.{chunk.index}"
+        gathered.append((chunk, task.collectives.allgather(message, name)))
+    for chunk, handle in gathered:
+        deliver(chunk, (yield handle))
+
+
+def add_up(task: Task, chunk: Chunk, gathered: NDArray[np.uint8], out: Buffer) -> None:
+    """Decode the messages of all ranks and add them up in `out`, float32, in the ranks' order.
+
+    The order is the same on every rank, and so is the result, bit for bit. What is decoded is each
+    rank's share of the mean, so a sum exceeds the largest norm by no more than rounding does.
+    """
+    plan = task.plan
+    parts = [_parts(message, chunk, plan) for message in np.split(gathered, plan.world_size)]
+    if plan.levels == "exponential":  # codec.dequantize takes such codes for those of a mean
+        parts = [(_divided(norms, plan.world_size), codes) for norms, codes in parts]
+    scratch = np.empty(0, dtype=np.float32)
+    for start, stop in _pieces(out.size, plan):
+        target = Chunk(0, start, stop, chunk.norms).of(out)
+        total = array_of(target)
+        if scratch.size == 0:  # the first piece is the largest
+            scratch = np.empty_like(total)
+        share = scratch[: total.size]
+        block, begin = plan.block_size, codec.payload_size(start, plan)
+        for rank, (norms, codes) in enumerate(parts):
+            own = norms if block is None else norms[start // block : lanes.blocks(stop, block)]
+            into = target if rank == 0 else Buffer.of(share)
+            codec.dequantize(codes[begin:], own, plan, into)
+            if rank > 0:
+                np.add(total, share, out=total)
+
+
+def _parts(message: NDArray[np.uint8], chunk: Chunk, plan: Plan) -> tuple[Norms, Payload]:
+    """The norms and the codes in a chunk's message, which has one after the other."""
+    norms, codes = np.split(message, [chunk.norms.nbytes])
+    return norms.view(np.int32), codes.view(codec.payload_dtype(plan))
+
+
+def _divided(norms: Norms, number: int) -> Norms:
+    """Norms divided by a number, as bit patterns again."""
+    return (norms.view(np.float32) / np.float32(number)).view(np.int32)
+
+
+def _pieces(count: int, plan: Plan) -> Iterator[tuple[int, int]]:
+    """Parts of `count` elements that begin at whole blocks and at whole rows of the payload."""
+    row = lanes.ROW * (8 * codec.payload_dtype(plan).itemsize // plan.bits)
+    unit = math.lcm(plan.block_size or row, row)
+    size = max(_PIECE_ELEMENTS // unit, 1) * unit
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def array_of(buffer: Buffer) -> NDArray[np.float32]:
+    """The elements of a float32 buffer in host memory, as an array that shares it."""
+    assert (buffer.dtype, buffer.memory) == ("float32", "host"), buffer
+    return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
+
+
+# ------------------------------------------------------------------------------- rounded to nearest
+
+
+def nearest(task: Task, chunk: Chunk) -> Payload:
+    """This rank's codes of a chunk of float32, each rounded to the nearest level.
+
+    The kernel packs them: it gets integers, in units in which no fraction is left to round.
+    """
+    plan, block = task.plan, task.plan.block_for(chunk.stop - chunk.start)
+    x = array_of(chunk.of(task.x))
+    norms = chunk.norms.view(np.float32).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where(norms > 0, plan.level_count / norms, 0.0)
+        codes = np.rint(x * np.repeat(scale, block)[: x.size]).astype(np.float32)
+    codes.clip(-plan.level_count, plan.level_count, out=codes)
+    unit = np.full(norms.shape, plan.level_count, dtype=np.float32).view(np.int32)
+    no_dither = np.zeros(4, dtype=np.uint32)
+    return codec.quantize(Buffer.of(codes), unit, plan, no_dither)
+
+
+GATHER = Method(gather, add_up)
+GATHER_POWERS_OF_TWO = Method(partial(gather, norms_of=powers_of_two), add_up)
+NEAREST = Method(partial(pipeline.standard, quantize=nearest))
