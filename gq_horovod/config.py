@@ -18,6 +18,7 @@ class Config(Scheme):
     """Options of GlobalQSGD. Raises ValueError or TypeError on values that cannot work."""
 
     FUNCTION: ClassVar[str] = "GlobalQSGD"
+    LEVELS: ClassVar[tuple[str, ...]] = (*Scheme.LEVELS, "auto")  # "auto": see gq_horovod.auto
 
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
@@ -29,11 +30,22 @@ class Config(Scheme):
         self._require_integer("min_elements", self.min_elements)
         if self.min_elements < 0:
             self._fail("min_elements", "0 or more", self.min_elements, "0 compresses every tensor")
+        if self.levels == "auto" and self.bits is not None:
+            self._fail("bits", "None with levels='auto'", self.bits, "leave it out, or set levels")
         if self.transport not in ("horovod", "mpi"):
             self._fail("transport", "'horovod' or 'mpi'", self.transport, "choose one of them")
+
+    def plan(self, world_size: int) -> Plan:
+        """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""
+        if self.levels == "auto":
+            expected = f"{' or '.join(map(repr, Scheme.LEVELS))} for a plan"
+            self._fail("levels", expected, "auto", "replace them by one of those")
+        return super().plan(world_size)
 
 
 # The settings of the paper's runs (arXiv 2305.18627, section 5): 8 bits and one norm for a tensor.
 # Its 127/n levels are rounded down here, because rounded up they overflow int8 (docs/design.md).
 PAPER_STANDARD = Config(levels="standard", bits=8, block_size=None)
 PAPER_EXPONENTIAL = Config(levels="exponential", bits=8, block_size=None)
+
+AUTO = Config(levels="auto")

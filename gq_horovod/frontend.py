@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar, Literal
 
-from .config import DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
+from .config import AUTO, DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
 
 __all__ = [
     "ClassOrInstance",
@@ -93,11 +93,13 @@ class Compression(Frontend):
     """The paper's standard dithering: 8 bits, one norm per tensor."""
     paper_exponential = Preset(PAPER_EXPONENTIAL)
     """The paper's exponential dithering: 8 bits, one norm per tensor."""
+    auto = Preset(AUTO)
+    """What is fastest here, tried during the first steps: levels="auto"."""
 
     def __init__(
         self,
         *,
-        levels: Literal["standard", "exponential"] = "standard",
+        levels: Literal["standard", "exponential", "auto"] = "standard",
         bits: int | None = None,
         block_size: int | Literal["auto"] | None = "auto",
         norm: Literal["max", "l2"] = "max",
@@ -110,7 +112,9 @@ class Compression(Frontend):
 
         Arguments:
             levels: "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers
-                of two, an error that does not grow with the number of ranks).
+                of two, an error that does not grow with the number of ranks). "auto" tries both,
+                float16 and no compression on the first 99 steps, and then stays with what was
+                fastest (PyTorch only; see gq_horovod.auto).
             bits: bits per element on the wire, 2 to 16 (standard), 4 or 8 (exponential). None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;

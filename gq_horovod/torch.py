@@ -21,7 +21,7 @@ What happens to a gradient, from its backward hook on:
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
@@ -49,6 +49,7 @@ except ImportError as error:
 from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
+from .auto import Trials
 from .config import ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
 from .pipeline import Array, Exchanges, InFlight, Method, Pipeline, Task
@@ -190,6 +191,7 @@ class _Group:
     collectives: _Collectives
     exchanges: Exchanges | None
     pipeline: Pipeline
+    trials: Trials | None  # where levels="auto"
     steps: dict[str, int] = field(default_factory=dict)  # reductions so far, by tensor name
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor name
 
@@ -250,6 +252,13 @@ class TorchFrontend(Frontend):
         group = self._group(caller.process_set)
         if not eligible:
             return _left_to_horovod(tensor)
+        step = group.next_step(caller.name)
+        plan = group.plan
+        if group.trials is not None:
+            way = group.trials.way(step, tensor.numel())
+            if way.plan is None:
+                return _left_to_horovod(tensor, way.half)
+            plan = way.plan
         dtype = _DTYPES[tensor.dtype]
         device = tensor.device
         template = torch.empty_like(tensor, device="meta")
@@ -264,11 +273,11 @@ class TorchFrontend(Frontend):
             new_output=lambda: _buffer(
                 values if ours else torch.empty_like(values, dtype=result_dtype)
             ),
-            plan=group.plan,
+            plan=plan,
             collectives=group.collectives,
             rank=group.rank,
             seed=self.config.seed,
-            step=group.next_step(caller.name),
+            step=step,
             exchanges=group.exchanges,
             method=self._method(),
             memory=group.memories.setdefault(caller.name, {}),
@@ -320,7 +329,9 @@ class TorchFrontend(Frontend):
         group = self._groups.get(number)
         if group is not None and group.session is session:
             return group
-        plan = self.config.plan(process_set.size())
+        trying = self.config.levels == "auto"
+        fixed = replace(self.config, levels="standard") if trying else self.config
+        plan = fixed.plan(process_set.size())
         collectives = _Collectives(process_set)
         self._require_agreement(collectives)
         exchanges = None
@@ -329,7 +340,14 @@ class TorchFrontend(Frontend):
 
             exchanges = Messages(process_set.ranks or list(range(hvd.size())))
         pipeline = Pipeline(self.config.FUNCTION)
-        group = _Group(session, process_set.rank(), plan, collectives, exchanges, pipeline)
+        trials = None
+        if trying:
+
+            def agree(own: NDArray[np.int32], name: str) -> NDArray[np.int32]:
+                return agreement.wait(collectives.allreduce_max(own, name))
+
+            trials = Trials(self.config, plan.world_size, agree)
+        group = _Group(session, process_set.rank(), plan, collectives, exchanges, pipeline, trials)
         self._groups[number] = group
         return group
 
@@ -380,8 +398,12 @@ def _mpi_problem() -> str | None:
     return None if reason is None else f"because {reason}"
 
 
-def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:
+def _left_to_horovod(
+    tensor: torch.Tensor, half: bool = False
+) -> tuple[torch.Tensor, torch.dtype | None]:
     """What Horovod reduces by itself: contiguous tensors; it knows float16 but not bfloat16."""
+    if half and tensor.dtype in (torch.float32, torch.float64):
+        return tensor.half().contiguous(), tensor.dtype
     if tensor.dtype == torch.bfloat16:
         return tensor.float().contiguous(), tensor.dtype
     return tensor.contiguous(), None

@@ -21,10 +21,11 @@ class Scheme:
     """Options of the quantizers. Raises ValueError or TypeError on values that cannot work."""
 
     FUNCTION: ClassVar[str] = "mpi_ops.allreduce"  # what errors name
+    LEVELS: ClassVar[tuple[str, ...]] = ("standard", "exponential")
 
     # "standard": evenly spaced levels, summed in flight by Allreduce. "exponential": powers of two,
     # whose error does not grow with the number of ranks, reduced by Alltoall and Allgather.
-    levels: Literal["standard", "exponential"] = "standard"
+    levels: str = "standard"
     # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
     bits: int | None = None
     # Elements that share a norm, a multiple of 32. "auto": 256; one norm per tensor for 8-bit
@@ -37,8 +38,9 @@ class Scheme:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.levels not in ("standard", "exponential"):
-            self._fail("levels", "'standard' or 'exponential'", self.levels, "choose one of them")
+        if self.levels not in self.LEVELS:
+            listed = " or ".join(map(repr, self.LEVELS))
+            self._fail("levels", listed, self.levels, "choose one of them")
         if self.norm not in ("max", "l2"):
             self._fail("norm", "'max' or 'l2'", self.norm, "choose one of them")
         self._require_integer("seed", self.seed)

@@ -21,11 +21,6 @@ from mpi_ops.scheme import Scheme
 # Options, the type of the error, and its text after the name of the function: argument, what was
 # expected, what came, the remedy.
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    (
-        {"levels": "linear"},
-        ValueError,
-        "levels must be 'standard' or 'exponential', got 'linear'; choose one of them.",
-    ),
     ({"norm": "l1"}, ValueError, "norm must be 'max' or 'l2', got 'l1'; choose one of them."),
     (
         {"seed": 1.5},
@@ -80,6 +75,16 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 PLUGIN_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
+        {"levels": "linear"},
+        ValueError,
+        "levels must be 'standard' or 'exponential' or 'auto', got 'linear'; choose one of them.",
+    ),
+    (
+        {"levels": "auto", "bits": 8},
+        ValueError,
+        "bits must be None with levels='auto', got 8; leave it out, or set levels.",
+    ),
+    (
         {"transport": "nccl"},
         ValueError,
         "transport must be 'horovod' or 'mpi', got 'nccl'; choose one of them.",
@@ -111,7 +116,16 @@ def test_options_that_cannot_work(options: dict[str, Any], kind: type, text: str
     assert str(error.value) == f"GlobalQSGD: {text}"
 
 
-@refused(REFUSED)
+@refused(
+    [
+        *REFUSED,
+        (
+            {"levels": "auto"},
+            ValueError,
+            "levels must be 'standard' or 'exponential', got 'auto'; choose one of them.",
+        ),
+    ]
+)
 def test_options_of_mpi_ops_alone(options: dict[str, Any], kind: type, text: str) -> None:
     with pytest.raises(kind) as error:
         Scheme(**options)

@@ -1,0 +1,172 @@
+"""levels="auto": ways of reducing gradients, tried on the first steps of training, then fixed.
+
+What a step takes is measured whole, because its parts cannot be added up: kernels, Horovod's thread
+and the backward pass share cores, and communication hides behind computation, more or less of it
+(docs/advisor.md has how far a model of the parts is off). So each setting is used for some steps in
+turn, and the times between the steps' first gradients are compared: first of all settings, then,
+for longer, of the fastest ones and of no compression. A setting is a way (Horovod alone, float16,
+standard or exponential levels) and the tensor size from which on it is used.
+
+Ranks agree on the slowest rank's times, so all take the same decision. Which setting a tensor has
+is a function of its name's number of reductions, so ranks whose hooks fire in different orders
+agree on that too.
+
+It knows no framework.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import Config, Plan
+
+_log = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 3  # connections and caches are made, by the user's script as well
+# Steps of a setting before another has its turn, with all settings and with the finalists. The
+# first is not counted: it ends what the setting before began.
+STEPS = (3, 6)
+ROUNDS = 2  # the second one backwards, so that what drifts meanwhile favours no setting
+FINALISTS = 3  # beside the first setting, which is no compression
+# A setting later in the list has to be faster than the best before it by this share of its time.
+# The first one changes nothing about the gradients, and the differences below are noise.
+MARGIN = 0.02
+# Of `min_elements`: tensor sizes from which on a quantizing way is tried.
+THRESHOLD_FACTORS = (1, 16, 256)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How tensors of a step are reduced."""
+
+    name: str
+    plan: Plan | None = None  # of the codes; None: Horovod reduces the tensor itself,
+    half: bool = False  # as float16
+    min_elements: int = 0  # smaller tensors are left to Horovod as they are
+
+    def __str__(self) -> str:
+        return f"{self.name} from {self.min_elements} elements on" if self.plan else self.name
+
+
+NONE = Way("none")
+
+
+def settings(config: Config, world_size: int) -> list[Way]:
+    """What is tried for `config` (whose levels are "auto"), the gentlest first."""
+    least = max(config.min_elements, 1)
+    quantizing = [
+        Way(levels, replace(config, levels=levels).plan(world_size), min_elements=factor * least)
+        for levels in ("standard", "exponential")
+        for factor in THRESHOLD_FACTORS
+    ]
+    return [NONE, Way("fp16", half=True), *quantizing]
+
+
+class _Trial:
+    """Settings in turn, from step `begin` on."""
+
+    def __init__(self, begin: int, steps: int, settings: Sequence[Way]) -> None:
+        self.begin = begin
+        self.settings = settings
+        self._steps = steps
+        places = range(len(settings))
+        self._turns = [*places, *reversed(places)]
+        assert len(self._turns) == ROUNDS * len(settings)
+        self.end = begin + steps * len(self._turns)
+
+    def place(self, step: int) -> int:
+        """Which setting a step has."""
+        return self._turns[(step - self.begin) // self._steps]
+
+    def medians(self, began: dict[int, float]) -> list[float]:
+        """Seconds of a step of each setting on this rank, from when each step began."""
+        taken: list[list[float]] = [[] for _ in self.settings]
+        for step in range(self.begin, self.end):
+            if (step - self.begin) % self._steps and step in began and step + 1 in began:
+                taken[self.place(step)].append(began[step + 1] - began[step])
+        return [statistics.median(own) if own else float("inf") for own in taken]
+
+
+class Trials:
+    """The trials of one group of ranks, and their outcome."""
+
+    def __init__(
+        self,
+        config: Config,
+        world_size: int,
+        agree: Callable[[NDArray[np.int32], str], NDArray[np.int32]],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Begin.
+
+        Arguments:
+            config: options whose levels are "auto".
+            world_size: ranks of the group.
+            agree: the element-wise maximum over ranks of an int32 array, under a name; blocks.
+            clock: seconds.
+        """
+        self.decision: Way | None = None
+        self.seconds: dict[str, float] = {}  # of a step in the last trial, on the slowest rank
+        self._agree = agree
+        self._clock = clock
+        self._began: dict[int, float] = {}
+        self._latest = -1
+        self._trials = [_Trial(WARM_UP_STEPS, STEPS[0], settings(config, world_size))]
+
+    def way(self, step: int, size: int) -> Way:
+        """How to reduce a tensor of `size` elements, `step` times reduced before.
+
+        Collective where the first tensor of a step that follows a trial comes by.
+        """
+        if step > self._latest:
+            self._latest = step
+            if self.decision is None:
+                self._began[step] = self._clock()
+                if step == self._trials[-1].end:
+                    self._conclude()
+        chosen = self._setting(step)
+        return chosen if size >= chosen.min_elements else NONE
+
+    def _setting(self, step: int) -> Way:
+        for trial in self._trials:
+            if step < trial.begin:
+                return NONE
+            if step < trial.end:
+                return trial.settings[trial.place(step)]
+        assert self.decision is not None
+        return self.decision
+
+    def _conclude(self) -> None:
+        """Settle the trial that has ended: begin the next, or decide."""
+        trial = self._trials[-1]
+        longest = np.iinfo(np.int32).max
+        micros = [min(1e6 * own, longest) for own in trial.medians(self._began)]
+        agreed = self._agree(np.array(micros, dtype=np.int32), f"gq.auto.{len(self._trials)}")
+        seconds = [float(own) / 1e6 for own in agreed]
+        self.seconds = dict(zip(map(str, trial.settings), seconds, strict=True))
+        listed = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in self.seconds.items())
+        if len(self._trials) < len(STEPS):
+            _log.info("GlobalQSGD: a step took, with %s", listed)
+            others = sorted(range(1, len(seconds)), key=seconds.__getitem__)[:FINALISTS]
+            finalists = [trial.settings[place] for place in (0, *sorted(others))]
+            self._trials.append(_Trial(trial.end, STEPS[len(self._trials)], finalists))
+        else:
+            self.decision = trial.settings[first_of_the_fastest(seconds)]
+            self._began.clear()
+            _log.info("GlobalQSGD: a step took, with %s; decided: %s", listed, self.decision)
+
+
+def first_of_the_fastest(seconds: Sequence[float]) -> int:
+    """The first place whose successors are not faster than it by more than MARGIN."""
+    best = 0
+    for place, own in enumerate(seconds):
+        if own < (1 - MARGIN) * seconds[best]:
+            best = place
+    return best

@@ -1,0 +1,81 @@
+"""levels="auto" under an unmodified DistributedOptimizer: trials, one decision, equal replicas."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import TRANSPORT, check_mean, check_replicas, compressor
+from test_optimizer import (
+    MIN_ELEMENTS,
+    SHAPES,
+    backward,
+    local_gradient,
+    make_optimizer,
+    make_parameters,
+)
+
+from gq_horovod import auto
+from gq_horovod import torch as plugin
+
+LARGE = "matrix"  # not below MIN_ELEMENTS
+
+
+class Clock:
+    """Seconds that steps seem to take, by the way in which they are reduced."""
+
+    def __init__(self, fastest: str) -> None:
+        self.now = 0.0
+        self.fastest = fastest
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_step(self, way: auto.Way) -> None:
+        # On rank 0 the others are faster still, but not on the slowest rank, which counts.
+        others = 0.1 if hvd.rank() == 0 else 1.0
+        self.now += 0.5 if way.name == self.fastest else others
+
+
+@pytest.mark.parametrize("fastest", ["none", "fp16", "standard", "exponential"])
+def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if hvd.size() == 1:
+        pytest.skip("Horovod reduces nothing with one rank")
+    clock = Clock(fastest)
+    monkeypatch.setattr(plugin, "Trials", partial(plugin.Trials, clock=clock))
+    monkeypatch.setattr(auto, "STEPS", (2, 2))
+    compression = plugin.GlobalQSGD(levels="auto", min_elements=MIN_ELEMENTS, transport=TRANSPORT)
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, compression)
+    names = list(SHAPES)
+    turned = names[hvd.rank() % len(names) :] + names[: hvd.rank() % len(names)]
+    seen = set()
+    for step in range(60):
+        optimizer.zero_grad()
+        backward(parameters, step, turned)
+        optimizer.synchronize()
+        (trials,) = (group.trials for group in compression._groups.values())
+        assert trials is not None
+        way = trials.way(step, parameters[LARGE].numel())
+        seen.add(way.name)
+        clock.pass_step(way)
+        check_replicas(*(own.grad for own in parameters.values() if own.grad is not None))
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert seen == {"none", "fp16", "standard", "exponential"}
+    assert trials.decision is not None
+    assert trials.decision.name == fastest
+
+    inputs = [local_gradient(parameters, LARGE, rank, step) for rank in range(hvd.size())]
+    result = parameters[LARGE].grad
+    assert result is not None
+    exact = torch.stack([x.double() for x in inputs]).mean(dim=0)
+    if fastest in ("standard", "exponential"):
+        assert not torch.equal(result.double(), exact)
+        check_mean(result, inputs, compressor(fastest))
+    else:
+        unit = torch.finfo(torch.float16 if fastest == "fp16" else torch.float32).eps
+        bound = (hvd.size() + 1) * unit * max(float(x.abs().max()) for x in inputs)
+        assert float((result.double() - exact).abs().max()) <= bound
