@@ -229,7 +229,7 @@ def test_power_sgd_is_exact_for_a_mean_of_its_rank(dtype: torch.dtype, name: str
         own = low + noise * (1 - 2 * hvd.rank())
     compression = PowerSGD(rank=2, min_elements=0)
     result = allreduce(own, name, compression=compression)
-    # float32, and a random start that is ill-conditioned now and then; then the dtype of the result.
+    # float32, and a start that is ill-conditioned now and then; then the dtype of the result.
     torch.testing.assert_close(result, low, rtol=0, atol=1e-3 + torch.finfo(dtype).eps * 18)
     check_replicas(result)
 
