@@ -19,6 +19,7 @@ LIGHT = [
     "gq_horovod.agreement",
     "gq_horovod.baselines",
     "gq_horovod.cli",
+    "gq_horovod.code_length",
     "gq_horovod.config",
     "gq_horovod.frontend",
     "gq_horovod.model",
@@ -96,8 +97,8 @@ def test_mpi_ops_knows_no_framework(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("__init__", "agreement", "baselines", "cli", "config", "frontend", "model", "mpi"),
-        *("pipeline", "token"),
+        *("__init__", "agreement", "baselines", "cli", "code_length", "config", "frontend"),
+        *("model", "mpi", "pipeline", "token"),
     ],
 )
 def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:
