@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from tf_helpers import check_mean, compressor, gradients
 
 from gq_horovod import token
 from gq_horovod.config import ConfigMismatchError
+from gq_horovod.frontend import Compression
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 LAST = pytest.mark.usefixtures("several_ranks")
@@ -167,8 +169,12 @@ def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
 def test_transport_mpi() -> None:
     text = message_of(ValueError, "eager", GlobalQSGD, transport="mpi")
     assert text == (
-        "GlobalQSGD: transport must be 'horovod' with TensorFlow, got 'mpi'; leave it out."
+        "GlobalQSGD: transport must be 'horovod' with horovod.tensorflow, got 'mpi'; leave it out."
     )
+
+
+def test_the_signature_shows_the_options() -> None:
+    assert inspect.signature(GlobalQSGD) == inspect.signature(Compression)
 
 
 def test_an_elastic_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
