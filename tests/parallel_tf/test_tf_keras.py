@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from horovod.keras import PartialDistributedOptimizer  # horovod.tensorflow.keras has none
-from tf_helpers import all_bytes, check_replicas, compressor
+from tf_helpers import (
+    SHAPES,
+    all_bytes,
+    check_all,
+    check_replicas,
+    compressor,
+    locals_of,
+    own,
+)
 
 from gq_horovod.tensorflow.keras import GlobalQSGD
 
@@ -77,6 +85,42 @@ def test_fit_with_the_callbacks(levels: str, optimizer: str) -> None:
     steps = {name: int(counter.last()) for name, counter in compression._counters.items()}
     if hvd.size() > 1:  # the only large one of four
         assert max(steps.values()) >= 5 * SAMPLES // BATCH - 1
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "sum": {"op": hvd.Sum},
+    "predivide": {"gradient_predivide_factor": 2.0},
+    "groups": {"groups": 2},
+    "passes": {"backward_passes_per_step": 2},
+    "average of passes": {"backward_passes_per_step": 2, "average_aggregated_gradients": True},
+    "sum of groups of passes": {"groups": 2, "op": hvd.Sum, "backward_passes_per_step": 2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", [keras.optimizers, keras.optimizers.legacy], ids=["new", "legacy"])
+def test_options_of_the_optimizer(kind: Any, option: str) -> None:
+    """With a learning rate of 1, variables that start as zeros become the reduced gradients."""
+    options = OPTIONS[option]
+    levels = "exponential" if "groups" in options else "standard"
+    compression = compressor(levels, min_elements=0)
+    optimizer = hvd.DistributedOptimizer(kind.SGD(1.0), compression=compression, **options)
+    variables = [tf.Variable(tf.zeros(shape), name=name) for name, shape in SHAPES.items()]
+    passes = options.get("backward_passes_per_step", 1)
+    for index in range(passes):
+        wanted = own(30 + index)
+
+        def loss(wanted: Any = wanted) -> Any:
+            parts = zip(variables, wanted, strict=True)
+            return tf.add_n([tf.reduce_sum(variable * x) for variable, x in parts])
+
+        optimizer.minimize(loss, variables)
+    every = zip(*(locals_of(30 + index) for index in range(passes)), strict=True)
+    inputs = [[tf.add_n(parts) for parts in zip(*ranks, strict=True)] for ranks in every]
+    factor = hvd.size() if "sum" in option else 1.0
+    factor /= passes if "average" in option else 1
+    check_all([-variable for variable in variables], inputs, compression, factor=factor)
 
 
 @pytest.mark.parametrize("average", [False, True])
