@@ -89,6 +89,8 @@ class Compression(Frontend):
     Pass the class itself for the defaults, or an instance.
     """
 
+    TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)  # those that the framework's class has
+
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
     paper_exponential = Preset(PAPER_EXPONENTIAL)
@@ -138,6 +140,11 @@ class Compression(Frontend):
             seed=seed,
             transport=transport,
         )
+        if transport not in self.TRANSPORTS:
+            raise ValueError(
+                f"GlobalQSGD: transport must be {' or '.join(map(repr, self.TRANSPORTS))} with "
+                f"{self.HVD.__name__}, got {transport!r}; leave it out."
+            )
         super().__init__(config, process_set)
 
 

@@ -380,6 +380,8 @@ class GlobalQSGD(TorchFrontend, Compression):
     differently.
     """
 
+    TRANSPORTS = ("horovod", "mpi")
+
 
 def _mpi_problem() -> str | None:
     """Why transport="mpi" cannot be used on this rank, or None."""

@@ -28,7 +28,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -414,11 +414,10 @@ class _Gathering:
 class GlobalQSGD(Compression):
     """Horovod compression by Global-QSGD: unbiased, and the same result on every rank bit for bit.
 
-    Pass the class itself for the defaults, or an instance; its options are those of
-    `Compression.__init__`. Works with hvd.allreduce, grouped_allreduce, DistributedGradientTape and
-    DistributedOptimizer, eagerly and in a tf.function, with op Average and Sum,
-    `gradient_predivide_factor`, `backward_passes_per_step`, `groups`, `sparse_as_dense` and process
-    sets.
+    Pass the class itself for the defaults, or an instance. Works with hvd.allreduce,
+    grouped_allreduce, DistributedGradientTape and DistributedOptimizer, eagerly and in a
+    tf.function, with op Average and Sum, `gradient_predivide_factor`, `backward_passes_per_step`,
+    `groups`, `sparse_as_dense` and process sets.
 
     A NaN or Inf on any rank makes its block NaN on every rank; a block of zeros stays zeros.
     float16, bfloat16, float32 and float64 are compressed (float64 at the range of float32),
@@ -431,15 +430,15 @@ class GlobalQSGD(Compression):
 
     HVD = hvd
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        if self.config.transport != "horovod":
-            raise ValueError(
-                "GlobalQSGD: transport must be 'horovod' with TensorFlow, got "
-                f"{self.config.transport!r}; leave it out."
-            )
-        self._plans: dict[Any, Plan] = {}
-        self._counters: dict[str, _Counter] = {}
+    @cached_property
+    def _plans(self) -> dict[Any, Plan]:
+        """The settings for the process sets that have agreed on them."""
+        return {}
+
+    @cached_property
+    def _counters(self) -> dict[str, _Counter]:
+        """How many times each tensor was reduced, by its name."""
+        return {}
 
     # -------------------------------------------------------------------------- Horovod's interface
 

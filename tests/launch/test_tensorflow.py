@@ -31,10 +31,11 @@ def files(*parts: str) -> list[str]:
     [
         ("mpirun", 1, files("allreduce", "gradients", "keras")),
         ("mpirun", 2, [DIRECTORY]),
-        ("mpirun", 3, files("allreduce", "gradients", "refusals")),
-        ("mpirun", 4, files("allreduce", "keras")),
-        ("horovodrun", 2, files("gradients", "keras", "refusals")),
-        ("horovodrun", 3, files("allreduce")),
+        ("mpirun", 3, [DIRECTORY]),
+        ("mpirun", 4, files("allreduce", "gradients", "keras")),
+        ("horovodrun", 2, files("gradients", "keras", "refusals", "restart")),
+        ("horovodrun", 3, files("allreduce", "gradients")),
+        ("horovodrun", 4, files("allreduce")),
     ],
 )
 def test_in_every_rank(

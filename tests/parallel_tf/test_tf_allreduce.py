@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import helpers
@@ -21,6 +22,7 @@ from tf_helpers import (
     to_torch,
 )
 
+import gq_horovod.tensorflow as plugin
 from gq_horovod import pipeline
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
@@ -58,11 +60,46 @@ def test_the_mean_is_unbiased_with_the_variance_of_its_closed_form(
     check_replicas(*results)
 
 
-@BOTH
-def test_any_number_of_elements(levels: str, bits: int, name: str) -> None:
+def shrink(self: Any, index: int, x: Any, norms: Any, step: Any) -> Any:
+    return quantize(self, index, x * 0.9, norms, step)
+
+
+def round_to_nearest(self: Any, index: int, x: Any, norms: Any, step: Any) -> Any:
+    level = norms.view(np.float32)[0] / self.plan.level_count
+    return quantize(self, index, (np.round(x / level) * level).astype(x.dtype), norms, step)
+
+
+def round_alike_on_all_ranks(self: Any, index: int, x: Any, norms: Any, step: Any) -> Any:
+    return quantize(dataclasses.replace(self, rank=0), index, x, norms, step)
+
+
+quantize = plugin._Kernels.quantize
+
+
+@pytest.mark.parametrize("mutant", [shrink, round_to_nearest, round_alike_on_all_ranks])
+def test_faulty_rounding_fails_the_check(
+    mutant: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the mean's law would see what the graph could do wrong."""
+    if mutant is round_alike_on_all_ranks and hvd.size() == 1:
+        pytest.skip("needs a second rank")
+    compression = compressor("standard", 8, block_size=None)
+    inputs = gradients(4097, tag=15)
+    if mutant is round_alike_on_all_ranks:
+        inputs = inputs[:1] * hvd.size()  # so that the errors are alike, too
+    own = inputs[hvd.rank()]
+    check_mean(allreduce(own, name, compression=compression), inputs, compression)
+    monkeypatch.setattr(plugin._Kernels, "quantize", mutant)
+    result = allreduce(own, name, compression=compression)
+    with pytest.raises(AssertionError, match=r"biased|sum of squares|mean"):
+        check_mean(result, inputs, compression)
+
+
+@EVERY
+def test_any_number_of_elements(levels: str, bits: int | None, name: str) -> None:
     compression = compressor(levels, bits)
     results = []
-    for count in (1, 31, 32, 33, 1000):
+    for count in (1, 31, 32, 33, 1000, 4097):
         inputs = gradients(count, tag=2)
         result = allreduce(inputs[hvd.rank()], f"{name}.{count}", compression=compression)
         check_mean(result, inputs, compression)
@@ -84,7 +121,9 @@ def test_a_large_tensor(
 
 
 @pytest.mark.parametrize("levels", ["standard", "exponential"])
-@pytest.mark.parametrize("options", [{"norm": "l2"}, {"block_size": None}, {"bits": 8, "seed": -1}])
+@pytest.mark.parametrize(
+    "options", [{"norm": "l2"}, {"block_size": None}, {"block_size": 32}, {"bits": 8, "seed": -1}]
+)
 def test_the_other_options(levels: str, options: dict[str, Any], name: str) -> None:
     compression = compressor(levels, **options)
     inputs = gradients(1000, tag=3)
@@ -93,8 +132,19 @@ def test_the_other_options(levels: str, options: dict[str, Any], name: str) -> N
     check_replicas(result)
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6, 10, 12, 16])
+def test_lanes_of_any_width(bits: int, name: str) -> None:
+    compression = compressor("standard", bits)
+    if hvd.size() > 2 ** (bits - 1) - 1:
+        pytest.skip(f"{bits} bits cannot hold the sum of {hvd.size()} ranks")
+    inputs = gradients(1000, tag=4)
+    result = allreduce(inputs[hvd.rank()], name, compression=compression)
+    check_mean(result, inputs, compression)
+    check_replicas(result)
+
+
 @BOTH
-@pytest.mark.parametrize("dtype", [tf.float16, tf.float32], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_sum(levels: str, bits: int, dtype: Any, name: str) -> None:
     compression = compressor(levels, bits)
     inputs = gradients(1000, tag=5, dtype=dtype)
@@ -181,8 +231,14 @@ def test_a_graph_that_does_not_know_the_shape(levels: str, bits: int, name: str)
 
 @MODES
 def test_an_empty_tensor_stays_empty(mode: str, name: str) -> None:
-    reduce = lambda x: allreduce(x, name, compression=compressor())  # noqa: E731
-    assert run(mode, reduce, tf.zeros([0, 3])).shape == (0, 3)
+    for dtype in DTYPES:
+        result = run(
+            mode,
+            lambda x: allreduce(x, name, compression=compressor()),
+            tf.zeros([0, 3], dtype),
+        )
+        assert result.shape == (0, 3)
+        assert result.dtype == dtype
 
 
 def test_a_variable(name: str) -> None:
@@ -241,6 +297,24 @@ def test_one_bad_element_on_one_rank_makes_its_block_nan_on_every_rank(
                 check_mean(result[fine], [x[fine] for x in inputs], compression)
 
 
+@EVERY
+@MODES
+def test_the_largest_and_the_smallest_numbers(
+    levels: str, bits: int | None, mode: str, name: str
+) -> None:
+    """Norms at both ends of float32: neither the scale nor its reciprocal leaves the range.
+
+    The threads that run a graph flush denormal numbers, so its smallest norm is a larger one.
+    """
+    compression = compressor(levels, bits)
+    for end in (np.finfo(np.float32).max, 2.0**-140 if mode == "eager" else 2.0**-100):
+        x = np.full(512, end, np.float32)
+        x[::3] = 0
+        reduce = lambda x: allreduce(x, f"{name}.{mode}", compression=compression)  # noqa: E731
+        result = run(mode, reduce, tf.constant(x)).numpy()
+        np.testing.assert_array_equal(result, x)
+
+
 # -------------------------------------------------------------------------- what is left to Horovod
 
 
@@ -263,6 +337,14 @@ def test_small_tensors_are_exact(dtype: Any, name: str) -> None:
     assert np.array_equal(tf.cast(result, tf.int64), expected)
 
 
+def test_small_tensors_stay_differentiable(name: str) -> None:
+    x, weights = tf.Variable(tf.ones(9)), tf.range(9.0)
+    with tf.GradientTape() as tape:
+        y = hvd.allreduce(x, name=name, compression=GlobalQSGD)
+        loss = tf.reduce_sum(y * weights)
+    np.testing.assert_allclose(tape.gradient(loss, x), weights)
+
+
 def test_slices_are_gathered_by_horovod() -> None:
     values = tf.fill([2, 3000], float(hvd.rank()))
     slices = tf.IndexedSlices(values, tf.constant([hvd.rank(), 7]), tf.constant([10, 3000]))
@@ -280,7 +362,7 @@ def test_slices_are_gathered_by_horovod() -> None:
 def test_a_process_set_reduces_among_its_ranks(
     levels: str, bits: int, mode: str, ends: hvd.ProcessSet, name: str
 ) -> None:
-    compression = GlobalQSGD(levels=levels, bits=bits, min_elements=0, process_set=ends)
+    compression = GlobalQSGD(levels=levels, bits=bits, min_elements=0)
     inputs = [gradients(1000, tag=12)[rank] for rank in ends.ranks]
     if ends.included():
 
@@ -290,6 +372,9 @@ def test_a_process_set_reduces_among_its_ranks(
         result = run(mode, reduce, inputs[ends.rank()])
         check_mean(result, inputs, compression)
         check_replicas(result, process_set=ends)
+    everyone = gradients(1000, tag=13)
+    result = allreduce(everyone[hvd.rank()], f"{name}.all", compression=compression)
+    check_mean(result, everyone, compression)
 
 
 # --------------------------------------------------------------------------------------- randomness
@@ -327,8 +412,8 @@ def test_a_constant_in_a_graph_is_reduced_in_every_run(name: str) -> None:
     assert not np.array_equal(first, second)
 
 
-@BOTH
-def test_ranks_round_independently(levels: str, bits: int, name: str) -> None:
+@EVERY
+def test_ranks_round_independently(levels: str, bits: int | None, name: str) -> None:
     """With the same values on every rank, a shared dither would leave n times the variance."""
     compression = compressor(levels, bits)
     inputs = [gradients(4097, tag=15)[0]] * hvd.size()

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
-from tf_helpers import check_mean, check_replicas, compressor, gradients
+from tf_helpers import (
+    DTYPES,
+    SHAPES,
+    check_all,
+    check_mean,
+    check_replicas,
+    compressor,
+    gradients,
+    locals_of,
+    own,
+)
 
 import gq_horovod.tensorflow as plugin
 from gq_horovod.tensorflow import GlobalQSGD
@@ -17,32 +28,12 @@ from gq_horovod.tensorflow import GlobalQSGD
 # Long enough for a slow machine; only a failing test waits for it.
 LIMIT_SECONDS = 60
 
-SHAPES = {"matrix": (100, 60), "bias": (10,), "convolution": (3, 3, 25, 20), "vector": (4096,)}
-
-
-def locals_of(tag: int) -> list[list[Any]]:
-    """For each variable of SHAPES, the gradients of all ranks."""
-    return [gradients(shape, tag=100 * tag + i) for i, shape in enumerate(SHAPES.values())]
-
-
-def check_all(results: Any, tag: int, compression: GlobalQSGD, *, factor: float = 1.0) -> None:
-    """Assert that large gradients follow the law, and small ones are the mean."""
-    for result, inputs in zip(results, locals_of(tag), strict=True):
-        if hvd.size() == 1:  # Horovod reduces nothing then
-            np.testing.assert_array_equal(result, inputs[0])
-        elif inputs[0].shape.num_elements() < compression.config.min_elements:
-            mean = np.mean(inputs, axis=0) * factor
-            np.testing.assert_allclose(result, mean, rtol=1e-5, atol=1e-6)
-        else:
-            check_mean(result, inputs, compression, factor=factor)
-    check_replicas(*results)
-
 
 class Model:
     """Variables, and a step whose gradients are whatever is asked for."""
 
     def __init__(self, **options: Any) -> None:
-        self.variables = [tf.Variable(tf.zeros(shape)) for shape in SHAPES.values()]
+        self.variables = [tf.Variable(tf.zeros(shape), name=name) for name, shape in SHAPES.items()]
         self.options = options
 
     def gradients(self, wanted: list[Any], generic: bool = False) -> list[Any]:
@@ -57,10 +48,6 @@ class Model:
         return gradients
 
 
-def own(tag: int) -> list[Any]:
-    return [ranks[hvd.rank()] for ranks in locals_of(tag)]
-
-
 @pytest.mark.parametrize("levels", ["standard", "exponential"])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_a_tape(levels: str, mode: str) -> None:
@@ -68,31 +55,85 @@ def test_a_tape(levels: str, mode: str) -> None:
     model = Model(compression=compression)
     step = tf.function(model.gradients) if mode == "graph" else model.gradients
     for tag in range(3):
-        check_all(step(own(tag)), tag, compression)
+        check_all(step(own(tag)), locals_of(tag), compression)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "sum": {"op": hvd.Sum},
-    "predivide": {"gradient_predivide_factor": 3.0},
-    "groups": {"groups": 2},
+OPTIONS: dict[str, Callable[[list[Any]], dict[str, Any]]] = {
+    "sum": lambda _: {"op": hvd.Sum},
+    "predivide": lambda _: {"gradient_predivide_factor": 3.0},
+    "number of groups": lambda _: {"groups": 2},
+    "list of groups": lambda variables: {"groups": [variables[1::-1], [variables[3]]]},
+    "sum of groups": lambda _: {"groups": 2, "op": hvd.Sum},
 }
 
 
 @pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options_of_the_tape(option: str) -> None:
+def test_options_of_the_tape(option: str, levels: str) -> None:
     # Every tensor is compressed in a group with a large one.
-    compression = compressor(min_elements=0)
-    model = Model(compression=compression, **OPTIONS[option])
-    factor = hvd.size() if option == "sum" else 1.0
-    check_all(tf.function(model.gradients)(own(5)), 5, compression, factor=factor)
+    compression = compressor(levels, min_elements=0)
+    model = Model(compression=compression)
+    model.options |= OPTIONS[option](model.variables)
+    factor = hvd.size() if "sum" in option else 1.0
+    results = tf.function(model.gradients)(own(5))
+    check_all(results, locals_of(5), compression, factor=factor)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("options", [{}, {"op": hvd.Sum}, {"groups": 2}], ids=str)
+def test_gradients_on_the_levels_are_those_of_horovod(bits: int, options: dict[str, Any]) -> None:
+    """Whole numbers up to the number of levels: the real quantizer has nothing to round."""
+    compression = compressor("standard", bits, min_elements=0)
+    levels = compression.config.plan(hvd.size()).level_count
+    largest = levels - levels % hvd.size()
+    wanted = []
+    for x in own(13):
+        # Multiples of the number of ranks, and the largest level in every block.
+        whole = np.clip(np.round(4 * x.numpy()), -largest, largest) * hvd.size()
+        whole = np.clip(whole, -largest, largest)
+        whole.reshape(-1)[::32] = levels
+        wanted.append(tf.constant(whole))
+    ours, theirs = (
+        np.concatenate([np.ravel(x) for x in tf.function(model.gradients)(wanted)])
+        for model in (
+            Model(compression=choice, **options) for choice in (compression, hvd.Compression.none)
+        )
+    )
+    if hvd.size() in (1, 2, 4):
+        np.testing.assert_array_equal(ours, theirs)
+    else:  # norm / (levels * ranks) is rounded
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_variables_of_mixed_dtypes() -> None:
+    compression = compressor(min_elements=1000)
+    inputs = [gradients(n, tag=26, dtype=dtype) for dtype in DTYPES for n in (1500, 16)]
+    variables = [tf.Variable(tf.zeros_like(ranks[0])) for ranks in inputs]
+
+    @tf.function
+    def step(wanted: Any) -> Any:
+        with tf.GradientTape() as tape:
+            parts = [
+                tf.cast(tf.reduce_sum(variable * x), tf.float64)
+                for variable, x in zip(variables, wanted, strict=True)
+            ]
+            loss = tf.add_n(parts)
+        return hvd.DistributedGradientTape(tape, compression=compression).gradient(loss, variables)
+
+    results = step([ranks[hvd.rank()] for ranks in inputs])
+    check_replicas(*results)
+    for result, ranks in zip(results, inputs, strict=True):
+        assert result.dtype == ranks[0].dtype
+        if hvd.size() > 1 and len(ranks[0]) == 1500:
+            check_mean(result, ranks, compression)
 
 
 def test_generic_names() -> None:
     compression = compressor(min_elements=4096)
     model = Model(compression=compression)
     step = tf.function(lambda wanted: model.gradients(wanted, generic=True))
-    check_all(step(own(6)), 6, compression)
+    check_all(step(own(6)), locals_of(6), compression)
 
 
 @pytest.mark.usefixtures("several_ranks")
@@ -133,7 +174,7 @@ def test_ranks_that_trace_at_different_times() -> None:
     step(own(0))
     if hvd.rank() == 0:
         step = tf.function(model.gradients)
-    check_all(step(own(9)), 9, compression)
+    check_all(step(own(9)), locals_of(9), compression)
 
 
 @pytest.mark.usefixtures("several_ranks")
@@ -148,8 +189,18 @@ def test_two_tapes_in_one_function() -> None:
 
     for tag in (10, 20):
         results = step(own(tag), own(tag + 1))
-        check_all(results[0], tag, compression)
-        check_all(results[1], tag + 1, compression)
+        check_all(results[0], locals_of(tag), compression)
+        check_all(results[1], locals_of(tag + 1), compression)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_two_tapes_with_different_compressions() -> None:
+    kinds = compressor("standard", min_elements=0), compressor("exponential", min_elements=0)
+    models = [Model(compression=compression) for compression in kinds]
+    step = tf.function(lambda *wanted: [m.gradients(w) for m, w in zip(models, wanted)])  # noqa: B905
+    results = step(own(14), own(15))
+    check_all(results[0], locals_of(14), kinds[0])
+    check_all(results[1], locals_of(15), kinds[1])
 
 
 @pytest.mark.usefixtures("several_ranks")
@@ -194,7 +245,9 @@ def test_no_gradient_waits_for_another(first: int, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(plugin._Kernels, "measure", slow)
     monkeypatch.setattr(plugin._Kernels, "dequantize", watched)
-    check_all(tf.function(Model(compression=compression).gradients)(own(11)), 11, compression)
+    check_all(
+        tf.function(Model(compression=compression).gradients)(own(11)), locals_of(11), compression
+    )
     assert waited == [True]
 
 
@@ -231,6 +284,25 @@ def test_variables_without_a_gradient(mode: str) -> None:
     assert nothing is None
     if hvd.size() > 1:
         check_mean(result, inputs, compression)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_ranks_that_have_joined_bring_zeros() -> None:
+    """hvd.join(), for ranks with less data than others: Average still divides by all ranks.
+
+    Not with exponential levels: Horovod has no Alltoall for ranks that have joined.
+    """
+    compression = compressor("standard", min_elements=0)
+    step = tf.function(Model(compression=compression).gradients)
+    last = hvd.size() - 1
+    for tag in range(1 if hvd.rank() == last else 3):
+        inputs = locals_of(40 + tag)
+        results = step([ranks[hvd.rank()] for ranks in inputs])
+        for result, ranks in zip(results, inputs, strict=True):
+            if tag > 0:
+                ranks[last] = tf.zeros_like(ranks[last])
+            check_mean(result, ranks, compression)
+    hvd.join()
 
 
 @pytest.mark.usefixtures("several_ranks")

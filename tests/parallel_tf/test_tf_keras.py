@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import horovod.tensorflow.keras as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
-from tf_helpers import all_bytes, check_replicas, compressor
+from horovod.keras import PartialDistributedOptimizer  # horovod.tensorflow.keras has none
+from tf_helpers import (
+    SHAPES,
+    all_bytes,
+    check_all,
+    check_replicas,
+    compressor,
+    locals_of,
+    own,
+)
 
 from gq_horovod.tensorflow.keras import GlobalQSGD
 
@@ -30,14 +40,10 @@ def problem(rank: int) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), (x @ weights).astype(np.float32)
 
 
-def model_of(seed: int) -> Any:
+def model_of(seed: int, hidden: int = 1) -> Any:
     keras.utils.set_random_seed(seed)
-    return keras.Sequential(
-        [
-            keras.layers.Dense(128, activation="relu", input_shape=(FEATURES,)),
-            keras.layers.Dense(1),
-        ]
-    )
+    layers = [keras.layers.Dense(128, activation="relu") for _ in range(hidden)]
+    return keras.Sequential([keras.Input((FEATURES,)), *layers, keras.layers.Dense(1)])
 
 
 OPTIMIZERS = {
@@ -81,6 +87,42 @@ def test_fit_with_the_callbacks(levels: str, optimizer: str) -> None:
         assert max(steps.values()) >= 5 * SAMPLES // BATCH - 1
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "sum": {"op": hvd.Sum},
+    "predivide": {"gradient_predivide_factor": 2.0},
+    "groups": {"groups": 2},
+    "passes": {"backward_passes_per_step": 2},
+    "average of passes": {"backward_passes_per_step": 2, "average_aggregated_gradients": True},
+    "sum of groups of passes": {"groups": 2, "op": hvd.Sum, "backward_passes_per_step": 2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", [keras.optimizers, keras.optimizers.legacy], ids=["new", "legacy"])
+def test_options_of_the_optimizer(kind: Any, option: str) -> None:
+    """With a learning rate of 1, variables that start as zeros become the reduced gradients."""
+    options = OPTIONS[option]
+    levels = "exponential" if "groups" in options else "standard"
+    compression = compressor(levels, min_elements=0)
+    optimizer = hvd.DistributedOptimizer(kind.SGD(1.0), compression=compression, **options)
+    variables = [tf.Variable(tf.zeros(shape), name=name) for name, shape in SHAPES.items()]
+    passes = options.get("backward_passes_per_step", 1)
+    for index in range(passes):
+        wanted = own(30 + index)
+
+        def loss(wanted: Any = wanted) -> Any:
+            parts = zip(variables, wanted, strict=True)
+            return tf.add_n([tf.reduce_sum(variable * x) for variable, x in parts])
+
+        optimizer.minimize(loss, variables)
+    every = zip(*(locals_of(30 + index) for index in range(passes)), strict=True)
+    inputs = [[tf.add_n(parts) for parts in zip(*ranks, strict=True)] for ranks in every]
+    factor = hvd.size() if "sum" in option else 1.0
+    factor /= passes if "average" in option else 1
+    check_all([-variable for variable in variables], inputs, compression, factor=factor)
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_backward_passes_per_step(average: bool) -> None:
     compression = GlobalQSGD(min_elements=1024)
@@ -100,27 +142,139 @@ def test_backward_passes_per_step(average: bool) -> None:
         assert [int(c.last()) for c in compression._counters.values()] == [1]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_nan_of_one_rank_skips_the_step_on_all(optimizer: str) -> None:
-    """Dynamic loss scaling halves the scale, and leaves the weights alone, on every rank."""
+# ------------------------------------------------------------------------------------ loss scaling
+
+
+@pytest.fixture(params=["float32", "mixed_float16"])
+def policy(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What layers compute in; the variables are float32."""
+    keras.mixed_precision.set_global_policy(request.param)
+    yield request.param
+    keras.mixed_precision.set_global_policy("float32")
+
+
+def batch(bad: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A batch of this rank, in which the last rank has one bad label."""
+    x, y = (part[:BATCH] for part in problem(hvd.rank()))
+    if bad is not None and hvd.rank() == hvd.size() - 1:
+        y[0] = bad
+    return x, y
+
+
+def weights_of(model: Any) -> np.ndarray:
+    return np.concatenate([weights.ravel() for weights in model.get_weights()])
+
+
+def check_skipped_steps(model: Any, scaling: Any, step: Callable[..., Any]) -> None:
+    """A bad value halves the scale, and leaves the weights alone, on every rank."""
+    while True:  # the scale falls until float16 can hold the gradients
+        before = weights_of(model)
+        step(*batch())
+        if not np.array_equal(before, weights_of(model)):
+            break
+        assert float(scaling.loss_scale) > 1
+    for bad in (np.nan, np.inf):
+        scale, before = float(scaling.loss_scale), weights_of(model)
+        step(*batch(bad))
+        assert float(scaling.loss_scale) == scale / 2
+        np.testing.assert_array_equal(weights_of(model), before)
+        step(*batch())
+        assert float(scaling.loss_scale) == scale / 2
+        assert not np.array_equal(weights_of(model), before)
+    check_replicas(weights_of(model))
+
+
+# Every gradient is compressed: Horovod's own sums would bring the bad value to all ranks, too.
+KINDS = pytest.mark.parametrize(
+    ("optimizer", "levels"), [("adam", "standard"), ("legacy", "exponential")]
+)
+
+
+@KINDS
+@pytest.mark.usefixtures("policy")
+def test_a_bad_value_of_one_rank_skips_the_step_on_all(optimizer: str, levels: str) -> None:
+    compression = compressor(levels, min_elements=0)
     scaling = keras.mixed_precision.LossScaleOptimizer(
-        hvd.DistributedOptimizer(OPTIMIZERS[optimizer](), compression=compressor(min_elements=1024))
+        hvd.DistributedOptimizer(OPTIMIZERS[optimizer](), compression=compression)
     )
     model = model_of(seed=0)
     model.compile(optimizer=scaling, loss="mse")
-    x, y = problem(hvd.rank())
-    model.train_on_batch(x[:BATCH], y[:BATCH])
-    scale, before = float(scaling.loss_scale), model.get_weights()
-    if hvd.rank() == hvd.size() - 1:
-        y[0] = np.nan
-    model.train_on_batch(x[:BATCH], y[:BATCH])
-    assert float(scaling.loss_scale) == scale / 2
-    for old, new in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(old, new)
-    _, y = problem(hvd.rank())
-    model.train_on_batch(x[:BATCH], y[:BATCH])
-    assert not np.array_equal(before[0], model.get_weights()[0])
-    check_replicas(*model.get_weights())
+    check_skipped_steps(model, scaling, model.train_on_batch)
+
+
+@KINDS
+@pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+@pytest.mark.usefixtures("policy")
+def test_an_optimizer_that_keras_wraps_for_mixed_precision(optimizer: str, levels: str) -> None:
+    compression = compressor(levels, min_elements=0)
+    model = model_of(seed=0)
+    model.compile(
+        optimizer=hvd.DistributedOptimizer(OPTIMIZERS[optimizer](), compression=compression),
+        loss="mse",
+    )
+    assert isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer)
+    check_skipped_steps(model, model.optimizer, model.train_on_batch)
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+@pytest.mark.usefixtures("policy")
+def test_loss_scaling_around_a_tape(levels: str) -> None:
+    compression = compressor(levels, min_elements=0)
+    scaling = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+    model = model_of(seed=0)
+    variables = model.trainable_variables
+    scaling.build(variables)
+
+    @tf.function
+    def step(x: Any, y: Any) -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((tf.cast(model(x, training=True), tf.float32) - y) ** 2)
+            loss = scaling.get_scaled_loss(loss)
+        tape = hvd_tf.DistributedGradientTape(tape, compression=compression)
+        gradients = scaling.get_unscaled_gradients(tape.gradient(loss, variables))
+        scaling.apply_gradients(zip(gradients, variables, strict=True))
+
+    check_skipped_steps(model, scaling, step)
+
+
+COMPRESSIONS = {"none": lambda: hvd.Compression.none, "ours": lambda: GlobalQSGD(min_elements=1024)}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_horovod_does_not_wrap_loss_scaling(optimizer: str, compression: str) -> None:
+    """It has to be the other way around: Horovod's class cannot be made from its config."""
+    scaling = keras.mixed_precision.LossScaleOptimizer(OPTIMIZERS[optimizer]())
+    with pytest.raises(TypeError, match=r"__init__\(\) takes 1 positional argument"):
+        hvd.DistributedOptimizer(scaling, compression=COMPRESSIONS[compression]())
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_loss_scaling_looks_at_every_backward_pass(compression: str) -> None:
+    """Horovod reduces the sum of several, and Keras sees the ones before the last on one rank.
+
+    So a bad value in an earlier pass moves the scale of its own rank twice, with any compression.
+    """
+    scaling = keras.mixed_precision.LossScaleOptimizer(
+        hvd.DistributedOptimizer(
+            keras.optimizers.SGD(0.001),
+            compression=COMPRESSIONS[compression](),
+            backward_passes_per_step=2,
+        ),
+        initial_scale=1024.0,
+    )
+    model = model_of(seed=0)
+    model.compile(optimizer=scaling, loss="mse")
+    before = weights_of(model)
+    model.train_on_batch(*batch(np.nan))
+    model.train_on_batch(*batch())
+    np.testing.assert_array_equal(weights_of(model), before)
+    own = hvd.rank() == hvd.size() - 1
+    assert float(scaling.loss_scale) == (256.0 if own else 512.0)
+
+
+# ------------------------------------------------------------------------------------------ models
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -148,20 +302,36 @@ def test_embeddings(dense: bool) -> None:
         assert len(compression._counters) == (1 if dense else 0)
 
 
-def test_layers_that_stay_local() -> None:
-    """A partial tape reduces the other layers only."""
-    compression = compressor(min_elements=0)
-    model = model_of(seed=0)
+@pytest.mark.parametrize(
+    ("way", "levels"), [("tape", "standard"), ("adam", "exponential"), ("legacy", "standard")]
+)
+def test_layers_that_stay_local(way: str, levels: str) -> None:
+    """Only the others are reduced; the local ones of each rank go their own way."""
+    compression = GlobalQSGD(levels=levels, min_elements=1024)
+    model = model_of(seed=0, hidden=2)  # the kernels are 32 x 128 and 128 x 128
+    local = model.layers[0]
     x, y = problem(hvd.rank())
-    with tf.GradientTape() as tape:
-        loss = tf.reduce_mean((model(x) - y) ** 2)
-    tape = hvd_tf.PartialDistributedGradientTape(
-        tape, compression=compression, local_layers=model.layers[0]
-    )
-    gradients = tape.gradient(loss, model.trainable_variables)
-    check_replicas(*gradients[2:])
+    if way == "tape":
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        tape = hvd_tf.PartialDistributedGradientTape(
+            tape, compression=compression, local_layers=local
+        )
+        parts = tape.gradient(loss, model.trainable_variables)
+    else:
+        model.compile(
+            optimizer=PartialDistributedOptimizer(
+                OPTIMIZERS[way](), compression=compression, local_layers=local
+            ),
+            loss="mse",
+        )
+        model.fit(x, y, batch_size=BATCH, epochs=1, verbose=0)
+        parts = model.get_weights()
+    check_replicas(*parts[2:])
     if hvd.size() > 1:
-        assert len(np.unique(all_bytes(gradients[:2]), axis=0)) == hvd.size()
+        assert len(np.unique(all_bytes(parts[:2]), axis=0)) == hvd.size()
+        steps = 1 if way == "tape" else SAMPLES // BATCH
+        assert [int(counter.last()) + 1 for counter in compression._counters.values()] == [steps]
 
 
 def test_a_saved_model_continues(tmp_path: Path) -> None:

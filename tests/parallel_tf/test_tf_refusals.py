@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from tf_helpers import check_mean, compressor, gradients
 
 from gq_horovod import token
 from gq_horovod.config import ConfigMismatchError
+from gq_horovod.frontend import Compression
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 LAST = pytest.mark.usefixtures("several_ranks")
@@ -52,7 +54,27 @@ def on_the_last_rank(value: Any, elsewhere: Any) -> Any:
     return value if hvd.rank() == hvd.size() - 1 else elsewhere
 
 
-DIFFERENCES = [("bits", 4, 8), ("levels", "exponential", "standard"), ("min_elements", 1000, 1001)]
+def refused(
+    error: type[Exception], mode: str, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> str:
+    """As `message_of`, but one rank alone makes the mistake before all of them do.
+
+    Had it communicated, the others would not be able to go on.
+    """
+    if hvd.rank() == hvd.size() - 1:
+        with pytest.raises(error):
+            function(*arguments, **options)
+    return message_of(error, mode, function, *arguments, **options)
+
+
+DIFFERENCES = [
+    ("bits", 4, 8),
+    ("levels", "exponential", "standard"),
+    ("seed", 1, 2),
+    ("block_size", None, 256),
+    ("min_elements", 1000, 1001),
+    ("norm", "l2", "max"),
+]
 
 
 @LAST
@@ -68,6 +90,22 @@ def test_ranks_with_different_options(
         )
         assert text.startswith(f"GlobalQSGD: the ranks are configured differently: {key} is ")
         assert f"{one!r} on rank {hvd.size() - 1}. Pass the" in text
+    check_it_still_works(name)
+
+
+@LAST
+def test_a_tape_finds_the_difference_while_its_graph_is_built(name: str) -> None:
+    variable = tf.Variable(tf.zeros(5000))
+    compression = GlobalQSGD(bits=on_the_last_rank(4, 8))
+
+    def step() -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(variable)
+        tape = hvd.DistributedGradientTape(tape, compression=compression)
+        return tape.gradient(loss, [variable])
+
+    text = message_of(ConfigMismatchError, "graph", step)
+    assert text.startswith("GlobalQSGD: the ranks are configured differently: bits is ")
     check_it_still_works(name)
 
 
@@ -95,7 +133,7 @@ def test_ranks_that_reduce_different_tensors(
 @MODES
 @pytest.mark.parametrize("op", ["Min", "Max", "Product", "Adasum"])
 def test_functions_with_another_op(op: str, mode: str, name: str) -> None:
-    text = message_of(
+    text = refused(
         ValueError,
         mode,
         hvd.allreduce,
@@ -128,7 +166,7 @@ def test_functions_without_a_name(mode: str, name: str) -> None:
         (hvd.allreduce, tf.ones(5000)),
         (hvd.grouped_allreduce, [tf.ones(5000)]),
     ):
-        text = message_of(ValueError, mode, function, argument, compression=GlobalQSGD)
+        text = refused(ValueError, mode, function, argument, compression=GlobalQSGD)
         assert text == (
             "hvd.allreduce with compression=GlobalQSGD: name must be a string that is the same on "
             "every rank, got None; pass name=."
@@ -138,7 +176,7 @@ def test_functions_without_a_name(mode: str, name: str) -> None:
 
 @MODES
 def test_another_collective(mode: str, name: str) -> None:
-    text = message_of(
+    text = refused(
         ValueError, mode, hvd.reducescatter, tf.ones(4096), name=name, compression=GlobalQSGD
     )
     assert text == (
@@ -149,7 +187,7 @@ def test_another_collective(mode: str, name: str) -> None:
 
 
 def test_compress_called_by_hand(name: str) -> None:
-    text = message_of(RuntimeError, "eager", GlobalQSGD.compress, tf.ones(5000))
+    text = refused(RuntimeError, "eager", GlobalQSGD.compress, tf.ones(5000))
     assert text.startswith("GlobalQSGD: compress() must be called by Horovod's Distributed")
     check_it_still_works(name)
 
@@ -157,35 +195,37 @@ def test_compress_called_by_hand(name: str) -> None:
 @LAST
 @MODES
 def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
-    text = message_of(
-        ValueError, mode, allreduce, tf.ones(5000), name, compression=GlobalQSGD(bits=2)
-    )
+    text = refused(ValueError, mode, allreduce, tf.ones(5000), name, compression=GlobalQSGD(bits=2))
     assert text.startswith("GlobalQSGD: bits must be at least ")
     check_it_still_works(name)
 
 
 def test_transport_mpi() -> None:
-    text = message_of(ValueError, "eager", GlobalQSGD, transport="mpi")
+    text = refused(ValueError, "eager", GlobalQSGD, transport="mpi")
     assert text == (
-        "GlobalQSGD: transport must be 'horovod' with TensorFlow, got 'mpi'; leave it out."
+        "GlobalQSGD: transport must be 'horovod' with horovod.tensorflow, got 'mpi'; leave it out."
     )
+
+
+def test_the_signature_shows_the_options() -> None:
+    assert inspect.signature(GlobalQSGD) == inspect.signature(Compression)
 
 
 def test_an_elastic_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    text = message_of(ValueError, "eager", allreduce, tf.ones(5000), name)
+    text = refused(ValueError, "eager", allreduce, tf.ones(5000), name)
     assert text.startswith("GlobalQSGD: the number of ranks must be fixed with TensorFlow")
     monkeypatch.undo()
     check_it_still_works(name)
 
 
 def test_a_process_set_that_is_none() -> None:
-    text = message_of(TypeError, "eager", GlobalQSGD, process_set=[0, 1])
+    text = refused(TypeError, "eager", GlobalQSGD, process_set=[0, 1])
     assert re.search(r"process_set must be .*ProcessSet or None, got \[0, 1\] of type list", text)
 
 
 def test_another_process_set_than_the_callers(ends: hvd.ProcessSet, name: str) -> None:
     compression = GlobalQSGD(process_set=ends)
-    text = message_of(ValueError, "eager", allreduce, tf.ones(5000), name, compression=compression)
+    text = refused(ValueError, "eager", allreduce, tf.ones(5000), name, compression=compression)
     assert "pass the same process_set to both, or only to Horovod" in text
     check_it_still_works(name)

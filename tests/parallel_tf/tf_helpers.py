@@ -54,6 +54,39 @@ def check_mean(
     helpers.check_mean(*both, compression, factor=factor)  # type: ignore[arg-type]
 
 
+# ------------------------------------------------------------------------- gradients of variables
+
+SHAPES = {"matrix": (100, 60), "bias": (10,), "convolution": (3, 3, 25, 20), "vector": (4096,)}
+
+
+def locals_of(tag: int) -> list[list[Any]]:
+    """For each variable of SHAPES, the gradients of all ranks."""
+    return [gradients(shape, tag=100 * tag + i) for i, shape in enumerate(SHAPES.values())]
+
+
+def own(tag: int) -> list[Any]:
+    """For each variable of SHAPES, this rank's gradient."""
+    return [ranks[hvd.rank()] for ranks in locals_of(tag)]
+
+
+def check_all(
+    results: Any, inputs: Sequence[Sequence[Any]], compression: GlobalQSGD, *, factor: float = 1.0
+) -> None:
+    """Assert that large gradients follow the law, and small ones are the mean."""
+    for result, ranks in zip(results, inputs, strict=True):
+        if hvd.size() == 1:  # Horovod reduces nothing then
+            np.testing.assert_array_equal(result, ranks[0] * factor)
+        elif ranks[0].shape.num_elements() < compression.config.min_elements:
+            mean = np.mean(ranks, axis=0) * factor
+            np.testing.assert_allclose(result, mean, rtol=1e-5, atol=1e-6)
+        else:
+            check_mean(result, ranks, compression, factor=factor)
+    check_replicas(*results)
+
+
+# ---------------------------------------------------------------------------------------- replicas
+
+
 def all_bytes(tensors: Sequence[Any], process_set: Any = hvd.global_process_set) -> np.ndarray:
     """The bytes of some tensors, a row for each rank."""
     flat = [np.frombuffer(np.array(tensor).tobytes(), np.uint8) for tensor in tensors]

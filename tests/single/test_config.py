@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
@@ -456,6 +457,20 @@ def test_the_constructor_refuses_what_config_refuses(plugin: Any) -> None:
         GlobalQSGD(process_set=3)
     with pytest.raises(TypeError):
         GlobalQSGD("exponential")
+
+
+def test_a_transport_that_the_framework_does_not_have(plugin: Any) -> None:
+    Sub = type("Sub", (plugin.GlobalQSGD,), {"TRANSPORTS": ("horovod",)})
+    with pytest.raises(ValueError, match=r"GlobalQSGD: transport") as error:
+        Sub(transport="mpi")
+    assert str(error.value) == (
+        "GlobalQSGD: transport must be 'horovod' with horovod.torch, got 'mpi'; leave it out."
+    )
+
+
+def test_the_signature_shows_the_options(plugin: Any) -> None:
+    shown = set(inspect.signature(plugin.GlobalQSGD).parameters)
+    assert shown == {*(field.name for field in dataclasses.fields(Config)), "process_set"}
 
 
 def test_compress_has_to_be_called_by_horovod(plugin: Any) -> None:
