@@ -308,7 +308,7 @@ class Testbed:
         self._write_files()
 
     def _write_files(self) -> None:
-        """Write the hosts' /etc/hosts, and what runs in place of ssh: `sh AGENT ADDRESS COMMAND`."""
+        """Write the hosts' /etc/hosts, and what mpirun runs as ssh: `sh AGENT ADDRESS COMMAND`."""
         pairs = list(zip(self.addresses, self.names, strict=True))
         lines = "".join(f"{address} {name}\n" for address, name in pairs)
         self._table.write_text(f"127.0.0.1 localhost\n{lines}")
