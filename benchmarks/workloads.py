@@ -6,6 +6,7 @@ whatever the method and the number of ranks.
 
 from __future__ import annotations
 
+import functools
 import sys
 import sysconfig
 from pathlib import Path
@@ -46,8 +47,12 @@ def order(samples: int, global_batch: int, step: int) -> np.ndarray:
     """This rank's rows of the global batch of a step: epochs of shuffled samples."""
     steps = samples // global_batch
     epoch, first = step // steps, step % steps * global_batch
-    shuffled = np.random.default_rng(epoch).permutation(samples)
-    return shuffled[first : first + global_batch][hvd.rank() :: hvd.size()]
+    return _shuffled(samples, epoch)[first : first + global_batch][hvd.rank() :: hvd.size()]
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(samples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(epoch).permutation(samples)
 
 
 class DeepLight:
