@@ -272,9 +272,10 @@ class Testbed:
                 print("testbed: waiting for another testbed to finish", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             # Whoever held it has removed the file: the lock that counts is that of the file there.
-            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                self._lock = lock
-                return
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                    self._lock = lock
+                    return
             lock.close()
 
     def _create(self) -> None:
@@ -308,7 +309,7 @@ class Testbed:
         self._write_files()
 
     def _write_files(self) -> None:
-        """Write the hosts' /etc/hosts, and what mpirun runs as ssh: `sh AGENT ADDRESS COMMAND`."""
+        """Write the /etc/hosts of the hosts, and the agent: `sh AGENT ADDRESS COMMAND ...`."""
         pairs = list(zip(self.addresses, self.names, strict=True))
         lines = "".join(f"{address} {name}\n" for address, name in pairs)
         self._table.write_text(f"127.0.0.1 localhost\n{lines}")
