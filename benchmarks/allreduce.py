@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -116,29 +115,23 @@ def run_rank(job: str, count: int, rounds: int) -> None:
 def launch(options: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks of both jobs and return what rank 0 printed, and where they ran."""
     sys.path.insert(0, str(ROOT))
-    from tools import testbed
+    from tools import ranks, testbed
 
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    if os.geteuid() == 0:  # Open MPI wants to be told twice
-        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     reason = testbed.unavailable()
     merged: dict[str, Any] = {"seconds": {}, "bytes_per_element": {}, "shaped": reason is None}
     with contextlib.ExitStack() as stack:
         if reason is None:
             bed = stack.enter_context(testbed.Testbed(options.ranks, options.rate))
-            start = bed.command(0, [mpirun, *bed.mpirun_args()])
             merged["where"] = f"{options.ranks} hosts (network namespaces), links of {options.rate}"
         else:
-            start = [mpirun, "-np", str(options.ranks), "--oversubscribe", "--bind-to", "none"]
-            start += ["--mca", "btl", "tcp,self", "--mca", "pml", "ob1"]
+            bed = None
             merged["where"] = f"loopback of one host ({reason})"
         for job in JOBS:
             script = [sys.executable, str(Path(__file__).resolve()), "--job", job]
             script += ["--elements", str(options.elements), "--rounds", str(options.rounds)]
             output = subprocess.run(
-                [*start, *script],
-                env=environment,
+                [*ranks.mpirun(bed, options.ranks), *script],
+                env=ranks.environment(),
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,

@@ -62,27 +62,19 @@ def methods(array: Any) -> allreduce.Methods:
 def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
     """Calibrate and measure at one rate; a row for each method and size."""
     sys.path.insert(0, str(ROOT))
-    from tools import testbed
+    from tools import ranks, testbed
 
     reason = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
     if reason is not None:
         raise SystemExit(f"benchmarks/model.py needs hosts with shaped links: {reason}.")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
     rows = []
     with testbed.Testbed(options.ranks, rate) as bed, tempfile.TemporaryDirectory() as scratch:
 
         def run(*command: str) -> str:
             return subprocess.run(
-                bed.command(0, [mpirun, *bed.mpirun_args(), sys.executable, *command]),
+                [*ranks.mpirun(bed, options.ranks), sys.executable, *command],
                 cwd=ROOT,
-                env=environment,
+                env=ranks.environment(),
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,

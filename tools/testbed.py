@@ -7,9 +7,12 @@ hosts as on real ones and see a network of, say, 1 Gbit/s instead of loopback. N
 namespaces changes: no interface or address is added to the machine, and no packet leaves it.
 
     python tools/testbed.py --hosts 4 --rate 1gbit -- COMMAND ...
+    python tools/testbed.py --rates 1gbit,1gbit,200mbit,1gbit -- COMMAND ...     # one slow host
+    python tools/testbed.py --hosts 4 --rate 200mbit/1gbit -- COMMAND ...        # sends/receives
 
 runs COMMAND on host 0. `{mpirun}` in COMMAND stands for mpirun with the options that start one
-rank on each host, so `-- '{mpirun}' python train.py` trains on all of them.
+rank on each host, so `-- '{mpirun}' python train.py` trains on all of them; `{horovodrun}` does the
+same with Horovod's launcher, over Gloo.
 
 Needs `ip` and `tc` (Debian: iproute2), and root or a kernel that lets users make user namespaces.
 """
@@ -30,18 +33,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
 INTERFACE = "eth0"  # each host's only link, inside its namespace
 SUBNET = "10.213.77"  # addresses that exist only inside the namespaces; host i has .(i+1)
+RATE = r"\d+(\.\d+)?[kmg]bit"  # of those that tc understands, the plain ones
+SHIM = Path(__file__).resolve().parent / "shim"  # holds what horovodrun finds in place of ssh
 
 
 def unavailable() -> str | None:
     """Return why hosts cannot be made here, or None if they can (as root, or after `as_root`)."""
-    needed = ("ip", "tc", "nsenter", "unshare", "hostname")
+    needed = ("ip", "tc", "nsenter", "unshare", "hostname", "mount")
     missing = [tool for tool in needed if not shutil.which(tool, path=_path())]
     if missing:
         return (
@@ -90,12 +95,16 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _enter(host: str) -> list[str]:
-    """Return the words that make the command after them run on a host."""
+def _enter(host: str, table: Path) -> list[str]:
+    """Return the words that make the command after them run on a host.
+
+    table is its /etc/hosts.
+    """
     # With a name of its own. Open MPI's daemons keep their files in a directory named after the
     # host, and those of hosts that share name and disk take it from under each other: one start in
-    # ten hangs. Horovod over Gloo tells hosts apart by their names, too.
-    named = ("unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$@"', "sh")
+    # ten hangs. Gloo looks up the address of its own host's name.
+    name = f'hostname {host} && mount --bind {table} /etc/hosts && exec "$@"'
+    named = ("unshare", "--uts", "--mount", "sh", "-c", name, "sh")
     return ["nsenter", f"--net=/run/netns/{host}", "--", *named]
 
 
@@ -114,40 +123,67 @@ def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
     )
 
 
+def link_rates(rate: str | Sequence[str], hosts: int) -> list[tuple[str, str]]:
+    """Return the rates at which each host sends and receives: one rate for all, or one for each.
+
+    A rate is "1gbit", or "200mbit/1gbit" for a host that sends at 200 Mbit/s and receives at 1
+    Gbit/s. Raises ValueError for another form, or another number of them than hosts.
+    """
+    rates = [rate] * hosts if isinstance(rate, str) else list(rate)
+    if len(rates) != hosts:
+        raise ValueError(
+            f"Testbed: expected one rate, or one for each of {hosts} hosts, got {len(rates)}"
+        )
+    pairs = []
+    for each in rates:
+        if not re.fullmatch(f"{RATE}(/{RATE})?", each):
+            raise ValueError(
+                f"Testbed: rate must look like 1gbit, 200mbit or 200mbit/1gbit, got {each!r}"
+            )
+        sends, _, receives = each.partition("/")
+        pairs.append((sends, receives or sends))
+    return pairs
+
+
 class Testbed:
-    """`hosts` hosts, each on a link of `rate` in either direction; a context manager.
+    """`hosts` hosts, each on a link of its own to one switch; a context manager.
 
     Args:
         hosts: number of hosts, 1 to 250. Host i is the namespace `{prefix}{i}`.
-        rate: speed of each link as `tc` writes it, such as "1gbit" or "200mbit".
+        rate: speed of the links, or a sequence with that of each (`link_rates`).
         prefix: start of the namespaces' names. One testbed of a prefix exists at a time; a second
             one waits, so that they neither collide nor measure each other's load.
 
     The hosts are removed, with every process that still runs on them, on leaving the context: at
-    its end, on an exception, on SIGINT, on SIGTERM, and when the interpreter exits. After a SIGKILL
-    the next testbed of that prefix removes them.
+    its end, on an exception, on SIGINT, SIGTERM or SIGHUP, and when the interpreter exits. After a
+    SIGKILL the next testbed of that prefix removes them.
     """
 
     __test__ = False  # not a test class, whatever pytest makes of its name
 
-    def __init__(self, hosts: int = 4, rate: str = "1gbit", prefix: str = "gq") -> None:
+    def __init__(
+        self, hosts: int = 4, rate: str | Sequence[str] = "1gbit", prefix: str = "gq"
+    ) -> None:
         if not 1 <= hosts <= 250:
             raise ValueError(f"Testbed: expected 1 to 250 hosts, got {hosts}")
         self.hosts = hosts
-        self.rate = rate
+        self.rates = link_rates(rate, hosts)
         self.names = [f"{prefix}{i}" for i in range(hosts)]
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(hosts)]
         self._prefix = prefix
         self._switch = f"{prefix}switch"
         self._lock: IO[str] | None = None
-        self._agent: Path | None = None
-        self._old_sigterm: Any = None
+        self._agent = Path(f"/run/{prefix}-testbed-agent.sh")
+        self._table = Path(f"/run/{prefix}-testbed-hosts")
+        self._lock_path = Path(f"/run/{prefix}-testbed.lock")
+        self._old_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Testbed:
         self._acquire()
         atexit.register(self.close)
         if threading.current_thread() is threading.main_thread():
-            self._old_sigterm = signal.signal(signal.SIGTERM, _exit_on_signal)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                self._old_handlers[number] = signal.signal(number, _exit_on_signal)
         try:
             self._remove()  # what a killed predecessor left behind
             self._create()
@@ -170,18 +206,17 @@ class Testbed:
             return
         with _no_interrupts():
             self._remove()
-            if self._agent:
-                self._agent.unlink(missing_ok=True)
+            for path in (self._agent, self._table, self._lock_path):
+                path.unlink(missing_ok=True)
             self._lock.close()  # gives the lock back
             self._lock = None
             atexit.unregister(self.close)
-        if self._old_sigterm is not None:
-            signal.signal(signal.SIGTERM, self._old_sigterm)
-            self._old_sigterm = None
+        while self._old_handlers:
+            signal.signal(*self._old_handlers.popitem())
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
         """Return the command that runs `command` on a host."""
-        return [*_enter(self.names[host]), *command]
+        return [*_enter(self.names[host], self._table), *command]
 
     def mpirun_args(self, slots: int = 1) -> list[str]:
         """Return the options with which Open MPI's mpirun, run on host 0, uses all hosts.
@@ -202,6 +237,24 @@ class Testbed:
             *("--mca", "mpi_yield_when_idle", "1"),
         ]
 
+    def horovodrun_args(self, slots: int = 1) -> list[str]:
+        """Return the options with which horovodrun, run on host 0, uses all hosts over Gloo.
+
+        Ranks are placed as by `mpirun_args`. horovodrun reaches other hosts through the ssh that it
+        finds on PATH: run it with `horovodrun_environment()`.
+        """
+        return [
+            *("--gloo", "--network-interfaces", INTERFACE),
+            *("-np", str(slots * self.hosts)),
+            *("-H", ",".join(f"{address}:{slots}" for address in self.addresses)),
+            "--disable-cache",  # kept in the home directory, of hosts that will not be there again
+        ]
+
+    def horovodrun_environment(self) -> dict[str, str]:
+        """Return the variables with which horovodrun finds the hosts of this testbed."""
+        path = f"{SHIM}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        return {"PATH": path, "GQ_TESTBED_AGENT": str(self._agent)}
+
     def host_bytes(self, host: int) -> tuple[int, int]:
         """Return (received, sent) bytes of a host's link since it was made."""
         shown = _run(["ip", "-n", self.names[host], "-s", "-j", "link", "show", INTERFACE])
@@ -210,19 +263,28 @@ class Testbed:
 
     def _acquire(self) -> None:
         """Take the lock that says who owns the namespaces of this prefix."""
-        self._lock = Path(f"/run/{self._prefix}-testbed.lock").open("a")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("testbed: waiting for another testbed to finish", file=sys.stderr, flush=True)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        path = self._lock_path
+        while True:
+            lock = path.open("a")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("testbed: waiting for another testbed to finish", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Whoever held it has removed the file: the lock that counts is that of the file there.
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                    self._lock = lock
+                    return
+            lock.close()
 
     def _create(self) -> None:
         switch = self._switch
         _run(["ip", "netns", "add", switch])
         _run(["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])
         _run(["ip", "-n", switch, "link", "set", "bridge", "up"])
-        for i, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
+        hosts = zip(self.names, self.addresses, self.rates, strict=True)
+        for i, (name, address, (sends, receives)) in enumerate(hosts):
             port = f"port{i}"
             _run(["ip", "netns", "add", name])
             _run(
@@ -236,26 +298,30 @@ class Testbed:
             # A queue limits what leaves through an interface: one at the host for what it sends,
             # one at the switch for what it receives. The bucket holds 2 ms at 1 Gbit/s, enough for
             # the largest packet that the kernel hands over in one piece (64 KiB).
-            for namespace, device in ((name, INTERFACE), (switch, port)):
+            for namespace, device, rate in (
+                (name, INTERFACE, sends),
+                (switch, port, receives),
+            ):
                 _run(
                     f"tc -n {namespace} qdisc add dev {device} root "
-                    f"tbf rate {self.rate} burst 256kb latency 50ms".split()
+                    f"tbf rate {rate} burst 256kb latency 50ms".split()
                 )
-        self._agent = self._write_agent()
+        self._write_files()
 
-    def _write_agent(self) -> Path:
-        """Write what mpirun runs in place of ssh: `sh AGENT ADDRESS COMMAND ...`."""
+    def _write_files(self) -> None:
+        """Write the /etc/hosts of the hosts, and the agent: `sh AGENT ADDRESS COMMAND ...`."""
+        pairs = list(zip(self.addresses, self.names, strict=True))
+        lines = "".join(f"{address} {name}\n" for address, name in pairs)
+        self._table.write_text(f"127.0.0.1 localhost\n{lines}")
         # As ssh does, give the words to a shell: mpirun sends one line of shell script.
         cases = "".join(
-            f'{address}) exec {shlex.join(_enter(name))} sh -c "$*" ;;\n'
-            for name, address in zip(self.names, self.addresses, strict=True)
+            f'{address}) exec {shlex.join(_enter(name, self._table))} sh -c "$*" ;;\n'
+            for address, name in pairs
         )
-        path = Path(f"/run/{self._prefix}-testbed-agent.sh")
-        path.write_text(
+        self._agent.write_text(
             f'address=$1\nshift\ncase "$address" in\n{cases}esac\n'
             'echo "testbed: no host has the address $address" >&2\nexit 1\n'
         )
-        return path
 
     def _remove(self) -> None:
         """Remove this prefix's namespaces. Never raises: it runs while other errors are handled."""
@@ -264,7 +330,8 @@ class Testbed:
             listed = [line.split()[0] for line in _run(["ip", "netns", "list"]).splitlines()]
             existing = [name for name in listed if self._owns(name)]
         for wanted in (signal.SIGTERM, signal.SIGKILL):
-            if not any(self._signal(name, wanted) for name in existing):
+            signalled = [self._signal(name, wanted) for name in existing]  # all of them, not
+            if not any(signalled):  # only up to the first that has processes
                 break
             deadline = time.monotonic() + 2
             while time.monotonic() < deadline and any(map(self._processes, existing)):
@@ -300,31 +367,63 @@ def _no_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    interrupts = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
+def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end and return its status; ends it if this process is interrupted."""
+    process = subprocess.Popen(command, env={**os.environ, **(variables or {})})
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            # Politely first: launchers end their ranks and remove their own files.
+            with _no_interrupts():
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hosts", type=int, default=4, help="number of hosts (default 4)")
-    parser.add_argument("--rate", default="1gbit", help="speed of a link (default 1gbit)")
-    parser.add_argument("--slots", type=int, default=1, help="MPI ranks on each host (default 1)")
+    parser.add_argument("--hosts", type=int, help="number of hosts (default 4, or that of --rates)")
+    parser.add_argument(
+        "--rate", default="1gbit", help="speed of the links, or SENDING/RECEIVING (default 1gbit)"
+    )
+    parser.add_argument("--rates", help="one for each host, separated by commas")
+    parser.add_argument("--slots", type=int, default=1, help="ranks on each host (default 1)")
+    parser.add_argument("--prefix", default="gq", help="of the hosts' names (default gq)")
     parser.add_argument("command", nargs="+", help="what to run on host 0, after --")
     arguments = parser.parse_args()
+    rates = arguments.rates.split(",") if arguments.rates else arguments.rate
+    hosts = arguments.hosts or (len(rates) if arguments.rates else 4)
+    try:
+        testbed = Testbed(hosts, rates, arguments.prefix)
+    except ValueError as error:
+        parser.error(str(error))
     if reason := unavailable():
         print(f"testbed: {reason}", file=sys.stderr)
         return 1
     as_root()
-    with Testbed(arguments.hosts, arguments.rate) as testbed:
-        mpirun = ["mpirun", *testbed.mpirun_args(arguments.slots)]
+    with testbed:
+        launchers = {
+            "{mpirun}": ["mpirun", *testbed.mpirun_args(arguments.slots)],
+            "{horovodrun}": ["horovodrun", *testbed.horovodrun_args(arguments.slots)],
+        }
         command: list[str] = []
         for word in arguments.command:
-            command += mpirun if word == "{mpirun}" else [word]
+            command += launchers.get(word, [word])
+        variables = testbed.horovodrun_environment() if "{horovodrun}" in arguments.command else {}
         try:
-            return subprocess.run(testbed.command(0, command)).returncode
+            return run(testbed.command(0, command), variables)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -32,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import testbed  # noqa: E402 - tools/ is no package
+import ranks  # noqa: E402 - tools/ is no package
+import testbed  # noqa: E402
 
 METHODS = ("none", "fp16", "standard", "exponential")
 RANKS = 4
@@ -104,23 +103,6 @@ def main() -> int:
     return 0
 
 
-def mpirun_command(bed: testbed.Testbed | None, script: list[str]) -> list[str]:
-    """Return the command that starts `script` on every rank."""
-    beside = Path(sys.executable).parent / "mpirun"  # a virtual environment that is not activated
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        raise SystemExit("demo: mpirun was not found; `make setup` installs it into .venv")
-    if bed:
-        return bed.command(0, [mpirun, *bed.mpirun_args(), *script])
-    # Ranks that wait give their core to those that compute: here there are fewer cores than ranks.
-    local = ["-np", str(RANKS), "--oversubscribe", "--bind-to", "none"]
-    local += ["--mca", "mpi_yield_when_idle", "1"]
-    # Over TCP, as between hosts, and not through shared memory, so that the bytes can be counted.
-    local += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self"]
-    local += ["--mca", "btl_tcp_if_include", "lo"]
-    return [mpirun, *local, *script]
-
-
 def run(
     name: str,
     method: str,
@@ -135,23 +117,23 @@ def run(
     metrics.unlink(missing_ok=True)
     script = [sys.executable, str(HERE / "train.py"), "--compression", method]
     script += ["--seed", str(seed), "--cache", str(arguments.output), "--metrics", str(metrics)]
-    script += ["--interface", testbed.INTERFACE if bed else "lo"]
+    script += ["--interface", testbed.INTERFACE if bed else ranks.LOOPBACK]
     if arguments.max_steps:
         script += ["--max-steps", str(arguments.max_steps)]
     environment = {
         # Milliseconds between two looks of Horovod's own thread at what is to be done. The default
         # of 1 takes much of a core from the ranks that have to share it here.
         "HOROVOD_CYCLE_TIME": "5",
-        **os.environ,
-        "OMP_NUM_THREADS": "1",  # more ranks than cores already
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        **ranks.environment(),
     }
     deadline = time.monotonic() + arguments.limit
     watch.start(name)
     with log.open("w") as output:
         process = subprocess.Popen(
-            mpirun_command(bed, script), stdout=output, stderr=subprocess.STDOUT, env=environment
+            [*ranks.mpirun(bed, RANKS), *script],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
         try:
             while process.poll() is None and time.monotonic() < deadline:

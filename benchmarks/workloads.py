@@ -1,0 +1,217 @@
+"""What benchmarks/training.py trains: three small models on data that is on the machine.
+
+Every rank loads the same data and takes its share of each global batch, which has the same samples
+whatever the method and the number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Protocol
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "deeplight"))
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets of one rank
+
+
+class Workload(Protocol):
+    """A model, its data and what tells how well it has learned."""
+
+    metric: str  # "AUC" or "loss", of held-out samples
+    learning_rate: float  # of Adam
+
+    def build(self) -> nn.Module:
+        """A new model; its parameters come from torch's generator."""
+
+    def batch(self, step: int) -> Batch:
+        """This rank's share of the global batch of a step."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss, with a graph behind it."""
+
+    def evaluate(self, model: nn.Module) -> float:
+        """The metric; every rank has to call it, and gets the same."""
+
+
+def order(samples: int, global_batch: int, step: int) -> np.ndarray:
+    """This rank's rows of the global batch of a step: epochs of shuffled samples."""
+    steps = samples // global_batch
+    epoch, first = step // steps, step % steps * global_batch
+    return _shuffled(samples, epoch)[first : first + global_batch][hvd.rank() :: hvd.size()]
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(samples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(epoch).permutation(samples)
+
+
+class DeepLight:
+    """DeepFwFM of examples/deeplight with 13.4 M parameters, 96 % of them in dense embeddings."""
+
+    metric = "AUC"
+    learning_rate = 2e-3
+    DIM = 48  # of an embedding; the example has 12
+    GLOBAL_BATCH = 2048
+
+    def __init__(self, cache: Path) -> None:
+        import data
+        import train
+
+        if hvd.rank() == 0:
+            data.load(cache)
+        hvd.barrier()
+        self._train, test = data.load(cache)
+        self._rows, self._fields = data.TABLE_ROWS, data.NUM_FIELDS
+        self._evaluate = train.evaluate
+        share = slice(hvd.rank(), None, hvd.size())
+        self._test = tuple(
+            torch.from_numpy(part[share].copy()) for part in (test.fields, test.late)
+        )
+
+    def build(self) -> nn.Module:
+        from model import DeepFwFM
+
+        return DeepFwFM(self._rows, self._fields, self.DIM)
+
+    def batch(self, step: int) -> Batch:
+        rows = order(len(self._train.late), self.GLOBAL_BATCH, step)
+        fields, late = self._train.fields[rows], self._train.late[rows]
+        return torch.from_numpy(fields), torch.from_numpy(late)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module) -> float:
+        return float(self._evaluate(model, *self._test)[0])
+
+
+class ByteModel(nn.Module):
+    """A decoder-only Transformer that predicts the next byte; GPT-2's layout, without dropout."""
+
+    def __init__(self, width: int, heads: int, layers: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Parameter(torch.zeros(context, width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
+        self.head = nn.Linear(width, 256)
+        mask = nn.Transformer.generate_square_subsequent_mask(context)
+        self.register_buffer("mask", mask, persistent=False)
+        # The copies that TransformerEncoder makes of a layer all start with the same parameters.
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return logits (B, T, 256) of the bytes after each of `text` (B, T), int64."""
+        length = text.shape[1]
+        hidden = self.token(text) + self.position[:length]
+        mask = self.mask[:length, :length]
+        return self.head(self.blocks(hidden, mask=mask, is_causal=True))
+
+
+class Transformer:
+    """A Transformer of 4.9 M parameters on the sources of Python's own standard library."""
+
+    metric = "loss"
+    learning_rate = 5e-4
+    CONTEXT = 64
+    GLOBAL_BATCH = 16  # sequences
+    HELD_OUT = 64  # sequences
+
+    def __init__(self, cache: Path) -> None:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+        text = np.frombuffer(b"".join(sources), dtype=np.uint8)
+        # Sequences with the byte after each of theirs; every hundredth is held out.
+        count = (len(text) - 1) // self.CONTEXT
+        starts = np.arange(count) * self.CONTEXT
+        windows = text[starts[:, None] + np.arange(self.CONTEXT + 1)]
+        held_out = np.arange(count) % 100 == 0
+        self._train = windows[~held_out]
+        self._test = windows[held_out][: self.HELD_OUT][hvd.rank() :: hvd.size()]
+
+    def build(self) -> nn.Module:
+        return ByteModel(width=256, heads=4, layers=6, context=self.CONTEXT)
+
+    def batch(self, step: int) -> Batch:
+        return self._pair(self._train[order(len(self._train), self.GLOBAL_BATCH, step)])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def evaluate(self, model: nn.Module) -> float:
+        return _mean_loss(self, model, self._pair(self._test))
+
+    def _pair(self, windows: np.ndarray) -> Batch:
+        text = torch.from_numpy(windows.astype(np.int64))
+        return text[:, :-1], text[:, 1:]
+
+
+class ConvNet:
+    """A convolutional network of 2.5 M parameters on scikit-learn's digits, at 16 x 16 pixels."""
+
+    metric = "loss"
+    learning_rate = 1e-3
+    GLOBAL_BATCH = 128
+    HELD_OUT = 297  # of 1797
+
+    def __init__(self, cache: Path) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.from_numpy(digits.images.astype(np.float32) / 16)[:, None]
+        self._images = functional.interpolate(images, scale_factor=2.0)
+        self._labels = torch.from_numpy(digits.target.astype(np.int64))
+        shuffled = np.random.default_rng(0).permutation(len(self._labels))
+        self._test = shuffled[: self.HELD_OUT][hvd.rank() :: hvd.size()]
+        self._train = shuffled[self.HELD_OUT :]
+
+    def build(self) -> nn.Module:
+        layers: list[nn.Module] = []
+        channels = 1
+        for width in (32, 64, 128):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = width
+        layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 10))
+
+    def batch(self, step: int) -> Batch:
+        return self._pair(self._train[order(len(self._train), self.GLOBAL_BATCH, step)])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module) -> float:
+        return _mean_loss(self, model, self._pair(self._test))
+
+    def _pair(self, rows: np.ndarray) -> Batch:
+        return self._images[rows], self._labels[rows]
+
+
+def _mean_loss(workload: Workload, model: nn.Module, batch: Batch) -> float:
+    """The loss of held-out samples over all ranks, whose shares may differ in size."""
+    with torch.no_grad():
+        loss, count = workload.loss(model, batch), len(batch[0])
+    total = torch.stack([loss * count, torch.tensor(float(count))])
+    total = hvd.allreduce(total, op=hvd.Sum, name="test.loss")
+    return float(total[0] / total[1])
+
+
+WORKLOADS: dict[str, type] = {
+    "deeplight": DeepLight,
+    "transformer": Transformer,
+    "convnet": ConvNet,
+}

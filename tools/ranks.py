@@ -1,0 +1,49 @@
+"""How examples and benchmarks start their ranks: on the hosts of a testbed, or over loopback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .testbed import Testbed
+
+LOOPBACK = "lo"  # the interface that ranks of one host use
+
+
+def mpirun(bed: Testbed | None, ranks: int) -> list[str]:
+    """Return the words that start the command after them in `ranks` ranks.
+
+    On a testbed they are spread evenly over its hosts, as many on each. Raises SystemExit if there
+    is no mpirun.
+    """
+    beside = Path(sys.executable).parent / "mpirun"  # a virtual environment that is not activated
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise SystemExit("mpirun was not found; `make setup` installs it into .venv")
+    if bed:
+        if ranks % bed.hosts:
+            raise ValueError(f"mpirun: ranks must be a multiple of {bed.hosts} hosts, got {ranks}")
+        return bed.command(0, [found, *bed.mpirun_args(ranks // bed.hosts)])
+    # Ranks that wait give their core to those that compute: here there are fewer cores than ranks.
+    local = ["-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    local += ["--mca", "mpi_yield_when_idle", "1"]
+    # Over TCP, as between hosts, and not through shared memory, so that the bytes can be counted.
+    local += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self"]
+    local += ["--mca", "btl_tcp_if_include", LOOPBACK]
+    return [found, *local]
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment, with what ranks that share few cores need."""
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",  # more ranks than cores already
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    if os.geteuid() == 0:  # Open MPI wants to be told twice
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return variables
