@@ -363,8 +363,9 @@ def _operations(sizes: Sequence[float], cluster: Cluster) -> float:
     return started + sum(map(cluster.allreduce, messages))
 
 
-def _sent(size: float, cluster: Cluster) -> float:
-    return 2 * (cluster.ranks - 1) / cluster.ranks * size
+def sent_bytes(size: float, ranks: int) -> float:
+    """Bytes that a rank sends when `size` bytes are reduced: 2(n-1)/n times as many."""
+    return 2 * (ranks - 1) / ranks * size
 
 
 def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
@@ -374,7 +375,7 @@ def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
     if element_bytes == FLOAT16_BYTES:
         cast = 2 * (FLOAT32_BYTES + FLOAT16_BYTES) * total / cluster.kernels.cast
     network = _operations([element_bytes * size for size in sizes], cluster)
-    return Cost(network + cast, cast, _sent(element_bytes * total, cluster))
+    return Cost(network + cast, cast, sent_bytes(element_bytes * total, cluster.ranks))
 
 
 def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
@@ -413,7 +414,7 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
         network += sum(cluster.alltoall(size) + cluster.allgather(size) for size in payloads)
 
     seconds = measure + norms + tokens + pipelined(compute, network, len(payloads))
-    sent = _sent(payload + sum(norm_bytes) + TOKEN_BYTES * len(sizes), cluster)
+    sent = sent_bytes(payload + sum(norm_bytes) + TOKEN_BYTES * len(sizes), cluster.ranks)
     return Cost(seconds, measure + compute, sent)
 
 

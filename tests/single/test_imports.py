@@ -24,6 +24,7 @@ LIGHT = [
     "gq_horovod.frontend",
     "gq_horovod.model",
     "gq_horovod.pipeline",
+    "gq_horovod.theory",
     "gq_horovod.token",
     "mpi_ops",
     "mpi_ops.codec",
@@ -97,8 +98,8 @@ def test_mpi_ops_knows_no_framework(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("__init__", "agreement", "baselines", "cli", "code_length", "config", "frontend"),
-        *("model", "mpi", "pipeline", "token"),
+        *("__init__", "agreement", "auto", "baselines", "cli", "code_length", "config"),
+        *("frontend", "model", "mpi", "pipeline", "theory", "token"),
     ],
 )
 def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:
