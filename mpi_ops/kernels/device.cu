@@ -357,7 +357,8 @@ GQ_HD void store_rounded(const float sums[kGroupRows], float factor, const Rando
 #pragma unroll
   for (int h = 0; h < kGroupRows; ++h) {
     const int k = h % kPerByte;
-    const float mean = sums[h] * factor;
+    // The host adds 4-bit codes as integers, which have one zero: none of a sum's has a sign.
+    const float mean = kBits == 4 ? sums[h] * factor + 0.0f : sums[h] * factor;
     byte |= encode_exponential<kBits>(mean, bits_of(mean), kOneBits, random_bits(words[h / 2], h))
             << (kBits * k);
     if (k == kPerByte - 1) {

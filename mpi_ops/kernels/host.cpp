@@ -381,12 +381,69 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
   }
 }
 
+// The same for 4-bit codes, not keyed. Their levels are integers in units of the smallest one,
+// which one look-up decodes for 32 codes, and sums of integers are those of floats, as exact.
+GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
+                                  float factor, const Random& random, uint8_t* out) {
+  constexpr int kByteRows = kGroupRows / 2;
+  constexpr int kGroupBytes = kByteRows * kRow;
+  alignas(16) uint8_t units[16];
+  for (int code = 0; code < 16; ++code)
+    units[code] = static_cast<uint8_t>(
+        static_cast<int8_t>(decode_exponential<4>(code) / decode_exponential<4>(1)));
+  for (int64_t begin = 0, group = 0; begin < bytes; begin += kGroupBytes, ++group) {
+    const int64_t left = bytes - begin;
+    uint8_t padded[kGroupBytes];
+    alignas(64) int32_t sums[kGroupRows][kRow] = {};
+    for (int i = 0; i < inputs; ++i) {
+      prefetch<kGroupBytes>(codes[i] + begin);
+      const uint8_t* from = padded_group<kGroupBytes>(codes[i] + begin, left, padded);
+      alignas(64) uint8_t decoded[kGroupRows * kRow];
+      for (int p = 0; p < kByteRows; ++p) {
+        for (int j = 0; j < kRow; ++j) decoded[2 * p * kRow + j] = nibble(from[p * kRow + j], 0);
+        for (int j = 0; j < kRow; ++j)
+          decoded[(2 * p + 1) * kRow + j] = nibble(from[p * kRow + j], 1);
+      }
+      look_up(units, decoded, sizeof decoded);
+      for (int h = 0; h < kGroupRows; ++h) {
+        alignas(64) int32_t widened[kRow];
+        widen_row(decoded + h * kRow, widened);
+        for (int j = 0; j < kRow; ++j) sums[h][j] += widened[j];
+      }
+    }
+    alignas(64) uint32_t words[4][kRow];
+    random_group(random, static_cast<uint64_t>(group), words);
+    uint8_t* to = left < kGroupBytes ? padded : out + begin;
+#pragma GCC unroll 4
+    for (int p = 0; p < kByteRows; ++p) {
+      alignas(64) uint32_t packed[kRow];
+      for (int j = 0; j < kRow; ++j) {
+        uint32_t byte = 0;
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const int h = 2 * p + k;
+          const float sum = static_cast<float>(sums[h][j]) * decode_exponential<4>(1);
+          const float mean = sum * factor;
+          byte |=
+              encode_exponential<4>(mean, bits_of(mean), kOneBits, random_bits(words[h / 2][j], h))
+              << (4 * k);
+        }
+        packed[j] = byte;
+      }
+      narrow_row(packed, to + p * kRow);
+    }
+    if (left < kGroupBytes) __builtin_memcpy(out + begin, padded, static_cast<size_t>(left));
+  }
+}
+
 // The operation of MPI for 4-bit codes: a Philox block to sixteen codes in place of eight, and
 // bytes in place of floats. Random byte i of a group is that of the low half of code byte i, random
 // byte kBytes + i that of its high half; a word's first byte is its lowest.
 GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
                                const Random& random) {
   constexpr int kBytes = kGroupRows * kRow;
+  alignas(16) uint8_t table[16];
+  for (uint8_t i = 0; i < 16; ++i) table[i] = addition_limit(i);
   for (int64_t begin = 0, group = 0; begin < bytes; begin += kBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[2][kBytes];
@@ -402,7 +459,7 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
       const uint8_t* numbers = reinterpret_cast<const uint8_t*>(words) + half * kBytes;
       for (int i = 0; i < kBytes; ++i)
         limits[i] = addition_case(nibble(a[i], half), nibble(b[i], half));
-      look_up_limits(limits, kBytes);
+      look_up(table, limits, kBytes);
       for (int i = 0; i < kBytes; ++i) {
         const uint8_t sum =
             add_codes(nibble(a[i], half), nibble(b[i], half), limits[i], numbers[i]);
@@ -516,12 +573,10 @@ GQ_EXPORT(gq_reduce_exponential)
   const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
   if (bits == 8 && inputs == 2)
     reduce_exponential_rows<8, 2, false>(codes, inputs, bytes, factor, generator, out);
-  else if (bits == 4 && inputs == 2)
-    reduce_exponential_rows<4, 2, false>(codes, inputs, bytes, factor, generator, out);
   else if (bits == 8)
     reduce_exponential_rows<8, 0, false>(codes, inputs, bytes, factor, generator, out);
   else if (bits == 4)
-    reduce_exponential_rows<4, 0, false>(codes, inputs, bytes, factor, generator, out);
+    reduce_packed_rows(codes, inputs, bytes, factor, generator, out);
   else
     return kStatusBadBits;
   return kStatusOk;

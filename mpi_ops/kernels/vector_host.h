@@ -65,22 +65,17 @@ GQ_HD void stream_copy(void* to, const void* from, int bytes) {
 }
 GQ_HD void stream_fence() { _mm_sfence(); }
 
-// `addition_limit` of a multiple of 64 cases, in place.
-GQ_HD void look_up_limits(uint8_t* cases, int count) {
-  alignas(16) uint8_t table[16];
-  for (int i = 0; i < 16; ++i) table[i] = addition_limit(static_cast<uint8_t>(i));
-#if defined(__AVX512BW__)
-  const __m512i limits = _mm512_broadcast_i32x4(*reinterpret_cast<const __m128i*>(table));
-  for (int i = 0; i < count; i += 64)
-    _mm512_storeu_si512(cases + i, _mm512_shuffle_epi8(limits, _mm512_loadu_si512(cases + i)));
-#elif defined(__AVX2__)
-  const __m256i limits = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(table));
+// Replaces each of a multiple of 32 bytes below 16 by its place in a table of 16 bytes.
+GQ_HD void look_up(const uint8_t* table, uint8_t* bytes, int count) {
+#if defined(__AVX2__)
+  const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  const __m256i both = _mm256_broadcastsi128_si256(half);
   for (int i = 0; i < count; i += 32) {
-    __m256i* at = reinterpret_cast<__m256i*>(cases + i);
-    _mm256_storeu_si256(at, _mm256_shuffle_epi8(limits, _mm256_loadu_si256(at)));
+    __m256i* at = reinterpret_cast<__m256i*>(bytes + i);
+    _mm256_storeu_si256(at, _mm256_shuffle_epi8(both, _mm256_loadu_si256(at)));
   }
 #else
-  for (int i = 0; i < count; ++i) cases[i] = table[cases[i]];
+  for (int i = 0; i < count; ++i) bytes[i] = table[bytes[i]];
 #endif
 }
 
@@ -114,7 +109,12 @@ GQ_HD Wide multiply_low32(Wide a, Wide b) {
 GQ_HD Wide interleave(Wide even, Wide odd) { return (even & 0xffffffffu) | (odd << 32); }
 
 GQ_HD void random_group(const Random& random, uint64_t group, uint32_t (*words)[kRow]) {
-  constexpr int kVectors = 4;  // in flight together: two pairs of even and odd columns
+  // In flight together, in pairs of even and odd columns: as many as the registers hold.
+#if defined(__AVX512F__)
+  constexpr int kVectors = 4;
+#else
+  constexpr int kVectors = 2;
+#endif
   const uint64_t first = group * kRow;
   Wide even_columns = {};
   for (int i = 0; i < kLanes64; ++i) even_columns[i] = 2 * static_cast<uint64_t>(i);
@@ -170,8 +170,8 @@ GQ_HD void stream_copy(void* to, const void* from, int bytes) {
 }
 GQ_HD void stream_fence() {}
 
-GQ_HD void look_up_limits(uint8_t* cases, int count) {
-  for (int i = 0; i < count; ++i) cases[i] = addition_limit(cases[i]);
+GQ_HD void look_up(const uint8_t* table, uint8_t* bytes, int count) {
+  for (int i = 0; i < count; ++i) bytes[i] = table[bytes[i]];
 }
 
 GQ_HD void random_group(const Random& random, uint64_t group, uint32_t (*words)[kRow]) {
