@@ -32,6 +32,7 @@ BASELINE = "Horovod float32"
 
 
 # Name -> (bytes per element, one Allreduce of `count` elements).
+Levels = Literal["standard", "exponential", "two-hop"]
 Methods = dict[str, tuple[float, Callable[[], object]]]
 
 
@@ -56,7 +57,7 @@ def horovod_methods(array: Any) -> Methods:
         "Horovod float16": (2, lambda: hvd.allreduce(half, name="float16")),
     }
     for transport, label in (("horovod", "GlobalQSGD"), ("mpi", "GlobalQSGD over mpi")):
-        for levels in ("standard", "exponential"):
+        for levels in ("standard", "exponential", "two-hop"):
             for bits in (8, 4):
                 name = f"{label}, {levels} {bits} bit"
                 call = compressed(name, levels=levels, bits=bits, transport=transport)
@@ -73,7 +74,7 @@ def mpi_methods(array: Any) -> Methods:
     comm = MPI.COMM_WORLD
     result = np.empty_like(array)
 
-    def compressed(levels: Literal["standard", "exponential"], bits: int) -> Callable[[], object]:
+    def compressed(levels: Levels, bits: int) -> Callable[[], object]:
         return lambda: allreduce(array, comm, levels=levels, bits=bits, out=result)
 
     return {
@@ -82,6 +83,8 @@ def mpi_methods(array: Any) -> Methods:
         "mpi_ops standard 4 bit": (0.5, compressed("standard", 4)),
         "mpi_ops exponential 8 bit": (1, compressed("exponential", 8)),
         "mpi_ops exponential 4 bit": (0.5, compressed("exponential", 4)),
+        "mpi_ops two-hop 8 bit": (1, compressed("two-hop", 8)),
+        "mpi_ops two-hop 4 bit": (0.5, compressed("two-hop", 4)),
     }
 
 

@@ -90,7 +90,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 } | {
     f"{levels}-{bits}{suffix}": _ours(levels, bits, transport)
     for transport, suffix in (("horovod", ""), ("mpi", "-mpi"))
-    for levels in ("standard", "exponential")
+    for levels in ("standard", "exponential", "two-hop")
     for bits in (8, 4)
 }
 

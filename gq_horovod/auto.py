@@ -5,7 +5,7 @@ and the backward pass share cores, and communication hides behind computation, m
 (docs/advisor.md has how far a model of the parts is off). So each setting is used for some steps in
 turn, and the times between the steps' first gradients are compared: first of all settings, then,
 for longer, of the fastest ones and of no compression. A setting is a way (Horovod alone, float16,
-standard or exponential levels) and the tensor size from which on it is used.
+standard or two-hop levels) and the tensor size from which on it is used.
 
 Ranks agree on the slowest rank's times, so all take the same decision. Which setting a tensor has
 is a function of its name's number of reductions, so ranks whose hooks fire in different orders
@@ -63,7 +63,7 @@ def settings(config: Config, world_size: int) -> list[Way]:
     least = max(config.min_elements, 1)
     quantizing = [
         Way(levels, replace(config, levels=levels).plan(world_size), min_elements=factor * least)
-        for levels in ("standard", "exponential")
+        for levels in ("standard", "two-hop")
         for factor in THRESHOLD_FACTORS
     ]
     return [NONE, Way("fp16", half=True), *quantizing]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme
+from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
 __all__ = ["Config", "ConfigMismatchError", "Plan"]
 
@@ -38,7 +38,7 @@ class Config(Scheme):
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""
         if self.levels == "auto":
-            expected = f"{' or '.join(map(repr, Scheme.LEVELS))} for a plan"
+            expected = f"{one_of(Scheme.LEVELS)} for a plan"
             self._fail("levels", expected, "auto", "replace them by one of those")
         return super().plan(world_size)
 

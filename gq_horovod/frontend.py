@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar, Literal
 
+from mpi_ops.scheme import Scheme, one_of
+
 from .config import AUTO, DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
 
 __all__ = [
@@ -89,7 +91,9 @@ class Compression(Frontend):
     Pass the class itself for the defaults, or an instance.
     """
 
-    TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)  # those that the framework's class has
+    # Those that the framework's class has.
+    TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
+    LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -101,7 +105,7 @@ class Compression(Frontend):
     def __init__(
         self,
         *,
-        levels: Literal["standard", "exponential", "auto"] = "standard",
+        levels: Literal["standard", "exponential", "two-hop", "auto"] = "standard",
         bits: int | None = None,
         block_size: int | Literal["auto"] | None = "auto",
         norm: Literal["max", "l2"] = "max",
@@ -113,11 +117,13 @@ class Compression(Frontend):
         """Configure it.
 
         Arguments:
-            levels: "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers
-                of two, an error that does not grow with the number of ranks). "auto" tries both,
-                float16 and no compression on the first 99 steps, and then stays with what was
-                fastest (PyTorch only; see gq_horovod.auto).
-            bits: bits per element on the wire, 2 to 16 (standard), 4 or 8 (exponential). None takes
+            levels: "standard" (evenly spaced levels, summed by Allreduce), "exponential" (powers of
+                two, an error that does not grow with the number of ranks) or "two-hop" (evenly
+                spaced levels, by Alltoall and Allgather, the most accurate at its width for any
+                number of ranks). "auto" tries standard and two-hop levels, float16 and no
+                compression on the first 99 steps, and then stays with what was fastest (PyTorch
+                only; see gq_horovod.auto).
+            bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
                 "auto" takes 256, and None for 8-bit exponential levels.
@@ -140,11 +146,15 @@ class Compression(Frontend):
             seed=seed,
             transport=transport,
         )
-        if transport not in self.TRANSPORTS:
-            raise ValueError(
-                f"GlobalQSGD: transport must be {' or '.join(map(repr, self.TRANSPORTS))} with "
-                f"{self.HVD.__name__}, got {transport!r}; leave it out."
-            )
+        for argument, value, choices in (
+            ("transport", transport, self.TRANSPORTS),
+            ("levels", levels, self.LEVELS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"GlobalQSGD: {argument} must be {one_of(choices)} with {self.HVD.__name__}, "
+                    f"got {value!r}; leave it out."
+                )
         super().__init__(config, process_set)
 
 

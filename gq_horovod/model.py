@@ -251,6 +251,8 @@ NONE = Method("none", "compression=hvd.Compression.none")
 FP16 = Method("fp16", "compression=hvd.Compression.fp16", element_bytes=FLOAT16_BYTES)
 STANDARD = _global_qsgd("standard", Config())
 EXPONENTIAL = _global_qsgd("exponential", Config(levels="exponential"))
+TWO_HOP = _global_qsgd("two-hop", Config(levels="two-hop"))
+TWO_HOP_MPI = _global_qsgd("two-hop, mpi", Config(levels="two-hop", transport="mpi"))
 STANDARD_MPI = _global_qsgd("standard, mpi", Config(transport="mpi"))
 EXPONENTIAL_MPI = _global_qsgd("exponential, mpi", Config(levels="exponential", transport="mpi"))
 METHODS = (
@@ -260,12 +262,20 @@ METHODS = (
     _global_qsgd("standard 4 bit", Config(bits=4), recommended=False),
     EXPONENTIAL,
     _global_qsgd("exponential 4 bit", Config(levels="exponential", bits=4), recommended=False),
+    TWO_HOP,
+    _global_qsgd("two-hop 4 bit", Config(levels="two-hop", bits=4), recommended=False),
     STANDARD_MPI,
     _global_qsgd("standard 4 bit, mpi", Config(bits=4, transport="mpi"), recommended=False),
     EXPONENTIAL_MPI,
     _global_qsgd(
         "exponential 4 bit, mpi",
         Config(levels="exponential", bits=4, transport="mpi"),
+        recommended=False,
+    ),
+    TWO_HOP_MPI,
+    _global_qsgd(
+        "two-hop 4 bit, mpi",
+        Config(levels="two-hop", bits=4, transport="mpi"),
         recommended=False,
     ),
 )
@@ -289,10 +299,11 @@ def chunk_bytes(count: int, plan: Plan, transport: str) -> tuple[int, ...]:
     sizes = []
     for chunk in chunks(count, norms, plan, wanted):
         elements = chunk.stop - chunk.start
-        if plan.levels == "standard" and transport == "horovod":
+        if plan.in_flight and transport == "horovod":
             sizes.append(codec.payload_size(elements, plan) * item)
-        else:  # as many whole rows for every rank
-            sizes.append(codec.shard_size(elements, plan) * plan.world_size * item)
+        else:  # as many whole rows for every rank; two hops, the second with norms of its own
+            hops = (codec.shard_size(elements, plan), codec.reduced_size(elements, plan))
+            sizes.append(sum(hops) * plan.world_size * item // 2)
     return tuple(sizes)
 
 
@@ -401,12 +412,16 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     compute = moved / kernels.quantize + moved / kernels.dequantize
     if plan.levels == "exponential":  # reads n shares, writes one
         compute += payload * (1 + 1 / n) / kernels.reduce
+    elif plan.levels == "two-hop":  # n shares decoded and added in the cache; one measured, rounded
+        share = FLOAT32_BYTES * elements / n
+        compute += moved / kernels.dequantize + 3 * share * (n - 1) / kernels.sum
+        compute += share / kernels.norm + moved / n / kernels.quantize
     elif config.transport == "mpi":  # n - 1 additions to a share
         compute += 3 * payload * (n - 1) / n / kernels.sum
 
     if config.transport == "mpi":
         network = 2 * sum(map(cluster.messages, payloads))
-    elif plan.levels == "standard":
+    elif plan.in_flight:
         network = _operations(payloads, cluster)
     else:
         started = cluster.cycle_time + len(payloads) * cluster.operation_overhead

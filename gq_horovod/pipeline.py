@@ -52,10 +52,10 @@ class Collectives(Protocol):
     def allreduce_sum(self, array: Array, name: str) -> Handle:
         """Element-wise sum over ranks of int32 or float32; may overwrite `array`."""
 
-    def alltoall(self, array: NDArray[np.uint8], name: str) -> Handle:
+    def alltoall(self, array: Array, name: str) -> Handle:
         """Piece i of rank j becomes piece j of rank i; pieces are equal parts of `array`."""
 
-    def allgather(self, array: NDArray[np.uint8], name: str) -> Handle:
+    def allgather(self, array: Array, name: str) -> Handle:
         """The arrays of all ranks, one after the other."""
 
 
@@ -152,14 +152,18 @@ def standard(
         deliver(chunk, (yield handle))
 
 
-def exponential(task: Task, deliver: Deliver) -> Reduction:
-    """Codes of powers of two: each rank reduces one shard of all ranks' codes with one rounding."""
+def by_shares(task: Task, deliver: Deliver) -> Reduction:
+    """Codes that Allreduce cannot add: each rank reduces one share of all ranks' with one rounding.
+
+    Two hops: Alltoall of codes, Allgather of the reduced shares.
+    """
     plan = task.plan
     norms = yield from global_norms(task)
     received = []
     for chunk in task.chunks(norms):
         x = chunk.of(task.x)
-        codes = np.empty(codec.shard_size(x.size, plan) * plan.world_size, dtype=np.uint8)
+        size = codec.shard_size(x.size, plan) * plan.world_size
+        codes = np.empty(size, dtype=codec.payload_dtype(plan))
         random = task.dither(chunk.index, Stage.QUANTIZE)
         codec.quantize(x, chunk.norms, plan, random, out=codes)
         name = f"{task.name}.codes.{chunk.index}"
@@ -168,9 +172,10 @@ def exponential(task: Task, deliver: Deliver) -> Reduction:
     for chunk, handle in received:
         pieces = yield handle
         random = task.dither(chunk.index, Stage.REDUCE)
-        shard = codec.reduce(np.split(pieces, plan.world_size), plan, random)
+        own = codec.norms_of_share(chunk.norms, chunk.stop - chunk.start, task.rank, plan)
+        share = codec.reduce(np.split(pieces, plan.world_size), plan, random, norms=own)
         name = f"{task.name}.mean.{chunk.index}"
-        means.append((chunk, task.collectives.allgather(shard, name)))
+        means.append((chunk, task.collectives.allgather(share, name)))
     for chunk, handle in means:
         deliver(chunk, (yield handle))
 
@@ -195,7 +200,11 @@ def exchange(task: Task, deliver: Deliver) -> Reduction:
     yield task.exchanges.start(number, task.x, norms, task.plan, task.dither, deliver)
 
 
-METHODS = {"standard": Method(standard), "exponential": Method(exponential)}
+METHODS = {
+    "standard": Method(standard),
+    "exponential": Method(by_shares),
+    "two-hop": Method(by_shares),
+}
 
 
 def method(task: Task) -> Method:

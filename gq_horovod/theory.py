@@ -124,7 +124,7 @@ def quantization_variance(gradients: ArrayLike, plan: Plan) -> Array:
     (norm/n)²·Σ_i v(x_i/norm), with v = f(1-f)/s² for standard levels and
     v = (high-|y|)(|y|-low) for exponential ones. With standard levels this is all the error of the
     mean, since their codes are added exactly; its sum over the elements is the expected squared
-    error, with one norm or with blocks. Exponential levels round once more: `mean_bound`.
+    error, with one norm or with blocks. The others round once more: `mean_bound`.
 
     Args:
         gradients: float32 of shape (ranks, elements), finite; not modified.
@@ -136,7 +136,7 @@ def quantization_variance(gradients: ArrayLike, plan: Plan) -> Array:
     x = _checked("quantization_variance", gradients, plan)
     norms = element_norms(x, plan)
     y = _in_norms(x, norms)
-    if plan.levels == "standard":
+    if plan.levels != "exponential":
         variance = standard_variance(y * plan.level_count) / plan.level_count**2
     else:
         variance = exponential_variance(y, plan.bits)
@@ -159,9 +159,12 @@ def mean_bound(gradients: ArrayLike, plan: Plan) -> Array:
     Standard levels: exact, `quantization_variance` V. Exponential levels: the n codes are averaged
     and rounded once, so V + E[v(M)] <= V + (mean² + V)/8 + norm²·min(2S²/9, S·Σ|y_i|/n), S the
     smallest level: one factor of 9/8, whatever n is. For one rank the mean is a level already, and
-    the result is V. Arguments, result and errors as in `quantization_variance`.
+    the result is V. Two-hop levels: V + norm²/(4s²), since the mean's own norm is at most the
+    norm. Arguments, result and errors as in `quantization_variance`.
     """
     variance = quantization_variance(gradients, plan)
+    if plan.levels == "two-hop":
+        return variance + standard_bound(element_norms(gradients, plan), plan.level_count, 1)
     if plan.levels == "standard" or plan.world_size == 1:
         return variance
     x = _checked("mean_bound", gradients, plan)
@@ -268,9 +271,10 @@ def theta(plan: Plan, count: int) -> float:
     c = max(1, √(nB)/(2s)), which is √(nB)/s-1 for few levels.
     Exponential levels of one rounding: max(1/8, the same with s = 1/S), S the smallest level; times
     9/8, plus 2n²BS²/9, for the second. L2 norm: with c >= 9/8.
+    Two-hop levels: as standard ones, times 1 + ρ.
     """
     n, block = plan.world_size, min(plan.block_for(count), count)
-    standard = plan.levels == "standard"
+    standard = plan.levels != "exponential"
     level = 1 / plan.level_count if standard else smallest_level(plan.bits)
     least = 0.0 if standard else EXPONENTIAL_WORST
     many = n * block * level**2  # nB/s²
@@ -279,13 +283,21 @@ def theta(plan: Plan, count: int) -> float:
         first = c - 1 + many / (4 * c)
     else:
         first = max(least, (math.sqrt(1 + max(many - level**2, 0.0)) - 1) / 2)
-    if standard or n == 1:
+    if standard:
+        return first * (1 + rho(plan, count))
+    if n == 1:
         return first
     return HOP_FACTOR * first + 2 / 9 * n * many
 
 
-def rho(plan: Plan) -> float:
-    """Relative variance that does not fall with n: 1/8 where the mean itself is rounded, else 0."""
+def rho(plan: Plan, count: int) -> float:
+    """Relative variance that does not fall with n, of rounding the mean of `count` elements itself.
+
+    Exponential levels: 1/8. Two-hop levels: B/(4s²), since the square of a block's norm is at most
+    the sum of its squares, for B elements of at most norm²/(4s²) each. Standard levels: 0.
+    """
+    if plan.levels == "two-hop":
+        return min(plan.block_for(count), count) / (4 * plan.level_count**2)
     return EXPONENTIAL_WORST if plan.levels == "exponential" and plan.world_size > 1 else 0.0
 
 

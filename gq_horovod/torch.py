@@ -50,7 +50,7 @@ from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
 from .auto import Trials
-from .config import ConfigMismatchError, Plan
+from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
 from .pipeline import Array, Exchanges, InFlight, Method, Pipeline, Task
 
@@ -99,11 +99,11 @@ class _Collectives:
         tensor = torch.from_numpy(array)
         return _Handle(hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set))
 
-    def alltoall(self, array: NDArray[np.uint8], name: str) -> _Handle:
+    def alltoall(self, array: Array, name: str) -> _Handle:
         tensor = torch.from_numpy(array)
         return _Handle(hvd.alltoall_async(tensor, name=name, process_set=self.process_set))
 
-    def allgather(self, array: NDArray[np.uint8], name: str) -> _Handle:
+    def allgather(self, array: Array, name: str) -> _Handle:
         tensor = torch.from_numpy(array)
         return _Handle(hvd.allgather_async(tensor, name=name, process_set=self.process_set))
 
@@ -381,6 +381,7 @@ class GlobalQSGD(TorchFrontend, Compression):
     """
 
     TRANSPORTS = ("horovod", "mpi")
+    LEVELS = Config.LEVELS
 
 
 def _mpi_problem() -> str | None:

@@ -1,15 +1,16 @@
 """The stages of a reduction that compute: norm, quantize, reduce, dequantize, for a given plan.
 
 Every transport is made of these four and of its own communication. A *payload* is what travels:
-int32 words of lanes (standard levels) or bytes of codes (exponential levels). Norms and payloads
-are NumPy arrays, wherever the tensor lies: a tensor on a GPU is measured, quantized and dequantized
-there, on CuPy's current stream, and only what travels passes through host memory. A stage is
-complete when its function returns. What writes the tensor must be complete before, or on that
-stream.
+int32 words of lanes (standard and two-hop levels) or bytes of codes (exponential levels). Norms and
+payloads are NumPy arrays, wherever the tensor lies: a tensor on a GPU is measured, quantized and
+dequantized there, on CuPy's current stream, and only what travels passes through host memory. A
+stage is complete when its function returns. What writes the tensor must be complete before, or on
+that stream.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from .scheme import Plan
 Norms = NDArray[np.int32]
 Payload = NDArray[Any]  # int32 or uint8, see payload_dtype
 
+_INFINITY = 0x7F800000  # bit pattern of the smallest norm that is not finite
+
 
 def kernels_for(tensor: Buffer) -> Kernels:
     """The kernels of the memory in which a tensor lies."""
@@ -36,20 +39,48 @@ def kernels_for(tensor: Buffer) -> Kernels:
 
 def payload_dtype(plan: Plan) -> np.dtype[Any]:
     """Element type of a payload."""
-    return np.dtype(np.int32 if plan.levels == "standard" else np.uint8)
+    return np.dtype(np.uint8 if plan.levels == "exponential" else np.int32)
 
 
 def payload_size(count: int, plan: Plan) -> int:
     """Elements of the payload of `count` elements."""
-    if plan.levels == "standard":
-        return lanes.standard_words(count, plan.bits)
-    return lanes.exponential_bytes(count, plan.bits)
+    if plan.levels == "exponential":
+        return lanes.exponential_bytes(count, plan.bits)
+    return lanes.standard_words(count, plan.bits)
+
+
+def _row_elements(plan: Plan) -> int:
+    """Elements that a row of the payload stands for."""
+    return lanes.ROW * (8 * payload_dtype(plan).itemsize // plan.bits)
+
+
+def share_elements(count: int, plan: Plan) -> int:
+    """Elements whose codes each of plan.world_size ranks reduces: the same for all, a few too many.
+
+    Whole rows of the payload; and whole blocks where a share has norms of its own.
+    """
+    unit = _row_elements(plan)
+    if plan.levels == "two-hop":
+        unit = math.lcm(unit, plan.block_size or lanes.ROW)
+    return -(-count // (unit * plan.world_size)) * unit
 
 
 def shard_size(count: int, plan: Plan) -> int:
-    """Payload elements that each of plan.world_size ranks reduces: whole rows, the same for all."""
-    rows = payload_size(count, plan) // lanes.ROW
-    return -(-rows // plan.world_size) * lanes.ROW
+    """Payload elements that each of plan.world_size ranks reduces."""
+    return share_elements(count, plan) // _row_elements(plan) * lanes.ROW
+
+
+def reduced_size(count: int, plan: Plan) -> int:
+    """Payload elements of a reduced share: its norms, if it has its own, and its codes."""
+    return _share_norms(count, plan) + shard_size(count, plan)
+
+
+def _share_norms(count: int, plan: Plan) -> int:
+    """Norms that a reduced share of a tensor of `count` elements brings with it."""
+    if plan.levels != "two-hop":
+        return 0
+    share = share_elements(count, plan)
+    return lanes.blocks(share, plan.block_for(share))
 
 
 def norms(x: Buffer, plan: Plan) -> Norms:
@@ -81,7 +112,7 @@ def quantize(
     payload = out[:size]
     with kernels.on_device_of(x):
         staged = kernels.staging(payload)
-        if plan.levels == "standard":
+        if plan.levels != "exponential":
             kernels.quantize_standard(
                 x,
                 kernels.upload(norms),
@@ -109,33 +140,114 @@ def reduce(
     plan: Plan,
     dither: NDArray[np.uint32],
     out: Payload | None = None,
+    norms: Norms | None = None,
 ) -> Payload:
-    """Standard: the exact sum of the lanes. Exponential: the mean, rounded once with `dither`."""
+    """What becomes of one share of all ranks' codes, as `dequantize` takes it.
+
+    Standard: the exact sum of the lanes. Exponential: the mean, rounded once with `dither`.
+    Two-hop: the norms of the mean's blocks, and the mean rounded by them; takes the `norms` of the
+    share (see `norms_of_share`).
+    """
     if plan.levels == "standard":
         total: Payload = np.add.reduce(pieces, axis=0, dtype=np.int32, out=out)
         return total
+    if plan.levels == "two-hop":
+        assert norms is not None
+        return _requantize(list(pieces), norms, plan, dither, out)
     reduced: Payload = host.reduce_exponential(
         list(pieces), bits=plan.bits, factor=1.0 / plan.world_size, dither=dither, out=out
     )
     return reduced
 
 
-def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
-    """Write the mean over ranks that a reduced payload stands for to `out`."""
-    kernels = kernels_for(out)
-    payload = payload[: payload_size(out.size, plan)]
-    block_size = plan.block_for(out.size)
-    with kernels.on_device_of(out):
-        if plan.levels == "standard":
-            kernels.dequantize_standard(
-                kernels.upload(payload),
-                kernels.upload(norms),
-                out,
-                block_size=block_size,
+def norms_of_share(norms: Norms, count: int, rank: int, plan: Plan) -> Norms:
+    """The norms of the share that `rank` reduces, out of those of a tensor of `count` elements.
+
+    Of what lies beyond the tensor they are zero, as are its codes.
+    """
+    if plan.block_size is None:
+        return norms
+    size = share_elements(count, plan) // plan.block_size
+    own = np.zeros(size, dtype=np.int32)
+    there = norms[rank * size : (rank + 1) * size]
+    own[: there.size] = there
+    return own
+
+
+# Elements that are decoded at a time: 256 KB of float32, so that a mean stays in a core's cache.
+_PIECE_ELEMENTS = 1 << 16
+
+
+def _requantize(
+    pieces: list[Payload],
+    norms: Norms,
+    plan: Plan,
+    dither: NDArray[np.uint32],
+    out: Payload | None,
+) -> Payload:
+    """Decode all ranks' codes of a share, and quantize their mean.
+
+    Each rank's part of the mean is decoded and added in the ranks' order, in float32; what is
+    rounded is within a few units in the last place of the mean of what the codes stand for.
+    """
+    row, block = _row_elements(plan), plan.block_size
+    count = pieces[0].size // lanes.ROW * row
+    mean = np.empty(count, dtype=np.float32)
+    unit = math.lcm(row, block or row)
+    step = max(_PIECE_ELEMENTS // unit, 1) * unit
+    scratch = np.empty(min(step, count), dtype=np.float32)
+    for begin in range(0, count, step):
+        own = mean[begin : begin + step]
+        part = scratch[: own.size]
+        words = slice(begin // row * lanes.ROW, (begin + own.size) // row * lanes.ROW)
+        blocks = norms if block is None else norms[begin // block : (begin + own.size) // block]
+        for rank, piece in enumerate(pieces):
+            host.dequantize_standard(
+                piece[words],
+                blocks,
+                Buffer.of(own if rank == 0 else part),
+                block_size=plan.block_for(own.size),
                 bits=plan.bits,
-                divisor=plan.level_count * plan.world_size,
+                divisor=plan.level_count * len(pieces),
             )
-        else:
+            if rank > 0:
+                with np.errstate(over="ignore"):  # at the largest float; it is a level all the same
+                    np.add(own, part, out=own)
+    buffer, block_size = Buffer.of(mean), plan.block_for(count)
+    number = lanes.blocks(count, block_size)
+    if out is None:
+        out = np.empty(number + pieces[0].size, dtype=np.int32)
+    own_norms, codes = out[:number], out[number:]
+    measure = host.l2norm if plan.norm == "l2" else host.absmax
+    measure(buffer, block_size, out=own_norms)
+    # No mean exceeds the norm that it was decoded with, but for rounding, which must not make Inf.
+    finite = norms < _INFINITY
+    np.minimum(own_norms, norms, out=own_norms, where=finite)
+    host.quantize_standard(
+        buffer,
+        own_norms,
+        block_size=block_size,
+        bits=plan.bits,
+        levels=plan.level_count,
+        dither=dither,
+        out=codes,
+    )
+    return out
+
+
+def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
+    """Write the mean over ranks that a reduced payload stands for to `out`.
+
+    The payload is all ranks' reduced shares, one after the other, or the sum of all payloads.
+    """
+    kernels = kernels_for(out)
+    block_size, divisor = plan.block_for(out.size), plan.level_count * plan.world_size
+    if plan.levels == "two-hop":
+        payload, norms, block_size = _shares(payload, plan, out.size)
+        divisor = plan.level_count
+    payload = payload[: payload_size(out.size, plan)]
+    with kernels.on_device_of(out):
+        if plan.levels == "exponential":
             kernels.dequantize_exponential(
                 kernels.upload(payload),
                 kernels.upload(norms),
@@ -143,4 +255,23 @@ def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
                 block_size=block_size,
                 bits=plan.bits,
             )
+        else:
+            kernels.dequantize_standard(
+                kernels.upload(payload),
+                kernels.upload(norms),
+                out,
+                block_size=block_size,
+                bits=plan.bits,
+                divisor=divisor,
+            )
         kernels.wait()
+
+
+def _shares(payload: Payload, plan: Plan, count: int) -> tuple[Payload, Norms, int]:
+    """Codes, norms and block size of a tensor out of all ranks' reduced shares."""
+    number = _share_norms(count, plan)
+    parts = payload.reshape(plan.world_size, reduced_size(count, plan))
+    # With one norm for a share, a share is a block.
+    block_size = plan.block_size or share_elements(count, plan)
+    norms = np.concatenate(parts[:, :number])[: lanes.blocks(count, block_size)]
+    return np.concatenate(parts[:, number:]), norms, block_size

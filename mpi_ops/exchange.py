@@ -1,9 +1,9 @@
 """Reduce a tensor's codes among the ranks of a communicator by messages between pairs of ranks.
 
 Each rank sends every other rank its share of the codes, reduces its own share from all ranks' codes
-(standard: an integer sum; exponential: decoded, averaged, rounded once), and sends the result to
-every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an Allreduce can
-do, and one rank decides each share, so all ranks get the same bytes.
+(standard: an integer sum; exponential and two-hop: decoded, averaged, rounded once), and sends the
+result to every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an
+Allreduce can do, and one rank decides each share, so all ranks get the same bytes.
 
 Tensors are cut into chunks, several of which are in flight: while some travel, others are
 quantized, reduced or decoded. Importing this module imports mpi4py, which starts MPI.
@@ -67,12 +67,14 @@ class Exchange:
         """Quantize a chunk, reduce this rank's share of it, gather all shares."""
         comm, plan = self.comm, self.plan
         x = chunk.of(self.x)
-        shape = (comm.size, codec.shard_size(x.size, plan))
         tag = self.first_tag + 2 * (chunk.index % CHUNKS_IN_FLIGHT)
         # Each rank begins with its neighbour, so that not all of them send to the same one first.
         others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
-        payload = np.empty(shape, dtype=codec.payload_dtype(plan))
+        # Reduced shares come where the codes have been. They may be longer.
+        reduced = np.empty((comm.size, codec.reduced_size(x.size, plan)), codec.payload_dtype(plan))
+        size = codec.shard_size(x.size, plan)
+        payload = reduced.reshape(-1)[: comm.size * size].reshape(comm.size, size)
         pieces = np.empty_like(payload)
         requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
         random = self.dither(chunk.index, Stage.QUANTIZE)
@@ -81,13 +83,14 @@ class Exchange:
         pieces[comm.rank] = payload[comm.rank]
         yield from finish(requests)
 
-        requests = [comm.Irecv(payload[rank], rank, tag + 1) for rank in reversed(others)]
+        requests = [comm.Irecv(reduced[rank], rank, tag + 1) for rank in reversed(others)]
         random = self.dither(chunk.index, Stage.REDUCE)
-        codec.reduce(pieces, plan, random, out=payload[comm.rank])
+        norms = codec.norms_of_share(chunk.norms, x.size, comm.rank, plan)
+        codec.reduce(pieces, plan, random, out=reduced[comm.rank], norms=norms)
         del pieces
-        requests += [comm.Isend(payload[comm.rank], rank, tag + 1) for rank in others]
+        requests += [comm.Isend(reduced[comm.rank], rank, tag + 1) for rank in others]
         yield from finish(requests)
-        self.deliver(chunk, payload.reshape(-1))
+        self.deliver(chunk, reduced.reshape(-1))
 
 
 def finish(requests: list[MPI.Request]) -> Steps:

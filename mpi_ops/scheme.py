@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,15 +17,23 @@ class ConfigMismatchError(RuntimeError):
     """Ranks of one job run with different configurations, or disagree about a tensor."""
 
 
+def one_of(choices: Sequence[str]) -> str:
+    """The choices, as an error lists what it expected: 'a', 'b' or 'c'."""
+    *others, last = map(repr, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Options of the quantizers. Raises ValueError or TypeError on values that cannot work."""
 
     FUNCTION: ClassVar[str] = "mpi_ops.allreduce"  # what errors name
-    LEVELS: ClassVar[tuple[str, ...]] = ("standard", "exponential")
+    LEVELS: ClassVar[tuple[str, ...]] = ("standard", "exponential", "two-hop")
 
     # "standard": evenly spaced levels, summed in flight by Allreduce. "exponential": powers of two,
     # whose error does not grow with the number of ranks, reduced by Alltoall and Allgather.
+    # "two-hop": evenly spaced levels, reduced in the same way: each rank decodes one share of all
+    # ranks' codes and rounds its mean again, by norms of its own, so all levels of a code are used.
     levels: str = "standard"
     # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
     bits: int | None = None
@@ -39,8 +48,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.levels not in self.LEVELS:
-            listed = " or ".join(map(repr, self.LEVELS))
-            self._fail("levels", listed, self.levels, "choose one of them")
+            self._fail("levels", one_of(self.LEVELS), self.levels, "choose one of them")
         if self.norm not in ("max", "l2"):
             self._fail("norm", "'max' or 'l2'", self.norm, "choose one of them")
         self._require_integer("seed", self.seed)
@@ -60,9 +68,12 @@ class Scheme:
 
     def _check_bits(self, bits: int) -> None:
         self._require_integer("bits", bits)
-        if self.levels == "standard" and bits not in lanes.STANDARD_BITS:
+        if self.levels != "exponential" and bits not in lanes.STANDARD_BITS:
             self._fail(
-                "bits", "between 2 and 16 for standard levels", bits, "leave it out for the default"
+                "bits",
+                f"between 2 and 16 for {self.levels} levels",
+                bits,
+                "leave it out for the default",
             )
         if self.levels == "exponential" and bits not in lanes.EXPONENTIAL_BITS:
             self._fail(
@@ -84,9 +95,10 @@ class Scheme:
 
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""
-        if self.levels == "exponential":
+        if self.levels != "standard":
             bits = 8 if self.bits is None else self.bits
-            return Plan(self.levels, bits, 0, self._block_size(bits), self.norm, world_size)
+            levels = lanes.levels(bits, 1) if self.levels == "two-hop" else 0  # no codes are added
+            return Plan(self.levels, bits, levels, self._block_size(bits), self.norm, world_size)
         bits = lanes.default_bits(world_size) if self.bits is None else self.bits
         levels = lanes.levels(bits, world_size)
         if levels == 0:
@@ -122,10 +134,15 @@ class Plan:
 
     levels: str
     bits: int
-    level_count: int  # levels on each side of zero; 0 for exponential levels
+    level_count: int  # evenly spaced levels on each side of zero; 0 for exponential ones
     block_size: int | None  # None: one block
     norm: str
     world_size: int
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether codes are summed by Allreduce itself, and not by one rank for each share."""
+        return self.levels == "standard"
 
     def block_for(self, count: int) -> int:
         """Elements per norm in a tensor of `count` elements."""

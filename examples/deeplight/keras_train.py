@@ -94,7 +94,7 @@ def replicas_equal(model: DeepFwFM) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    methods = ["none", "fp16", "standard", "exponential"]
+    methods = ["none", "fp16", "standard", "exponential", "two-hop"]
     parser.add_argument("--compression", choices=methods, default="none")
     parser.add_argument("--loop", choices=["fit", "tape"], default="fit")
     parser.add_argument("--seed", type=int, default=0)

@@ -75,7 +75,7 @@ def replicas_equal(model: DeepFwFM) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    methods = ["none", "fp16", "standard", "exponential"]
+    methods = ["none", "fp16", "standard", "exponential", "two-hop", "auto"]
     parser.add_argument("--compression", choices=methods, default="none")
     parser.add_argument("--bits", type=int, help="of a code; the default suits the world size")
     parser.add_argument("--transport", choices=["horovod", "mpi"], default="horovod")

@@ -11,7 +11,7 @@ one gradient:
 1. The norms of its blocks, reduced by a Max-allreduce; and a token, which Horovod reduces in place
    of the gradient (see `token`).
 2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
-   allgather (exponential levels).
+   allgather (exponential and two-hop levels).
 3. The mean, or what else the user's `op` and scaling make of it, decoded after the token has been
    checked.
 
@@ -181,18 +181,23 @@ class _Kernels:
         chunk = self._chunks(x.size, norms)[chunk_index]
         part = chunk.of(Buffer.of(x))
         size = codec.payload_size(part.size, self.plan)
-        if self.plan.levels == "exponential":
+        if not self.plan.in_flight:
             size = codec.shard_size(part.size, self.plan) * self.plan.world_size
         out = _aligned(size, codec.payload_dtype(self.plan))
         random = self._dither(chunk_index, step, Stage.QUANTIZE)
         codec.quantize(part, chunk.norms, self.plan, random, out=out)
         return out
 
-    def reduce(self, chunk_index: int, pieces: Array, step: Array) -> Array:
-        """The shard of one chunk's mean that this rank rounds for all."""
-        out = _aligned(pieces.size // self.plan.world_size, pieces.dtype)
+    def reduce(
+        self, chunk_index: int, pieces: Array, norms: Array, shape: Array, step: Array
+    ) -> Array:
+        """The share of one chunk's mean that this rank rounds for all."""
+        chunk = self._chunks(int(shape.prod()), norms)[chunk_index]
+        count = chunk.stop - chunk.start
+        own = codec.norms_of_share(chunk.norms, count, self.rank, self.plan)
+        out = _aligned(codec.reduced_size(count, self.plan), pieces.dtype)
         random = self._dither(chunk_index, step, Stage.REDUCE)
-        codec.reduce(np.split(pieces, self.plan.world_size), self.plan, random, out=out)
+        codec.reduce(np.split(pieces, self.plan.world_size), self.plan, random, out, own)
         return out
 
     def dequantize(
@@ -258,19 +263,19 @@ class _Reduction:
             for index, payload in enumerate(payloads)
         ]
 
-    def exponential(self, norms: Any) -> list[Any]:
-        """Codes of powers of two: each rank reduces one shard of all ranks' with one rounding."""
+    def by_shares(self, norms: Any) -> list[Any]:
+        """Codes that Allreduce cannot add: each rank reduces one share of all ranks' codes."""
         means = []
         for index in range(self.kernels.chunk_count):
             codes = self._quantize(index, norms)
             pieces = hvd.alltoall(codes, **self._named(f"codes.{index}"))
-            (shard,) = self._call(
+            (share,) = self._call(
                 lambda *inputs, index=index: self.kernels.reduce(index, *inputs),
-                [pieces, self.step],
+                [pieces, norms, tf.shape(self.x), self.step],
                 f"reduce.{index}",
-                tf.uint8,
+                tf.as_dtype(codec.payload_dtype(self.kernels.plan)),
             )
-            means.append(hvd.allgather(shard, **self._named(f"mean.{index}")))
+            means.append(hvd.allgather(share, **self._named(f"mean.{index}")))
         return means
 
     def dequantize(self, reduced: Any, mark: Any, norms: Any, payloads: list[Any]) -> Any:
@@ -468,7 +473,7 @@ class GlobalQSGD(Compression):
             kernels, caller.ignore_name_scope, x, self._counter(caller.name).next()
         )
         norms, mark = reduction.measure()
-        method = reduction.standard if plan.levels == "standard" else reduction.exponential
+        method = reduction.standard if plan.in_flight else reduction.by_shares
         return mark, _Context(reduction, mark, norms, method(norms))
 
     @tf.autograph.experimental.do_not_convert

@@ -27,6 +27,8 @@ CONFIGURATIONS = [
     ("standard", None),
     ("exponential", 4),
     ("exponential", 8),
+    ("two-hop", 4),
+    ("two-hop", 8),
 ]
 
 # The launcher runs the tests of GlobalQSGD with each.
@@ -83,7 +85,7 @@ def norms_of(inputs: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 def neighbours(y: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """The level that y rounds to, and the distance to the next one that it may round to instead."""
-    if plan.levels == "standard":
+    if plan.levels != "exponential":
         low = (y * plan.level_count).floor() / plan.level_count
         return low, torch.full_like(y, 1 / plan.level_count)
     smallest = 2.0 ** (2 - 2 ** (plan.bits - 1))
@@ -105,7 +107,7 @@ def outcomes(
         choice = torch.tensor(up, dtype=torch.float64)[:, None]
         probability = torch.where(choice == 1, share, 1 - share).prod(dim=0)
         mean = (low + choice * width).mean(dim=0)
-        if plan.levels == "standard":
+        if plan.levels != "exponential":
             yield probability, mean * scale
         else:  # the mean of the codes is rounded to a code again
             below, distance = neighbours(mean, plan)
@@ -124,10 +126,15 @@ class Law:
     low: torch.Tensor
     high: torch.Tensor
     slack: torch.Tensor  # what the arithmetic may add: float32, then the result's dtype
+    level: torch.Tensor  # at most, of a second rounding; zero where there is none
 
 
 def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law:
-    """The law of `factor` times the mean of `inputs`, by enumeration of all roundings."""
+    """The law of `factor` times the mean of `inputs`, by enumeration of all roundings.
+
+    With two-hop levels, of those of the first hop. What the second makes of a block depends on all
+    of its elements (tests/single/test_two_hop.py judges it, given the first).
+    """
     dtype = inputs[0].dtype
     plan = plan_of(compression, len(inputs))
     x = torch.stack([tensor.detach().reshape(-1).double() for tensor in inputs])
@@ -145,6 +152,7 @@ def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law
     infinity = torch.tensor(torch.inf, dtype=torch.float64)
     # Four roundings of float32, each half a unit of at most the norm; and a result that this moves
     # across the middle between two numbers of its dtype goes to the other one.
+    two_hop = plan.levels == "two-hop"
     slack = 2.0**-22 * norms * factor + torch.finfo(dtype).eps * value.abs().amax(dim=0)
     return Law(
         mean=mean,
@@ -153,6 +161,7 @@ def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law
         low=torch.where(probability > 0, value, infinity).amin(dim=0),
         high=torch.where(probability > 0, value, -infinity).amax(dim=0),
         slack=slack,
+        level=norms / plan.level_count * factor if two_hop else torch.zeros_like(norms),
     )
 
 
@@ -172,8 +181,8 @@ def check_mean(
     assert result.dtype == inputs[0].dtype
     law = law_of(inputs, compression, factor)
     got = result.detach().reshape(-1).double()
-    assert bool((got >= law.low - law.slack).all()), "below the lowest possible mean"
-    assert bool((got <= law.high + law.slack).all()), "above the highest possible mean"
+    assert bool((got >= law.low - law.level - law.slack).all()), "below the lowest possible mean"
+    assert bool((got <= law.high + law.level + law.slack).all()), "above the highest possible mean"
     check_errors((got - law.mean)[None, :], law)
 
 
@@ -181,19 +190,40 @@ def check_errors(errors: torch.Tensor, law: Law) -> None:
     """Assert that the rows of `errors`, independent samples, have mean zero and the law's variance.
 
     Three sums are compared: of the errors, of the errors away from zero (shrinkage is a bias too),
-    and of their squares.
+    and of their squares. A second rounding is unbiased, and adds at most a quarter of its level's
+    square.
     """
     samples = len(errors)
     slack = float(law.slack.sum()) * samples
-    width = law.high - law.low
-    allowed = _allowed(law.variance * samples, width) + slack
+    width = law.high - law.low + law.level
+    most = law.variance + law.level**2 / 4
+    allowed = _allowed(most * samples, width) + slack
     for name, sign in (("up", 1.0), ("away from zero", law.mean.sign())):
         off = float((errors * sign).sum())
         assert abs(off) <= allowed, f"biased {name} by {off}, allowed {allowed}"
-    off = float((errors**2 - law.variance).sum())
-    allowed = _allowed((law.fourth - law.variance**2).clamp(min=0) * samples, width**2)
+    fourth = law.fourth + law.level**2 * width**2
+    allowed = _allowed((fourth - law.variance**2).clamp(min=0) * samples, width**2)
     allowed += samples * float((2 * law.slack * width + law.slack**2).sum())
-    assert abs(off) <= allowed, f"sum of squares is off by {off}, allowed {allowed}"
+    off = float((errors**2 - law.variance).sum())
+    second = samples * float((law.level**2 / 4).sum())
+    assert -allowed <= off <= second + allowed, (
+        f"sum of squares is off by {off}, allowed {allowed} and {second} more"
+    )
+
+
+def check_averages(errors: torch.Tensor, law: Law) -> None:
+    """Assert that averaging the rows of `errors` shrinks their variance as independent ones do."""
+    repetitions = len(errors)
+    average = errors.mean(dim=0)
+    variance = law.variance / repetitions
+    # The variance of a squared average, from its fourth cumulant: kappa / R**3 + 2 variance**2.
+    cumulant = law.fourth - 3 * law.variance**2
+    second = law.level**2 / 4 / repetitions  # a second rounding adds up to this
+    of_square = float((cumulant / repetitions**3 + 2 * (variance + second) ** 2).sum())
+    off = float((average**2 - variance).sum())
+    slack = float((2 * law.slack * (law.high - law.low)).sum())
+    allowed = Z * of_square**0.5 + slack
+    assert -allowed <= off <= float(second.sum()) + allowed
 
 
 # ----------------------------------------------------------------------------------------- replicas

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import (
     CONFIGURATIONS,
-    Z,
     all_bytes,
+    check_averages,
     check_errors,
     check_mean,
     check_replicas,
@@ -25,7 +25,9 @@ from gq_horovod.torch import GlobalQSGD, allreduce
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 EVERY = pytest.mark.parametrize(("levels", "bits"), CONFIGURATIONS)
-BOTH = pytest.mark.parametrize(("levels", "bits"), [("standard", 8), ("exponential", 8)])
+EACH = pytest.mark.parametrize(
+    ("levels", "bits"), [("standard", 8), ("exponential", 8), ("two-hop", 8)]
+)
 
 
 @EVERY
@@ -54,7 +56,7 @@ def test_any_number_of_elements(levels: str, bits: int | None, name: str) -> Non
     check_replicas(*results)
 
 
-@BOTH
+@EACH
 def test_a_large_tensor(levels: str, bits: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 20_000)  # so that it is one
     compression = compressor(levels, bits)
@@ -87,7 +89,7 @@ def test_lanes_of_any_width(bits: int, name: str) -> None:
     check_replicas(result)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_sum_is_the_mean_times_the_number_of_ranks(
     levels: str, bits: int, dtype: torch.dtype, name: str
@@ -109,7 +111,7 @@ def test_the_presets_of_the_paper_and_the_class_itself(name: str) -> None:
         check_replicas(result)
 
 
-@BOTH
+@EACH
 def test_horovod_functions_take_it_as_compression(levels: str, bits: int, name: str) -> None:
     compression = compressor(levels, bits)
     inputs = gradients(1000, tag=7)
@@ -139,7 +141,7 @@ SHAPES = {
 }
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_and_strides(levels: str, bits: int, shape: str, name: str) -> None:
     compression = compressor(levels, bits)
@@ -291,14 +293,7 @@ def test_repetitions_average_to_the_true_mean(levels: str, bits: int | None, nam
     ]
     errors = torch.stack([result.double() for result in results]) - law.mean
     check_errors(errors, law)
-    average = errors.mean(dim=0)
-    variance = law.variance / repetitions
-    # The variance of a squared average, from its fourth cumulant: kappa / R**3 + 2 variance**2.
-    cumulant = law.fourth - 3 * law.variance**2
-    of_square = float((cumulant / repetitions**3 + 2 * variance**2).sum())
-    off = abs(float((average**2 - variance).sum()))
-    slack = float((2 * law.slack * (law.high - law.low)).sum())
-    assert off <= Z * of_square**0.5 + slack
+    check_averages(errors, law)
 
 
 @EVERY
@@ -310,7 +305,7 @@ def test_ranks_round_independently(levels: str, bits: int | None, name: str) -> 
     check_mean(result, inputs, compression)
 
 
-@BOTH
+@EACH
 def test_a_seed_reproduces_the_bytes_and_another_one_does_not(
     levels: str, bits: int, name: str
 ) -> None:

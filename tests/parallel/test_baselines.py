@@ -72,6 +72,7 @@ def local_law(inputs: Tensors, compression: Any) -> Law:
         high=torch.where(probability > 0, value, -infinity).amax(dim=0),
         # Roundings of float32, then one to the dtype of the result.
         slack=2.0**-21 * norms.amax(dim=0) + torch.finfo(dtype).eps * value.abs().amax(dim=0),
+        level=torch.zeros_like(mean),
     )
 
 

@@ -31,7 +31,7 @@ def _buffer(tensor: torch.Tensor) -> Buffer:
     return Buffer(tensor.data_ptr(), "float32", tensor.numel(), tensor, "device")
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_the_same_bytes_as_in_host_memory(
     levels: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

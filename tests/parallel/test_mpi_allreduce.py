@@ -17,7 +17,7 @@ from mpi_ops import allreduce, lanes
 from mpi_ops.scheme import ConfigMismatchError
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_special_values(levels: Any) -> None:
     assert not allreduce(np.zeros(1000, np.float32), COMM, levels=levels).any()
     most = np.zeros(1000, np.float32)
@@ -35,7 +35,10 @@ def test_special_values(levels: Any) -> None:
 
 @pytest.mark.parametrize(
     ("levels", "bits"),
-    [("standard", 6), ("standard", None), ("exponential", 4), ("exponential", 8)],
+    [
+        *(("standard", 6), ("standard", None), ("exponential", 4), ("exponential", 8)),
+        *(("two-hop", 4), ("two-hop", 8)),
+    ],
 )
 def test_repeated_calls_round_anew_and_approach_the_mean(levels: Any, bits: int | None) -> None:
     inputs = rank_inputs(1000, tag=4)
@@ -134,7 +137,7 @@ def read_only(x: np.ndarray) -> np.ndarray:
         ({"bits": "8"}, "bits must be an integer"),
         ({"seed": 1.5}, "seed must be an integer"),
         ({"block_size": 100}, "block_size must be a positive multiple of 32"),
-        ({"levels": "linear"}, "levels must be 'standard' or 'exponential'"),
+        ({"levels": "linear"}, "levels must be 'standard', 'exponential' or 'two-hop'"),
         ({"norm": "l1"}, "norm must be 'max' or 'l2'"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
@@ -187,7 +190,7 @@ def test_the_result_may_replace_the_array(average: Any) -> None:
     assert np.array_equal(x, expected)
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_memory_beyond_the_arrays_is_bounded_by_the_compressed_size(levels: Any) -> None:
     count = 4_000_000
     x = np.random.default_rng(COMM.rank).standard_normal(count, dtype=np.float32)

@@ -26,7 +26,7 @@ def cupy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield sys.modules["cupy"]
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 @pytest.mark.parametrize("average", [True, False])
 def test_the_same_bytes_as_in_host_memory(cupy: Any, levels: Any, average: bool) -> None:
     """Whichever rank has it where."""

@@ -14,7 +14,7 @@ from gq_horovod.torch import allreduce
 @pytest.mark.skipif(
     os.environ.get("HOROVOD_CONTROLLER") != "gloo", reason="MPI can be started only once"
 )
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_an_instance_outlives_horovod(levels: str, name: str) -> None:
     compression = compressor(levels)
     inputs = gradients(1000, tag=18)

@@ -60,7 +60,7 @@ def uncompressed() -> Outcome:
     return train(hvd.Compression.none)
 
 
-@pytest.mark.parametrize(("levels", "bits"), [("standard", 8), ("exponential", 8)])
+@pytest.mark.parametrize(("levels", "bits"), [("standard", 8), ("exponential", 8), ("two-hop", 4)])
 def test_digits_are_learned_as_without_compression(
     levels: str, bits: int, uncompressed: Outcome
 ) -> None:

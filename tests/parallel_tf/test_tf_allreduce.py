@@ -27,7 +27,9 @@ from gq_horovod import pipeline
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 EVERY = pytest.mark.parametrize(("levels", "bits"), CONFIGURATIONS)
-BOTH = pytest.mark.parametrize(("levels", "bits"), [("standard", 8), ("exponential", 8)])
+EACH = pytest.mark.parametrize(
+    ("levels", "bits"), [("standard", 8), ("exponential", 8), ("two-hop", 8)]
+)
 MODES = pytest.mark.parametrize("mode", ["eager", "graph"])
 
 
@@ -107,7 +109,7 @@ def test_any_number_of_elements(levels: str, bits: int | None, name: str) -> Non
     check_replicas(*results)
 
 
-@BOTH
+@EACH
 @MODES
 def test_a_large_tensor(
     levels: str, bits: int, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -143,7 +145,7 @@ def test_lanes_of_any_width(bits: int, name: str) -> None:
     check_replicas(result)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_sum(levels: str, bits: int, dtype: Any, name: str) -> None:
     compression = compressor(levels, bits)
@@ -163,7 +165,7 @@ def test_the_presets_of_the_paper_and_the_class_itself(name: str) -> None:
         check_replicas(result)
 
 
-@BOTH
+@EACH
 @MODES
 def test_horovod_functions_take_it_as_compression(
     levels: str, bits: int, mode: str, name: str
@@ -202,7 +204,7 @@ def test_a_group_of_large_and_small_tensors(name: str) -> None:
 # ------------------------------------------------------------------------------------------- shapes
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("shape", [(), (40, 30), (5, 1, 8, 6)])
 def test_shapes(levels: str, bits: int, shape: tuple[int, ...], name: str) -> None:
     compression = compressor(levels, bits)
@@ -213,7 +215,7 @@ def test_shapes(levels: str, bits: int, shape: tuple[int, ...], name: str) -> No
     check_replicas(result)
 
 
-@BOTH
+@EACH
 def test_a_graph_that_does_not_know_the_shape(levels: str, bits: int, name: str) -> None:
     compression = compressor(levels, bits, min_elements=4096)
 
@@ -357,7 +359,7 @@ def test_slices_are_gathered_by_horovod() -> None:
 # ------------------------------------------------------------------------------------- process sets
 
 
-@BOTH
+@EACH
 @MODES
 def test_a_process_set_reduces_among_its_ranks(
     levels: str, bits: int, mode: str, ends: hvd.ProcessSet, name: str
@@ -395,12 +397,7 @@ def test_repetitions_round_afresh(levels: str, bits: int | None, mode: str, name
     results = [to_torch(reduce(inputs[hvd.rank()])) for _ in range(8)]
     errors = torch.stack([result.double() for result in results]) - law.mean
     helpers.check_errors(errors, law)
-    # Dependent errors would show in their sum: eight equal ones have eight times its variance.
-    total = float((errors.sum(dim=0) ** 2 - 8 * law.variance).sum())
-    cumulant = law.fourth - 3 * law.variance**2
-    of_square = float((8 * cumulant + 2 * (8 * law.variance) ** 2).sum())
-    slack = float((2 * 64 * law.slack * (law.high - law.low)).sum())
-    assert abs(total) <= helpers.Z * of_square**0.5 + slack
+    helpers.check_averages(errors, law)
 
 
 def test_a_constant_in_a_graph_is_reduced_in_every_run(name: str) -> None:
@@ -421,7 +418,7 @@ def test_ranks_round_independently(levels: str, bits: int | None, name: str) -> 
     check_mean(result, inputs, compression)
 
 
-@BOTH
+@EACH
 def test_a_seed_reproduces_the_bytes_and_another_one_does_not(
     levels: str, bits: int, name: str
 ) -> None:

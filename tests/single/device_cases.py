@@ -216,7 +216,7 @@ def test_add_exponential(bits: int, device: Any) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("norm", ["max", "l2"])
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_codec_gives_the_same_payloads(
     levels: str, norm: str, world_size: int, device: Any
 ) -> None:
@@ -238,7 +238,24 @@ def test_codec_gives_the_same_payloads(
             np.testing.assert_array_equal(other, pieces[-1])
             own = codec.quantize(copied, norms, plan, random)
             np.testing.assert_array_equal(own, pieces[-1][:size])
-        reduced = codec.reduce(pieces, plan, dither(0, "w", 0, 0, Stage.REDUCE))
+        if levels == "two-hop":
+            shares = np.zeros((world_size, codec.shard_size(x.size, plan) * world_size), np.int32)
+            for share, piece in zip(shares, pieces, strict=True):
+                share[:size] = piece[:size]
+            shares = shares.reshape(world_size, world_size, -1)
+            reduced = np.concatenate(
+                [
+                    codec.reduce(
+                        shares[:, rank],
+                        plan,
+                        dither(0, "w", 0, rank, Stage.REDUCE),
+                        norms=codec.norms_of_share(norms, x.size, rank, plan),
+                    )
+                    for rank in range(world_size)
+                ]
+            )
+        else:
+            reduced = codec.reduce(pieces, plan, dither(0, "w", 0, 0, Stage.REDUCE))
         mean = np.empty_like(x)
         codec.dequantize(reduced, norms, plan, buffer(mean))
         got, out = on_device(device, np.zeros_like(x))

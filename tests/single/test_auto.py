@@ -48,11 +48,11 @@ def constant(**seconds: float) -> Seconds:
     return lambda ways: seconds[name_of_largest(ways)]
 
 
-ALL = {"none": 1.0, "fp16": 1.0, "standard": 1.0, "exponential": 1.0}
+ALL = {"none": 1.0, "fp16": 1.0, "standard": 1.0, "two-hop": 1.0}
 LAST = 99  # step before which a decision is there, as the documentation says
 
 
-@pytest.mark.parametrize("fastest", ["fp16", "standard", "exponential"])
+@pytest.mark.parametrize("fastest", ["fp16", "standard", "two-hop"])
 def test_the_fastest_way_is_taken(fastest: str) -> None:
     rank = Rank(constant(**{**ALL, fastest: 0.5}))
     decision = rank.train(LAST + 1)
@@ -63,7 +63,7 @@ def test_the_fastest_way_is_taken(fastest: str) -> None:
 
 def test_no_compression_is_taken_unless_another_way_is_clearly_faster() -> None:
     barely = 1 - auto.MARGIN / 2
-    rank = Rank(constant(none=1.0, fp16=barely, standard=barely, exponential=barely))
+    rank = Rank(constant(**{**dict.fromkeys(ALL, barely), "none": 1.0}))
     assert rank.train(LAST + 1) == NONE
 
 
@@ -119,7 +119,7 @@ def test_the_first_step_of_a_turn_does_not_count() -> None:
 
 
 def test_the_decision_follows_the_agreed_times_and_not_the_own() -> None:
-    rank = Rank(constant(**{**ALL, "exponential": 0.1}))
+    rank = Rank(constant(**{**ALL, "two-hop": 0.1}))
     # The finalists: none, and the three fastest.
     others = {"gq.auto.1": [9, 9, 4, 3, 2, 9, 9, 9], "gq.auto.2": [9, 4, 1, 4]}
 
@@ -168,5 +168,5 @@ def test_ways_have_the_widths_of_the_world_size() -> None:
 
 
 def test_levels_have_to_be_chosen_for_a_plan() -> None:
-    with pytest.raises(ValueError, match="levels must be 'standard' or 'exponential' for a plan"):
+    with pytest.raises(ValueError, match="or 'two-hop' for a plan"):
         AUTO.plan(4)

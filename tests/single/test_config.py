@@ -78,7 +78,8 @@ PLUGIN_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"levels": "linear"},
         ValueError,
-        "levels must be 'standard' or 'exponential' or 'auto', got 'linear'; choose one of them.",
+        "levels must be 'standard', 'exponential', 'two-hop' or 'auto', got 'linear'; "
+        "choose one of them.",
     ),
     (
         {"levels": "auto", "bits": 8},
@@ -123,7 +124,8 @@ def test_options_that_cannot_work(options: dict[str, Any], kind: type, text: str
         (
             {"levels": "auto"},
             ValueError,
-            "levels must be 'standard' or 'exponential', got 'auto'; choose one of them.",
+            "levels must be 'standard', 'exponential' or 'two-hop', got 'auto'; "
+            "choose one of them.",
         ),
     ]
 )

@@ -285,7 +285,7 @@ def test_theta_bounds_what_is_expected(levels: str, bits: int, norm: str) -> Non
         # What really comes out, once: its spread is far below the distance to a worst case.
         _, delivered = kernels(x, plan, 0)
         error = np.sum((delivered - true_mean(x)) ** 2)
-        assert error <= worst / ranks * energy + theory.rho(plan) * squared_mean
+        assert error <= worst / ranks * energy + theory.rho(plan, x.shape[1]) * squared_mean
 
 
 def test_theta_is_reached() -> None:
@@ -303,9 +303,9 @@ def test_factors_of_the_number_of_steps() -> None:
     assert theory.iteration_factor(0.5, 4, 0.125) == 1.25
     assert theory.noise_factor(0.5, 0.125) == 1.625
     assert theory.noise_factor(0.5, heterogeneity=1.0) == 2.0
-    assert theory.rho(Config(levels="exponential").plan(4)) == 0.125
-    assert theory.rho(Config(levels="exponential").plan(1)) == 0
-    assert theory.rho(Config().plan(4)) == 0
+    assert theory.rho(Config(levels="exponential").plan(4), 1000) == 0.125
+    assert theory.rho(Config(levels="exponential").plan(1), 1000) == 0
+    assert theory.rho(Config().plan(4), 1000) == 0
     assert theory.hops_factor(2) == (9 / 8) ** 2
 
 
