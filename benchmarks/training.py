@@ -21,6 +21,8 @@ and beside it "alone", the reduction of the same gradients without forward, back
 the bytes that the interface counted. All of it is a mean over the ranks, then a median over the
 steps. Ranks share cores here, so waiting for the network includes waiting for slower ranks.
 
+"auto" takes its trial's steps before the rounds, so they show what it decided.
+
 With --quality N each method then trains N steps from the same initial state, and is evaluated.
 Prints tables, writes training-MODEL.json and training-MODEL.png.
 """
@@ -81,12 +83,22 @@ def _baseline(name: str, **options: Any) -> Callable[[], Any]:
     return make
 
 
+def _auto() -> Any:
+    from gq_horovod.torch import GlobalQSGD
+
+    return GlobalQSGD.auto
+
+
+AUTO = "auto"
+AUTO_STEPS = 100  # in a row, before all rounds: the last one decides
+
 # Name -> what makes the `compression=` of DistributedOptimizer, called once in each rank.
 METHODS: dict[str, Callable[[], Any]] = {
     "none": _horovods("none"),
     "fp16": _horovods("fp16"),
     "qsgd-8": _baseline("QSGD", bits=8),
     "powersgd-4": _baseline("PowerSGD", rank=4),
+    AUTO: _auto,
 } | {
     f"{levels}-{bits}{suffix}": _ours(levels, bits, transport)
     for transport, suffix in (("horovod", ""), ("mpi", "-mpi"))
@@ -281,6 +293,12 @@ def run_rank(options: argparse.Namespace) -> None:
     measured: dict[str, Any] = {
         each.name: {"steps": [], "alone": [], "bytes": [], "busy": []} for each in contestants
     }
+    for each in contestants:
+        if each.name == AUTO:
+            for number in range(AUTO_STEPS):
+                each.step(workload.batch(number))
+            (decision,) = METHODS[AUTO]().decisions.values()
+            say(f"auto decided: {decision}")
     # The first steps set up connections and Horovod's cache of responses.
     for number in range(-options.warm_up, options.rounds):
         for each in contestants:
@@ -555,7 +573,11 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--rates", default="200mbit,1gbit", help=f"of the links, or {LOOPBACK}")
     parser.add_argument("--ranks", default="4", help="such as 2,4,8,16: one on each host")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    parser.add_argument(
+        "--methods",
+        help="separated by commas; all but auto by default",
+        default=",".join(name for name in METHODS if name != AUTO),
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of a method in a round")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")

@@ -49,7 +49,7 @@ except ImportError as error:
 from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
-from .auto import Trials
+from .auto import Trials, Way
 from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
 from .pipeline import Array, Exchanges, InFlight, Method, Pipeline, Task
@@ -236,6 +236,12 @@ class TorchFrontend(Frontend):
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy, contiguous and where the method can read it."""
         return _readable(tensor)
+
+    @property
+    def decisions(self) -> dict[int, Way | None]:
+        """With levels="auto": what was decided for each process set, by its id; None before."""
+        trials = {number: group.trials for number, group in self._groups.items()}
+        return {number: own.decision for number, own in trials.items() if own is not None}
 
     # -------------------------------------------------------------------------- Horovod's interface
 

@@ -67,6 +67,7 @@ def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPat
     assert seen == {"none", "fp16", "standard", "two-hop"}
     assert trials.decision is not None
     assert trials.decision.name == fastest
+    assert list(compression.decisions.values()) == [trials.decision]
 
     inputs = [local_gradient(parameters, LARGE, rank, step) for rank in range(hvd.size())]
     result = parameters[LARGE].grad
