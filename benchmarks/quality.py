@@ -49,7 +49,7 @@ class DeepLight(workloads.DeepLight):
     """DeepFwFM with 0.5 M parameters."""
 
     DIM, ROWS = 6, 2**16
-    steps = 128  # an epoch
+    steps = 96
 
 
 class Transformer(workloads.Transformer):
@@ -58,14 +58,14 @@ class Transformer(workloads.Transformer):
     CONTEXT, WIDTH, LAYERS = 32, 96, 2
     GLOBAL_BATCH, HELD_OUT = 64, 256
     learning_rate = 2e-3
-    steps = 300
+    steps = 150
 
 
 class ConvNet(workloads.ConvNet):
     """A convolutional network with 0.7 M parameters."""
 
     HIDDEN = 256
-    steps = 110  # ten epochs
+    steps = 77  # seven epochs
 
 
 WORKLOADS: dict[str, Any] = {
