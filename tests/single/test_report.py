@@ -1,4 +1,4 @@
-"""gq-horovod report: runs from files of metrics, their tables and plots, and what is wrong with files."""
+"""gq-horovod report: runs from files of metrics, their tables and plots, and damaged files."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_run_that_another_one_continues(tmp_path: Path) -> None:
     other = {**events("fp16")[0], "resumed_from": 3}
     path = write(tmp_path / "a.jsonl", [*through[:6], other])
     with pytest.raises(
-        report.DamagedRunError, match="a.jsonl:7: .* compression 'standard' as befo"
+        report.DamagedRunError, match=r"a.jsonl:7: .* compression 'standard' as befo"
     ):
         report.read(path)
 
@@ -209,7 +209,7 @@ def test_damaged_files(
 
 def test_the_beginning_is_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", events()[1:])
-    with pytest.raises(report.DamagedRunError, match='a.jsonl:1: expected an event "start" first'):
+    with pytest.raises(report.DamagedRunError, match=r'jsonl:1: expected an event "start" first'):
         report.read(path)
 
 
