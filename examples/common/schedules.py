@@ -20,6 +20,7 @@ def warm_cosine(optimizer: Any, warm_up: int, steps: int) -> torch.optim.lr_sche
     def factor(step: int) -> float:
         if step < warm_up:
             return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / (steps - warm_up))))
+        fraction = (step - warm_up) / max(1, steps - warm_up)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
