@@ -20,7 +20,9 @@ What happens to a gradient, from its backward hook on:
 
 from __future__ import annotations
 
+import json
 import sys
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from types import FrameType
@@ -200,6 +202,23 @@ class _Group:
         self.steps[name] = step + 1
         return step
 
+    def state_dict(self) -> dict[str, Any]:
+        """What TorchFrontend.state_dict() has of this group."""
+        return {
+            "rank": self.rank,
+            "world_size": self.plan.world_size,
+            "steps": dict(self.steps),
+            "memories": {name: dict(memory) for name, memory in self.memories.items()},
+            "trials": None if self.trials is None else self.trials.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what state_dict() returned on this rank of a group of this size."""
+        self.steps = dict(state["steps"])
+        self.memories = {name: dict(memory) for name, memory in state["memories"].items()}
+        if self.trials is not None:
+            self.trials.load_state_dict(state["trials"])
+
 
 class _Context(NamedTuple):
     """What decompress() has to know about a tensor."""
@@ -221,6 +240,11 @@ class TorchFrontend(Frontend):
     @cached_property
     def _groups(self) -> dict[int, _Group]:
         """What belongs to the process sets, by their ids."""
+        return {}
+
+    @cached_property
+    def _loaded(self) -> dict[int, dict[str, Any]]:
+        """Of load_state_dict(), for process sets that have reduced nothing since, by their ids."""
         return {}
 
     # ------------------------------------------------------------------ what depends on the method
@@ -325,6 +349,51 @@ class TorchFrontend(Frontend):
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
 
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    def _state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know to go on as this one would, bit for bit.
+
+        That is how often each tensor was reduced, which the dither depends on, what a method keeps
+        of a tensor (PowerSGD: its error and its factor), and what levels="auto" has tried or
+        decided. Call it between two steps, with no reduction under way.
+
+        Returns plain tensors (which are not copied), numbers, texts, lists and dictionaries, for
+        torch.save and torch.load(weights_only=True). PowerSGD's and "auto"'s differ between ranks:
+        each rank has to save its own. The other methods' are the same on every rank.
+        """
+        sets = {number: group.state_dict() for number, group in self._groups.items()}
+        return {
+            "compression": self.config.FUNCTION,
+            "options": self.config.describe(),
+            "process_sets": {**sets, **self._loaded},
+        }
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what state_dict() returned on this rank of a job of this size.
+
+        Call it on every rank, between two steps or before the first one. It takes effect with the
+        next gradient of each process set; there all ranks compare what they have loaded, and raise
+        ConfigMismatchError if one of them has loaded nothing, the state of another step, rank or
+        world size. Raises ValueError for the state of another method, or of other options.
+        """
+        function = self.config.FUNCTION
+        expected = {"compression": function, **self.config.describe()}
+        got = {"compression": state.get("compression"), **state.get("options", {})}
+        for key in {**expected, **got}:
+            if expected.get(key) != got.get(key):
+                raise ValueError(
+                    f"{function}.load_state_dict: {key} must be {expected.get(key)!r} as in this "
+                    f"instance, got a state with {got.get(key)!r}; configure it as in the run that "
+                    "saved the state."
+                )
+        self._loaded.clear()
+        self._loaded.update(state["process_sets"])
+        self._groups.clear()
+
+    state_dict = ClassOrInstance(_state_dict)
+    load_state_dict = ClassOrInstance(_load_state_dict)
+
     # --------------------------------------------------------------------------------------- groups
 
     def _group(self, process_set: Any) -> _Group:
@@ -339,7 +408,8 @@ class TorchFrontend(Frontend):
         fixed = replace(self.config, levels="standard") if trying else self.config
         plan = fixed.plan(process_set.size())
         collectives = _Collectives(process_set)
-        self._require_agreement(collectives)
+        loaded = self._loaded.get(number)
+        self._require_agreement(collectives, _describe_loaded(loaded, process_set))
         exchanges = None
         if self.config.transport == "mpi":
             from .mpi import Messages
@@ -354,13 +424,17 @@ class TorchFrontend(Frontend):
 
             trials = Trials(self.config, plan.world_size, agree)
         group = _Group(session, process_set.rank(), plan, collectives, exchanges, pipeline, trials)
+        if loaded is not None:
+            group.load_state_dict(loaded)
+            del self._loaded[number]
         self._groups[number] = group
         return group
 
-    def _require_agreement(self, collectives: _Collectives) -> None:
+    def _require_agreement(self, collectives: _Collectives, loaded: dict[str, Any]) -> None:
         function = self.config.FUNCTION
         options = self.config.describe()
         description = {"gq-horovod version": __version__, "compression": function, **options}
+        description |= loaded
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
@@ -388,6 +462,23 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
+
+
+def _describe_loaded(state: dict[str, Any] | None, process_set: Any) -> dict[str, Any]:
+    """What ranks compare of a process set's state that was loaded; an error if it is not its."""
+    if state is None:
+        return {"state loaded": "none"}
+    before, now = (state["rank"], state["world_size"]), (process_set.rank(), process_set.size())
+    if before != now:
+        return {
+            "error": f"load_state_dict: expected the state of rank {now[0]} of {now[1]}, got that "
+            f"of rank {before[0]} of {before[1]}; load on each rank what it saved, in a job of "
+            "the same size"
+        }
+    steps: dict[str, int] = state["steps"]
+    checksum = zlib.crc32(json.dumps(steps, sort_keys=True).encode())
+    text = f"{sum(steps.values())} reductions of {len(steps)} tensors ({checksum:08x})"
+    return {"state loaded": text}
 
 
 def _mpi_problem() -> str | None:

@@ -22,7 +22,7 @@ optimizer, evaluation, metrics, checkpoints. It calls the workload in this order
    `schedule(optimizer, steps)`.
 4. For each step `loss(model, batch)` with the next of `batches(epoch, skip)`, moved to the model's
    device; backward; the optimizer's step; the schedule's step.
-5. `evaluate(model)` every --eval-every steps and after the last one, in eval mode, without gradients.
+5. `evaluate(model)` every --eval-every steps and after the last, in eval mode, without gradients.
 
 What a workload has to keep to, so that a resumed run continues the same curve bit for bit:
 
@@ -40,9 +40,9 @@ checkpoints and start-up are left out. A run that was resumed has a second "star
 `resumed_from` is the step after which it goes on; what was written of later steps before is void.
 
 Checkpoints (--checkpoint DIR, which every rank has to see): DIR/step-N has "shared.pt" (parameters,
-optimizer, schedule; by rank 0) and "rank-R.pt" (buffers, generators, what the compression remembers,
-what was measured; by rank R); DIR/latest names the complete one. All are plain tensors, numbers and
-texts. If DIR/latest is there, the run resumes; with other options than before it refuses to.
+optimizer, schedule; by rank 0) and "rank-R.pt" (buffers, generators, what the compression
+remembers, what was measured; by rank R); DIR/latest names the complete one. All are plain tensors,
+numbers and texts. If DIR/latest is there, the run resumes; with other options it refuses to.
 
 With more than two ranks, Horovod's own sums of floats depend on which tensors it happened to fuse.
 Any two runs whose gradients go that way (none, fp16, powersgd, and tensors below `min_elements`)
@@ -122,7 +122,7 @@ class Workload:
         return {}
 
     def counters(self) -> dict[str, int]:
-        """What has been counted on this rank so far, such as rejected rows; "final" has the sums."""
+        """What this rank has counted, such as rejected rows; "final" has the sums."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -412,8 +412,8 @@ class Checkpoints:
             if before != now:
                 raise CheckpointError(
                     f"--checkpoint {self._directory}: expected {key} to be {before!r} as in the "
-                    f"run that wrote {folder.name}, got {now!r}; give it the same value, or another "
-                    "directory to a new run."
+                    f"run that wrote {folder.name}, got {now!r}; give it the same value, or give "
+                    "a new run another directory."
                 )
 
 
@@ -615,8 +615,8 @@ def train(workload: Workload) -> None:
     measured.pause()
     if step == 0:
         raise ValueError(
-            f"{workload.NAME}: expected data for one step at least, {options.batch_size} samples on "
-            f"each of {hvd.size()} ranks, got less; give a smaller --batch-size, or more data."
+            f"{workload.NAME}: expected data for one step at least, {options.batch_size} samples "
+            f"on each of {hvd.size()} ranks, got less; give a smaller --batch-size, or more data."
         )
     if metrics is None:  # the data ended between two evaluations, or before this run began
         metrics = evaluation()

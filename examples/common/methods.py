@@ -47,9 +47,7 @@ METHODS = {
         levels: Method(lambda levels=levels, **options: _ours(levels, **options), _OURS)
         for levels in ("standard", "exponential", "two-hop")
     },
-    "auto": Method(
-        lambda **options: _ours("auto", **options), ("seed", "transport", "min_elements")
-    ),
+    "auto": Method(lambda **options: _ours("auto", **options), _OURS[1:]),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,7 +47,7 @@ class DeepLight(loop.Workload):
     NAME = "deeplight"
     METRIC = "auc"
     HIGHER_IS_BETTER = True
-    PRESETS = {
+    PRESETS: ClassVar = {
         "flights": {"batch_size": 512, "lr": 2e-3, "epochs": 1, "eval_every": 16},
     }
 
