@@ -124,7 +124,8 @@ class LanguageModel(loop.Workload):
 
     def _shape_for(self, vocabulary: int) -> Shape:
         if self.options.preset == "text":
-            return replace(SMALL, vocabulary=vocabulary, cutoffs=(vocabulary // 8, vocabulary // 2))
+            cutoffs = {vocabulary // 8, vocabulary // 2} - {0}
+            return replace(SMALL, vocabulary=vocabulary, cutoffs=tuple(sorted(cutoffs)))
         shape = {"source": SMALL, "wikitext103": WIKITEXT103}[self.options.preset]
         if vocabulary != shape.vocabulary:
             raise ValueError(

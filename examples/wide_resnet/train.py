@@ -9,6 +9,7 @@ Options, metrics and checkpoints are those of examples/common/loop.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -222,19 +223,19 @@ class ImageClassifier(loop.Workload):
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         self._check_rejects()
-        average_buffers(model)
         device = next(model.parameters()).device
         right, total, count = 0, 0.0, 0
         mine = np.arange(hvd.rank(), self._source.validation, hvd.size())
         parts = (mine[first : first + 64] for first in range(0, len(mine), 64))
-        for batch in self._source.validation_batches(parts):
-            images, labels = loop.to_device(batch, device)
-            if not len(labels):
-                continue
-            logits = model(images)
-            right += int((logits.argmax(dim=1) == labels).sum())
-            total += functional.cross_entropy(logits, labels, reduction="sum").item()
-            count += len(labels)
+        with averaged_statistics(model):
+            for batch in self._source.validation_batches(parts):
+                images, labels = loop.to_device(batch, device)
+                if not len(labels):
+                    continue
+                logits = model(images)
+                right += int((logits.argmax(dim=1) == labels).sum())
+                total += functional.cross_entropy(logits, labels, reduction="sum").item()
+                count += len(labels)
         return {
             "accuracy": loop.mean_over_ranks(right, count, "accuracy"),
             "validation_loss": loop.mean_over_ranks(total, count, "validation.loss"),
@@ -263,16 +264,26 @@ class ImageClassifier(loop.Workload):
         return {"rejected_images": rejected if hvd.rank() == 0 else 0}
 
 
-def average_buffers(model: torch.nn.Module) -> None:
-    """Make the running means and variances of all ranks their mean.
+@contextlib.contextmanager
+def averaged_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """The model with the mean of all ranks' running means and variances; collective.
 
-    Each rank's batch norms have seen its own images only; what is evaluated shall be one model.
+    Each rank's batch norms have seen its own images only, and what is evaluated shall be one model.
+    After it the rank's own are back, so that a run does not depend on when it was evaluated.
     """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    flat = hvd.allreduce(flat, name="buffers")
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    own = torch.cat([buffer.flatten() for buffer in buffers])
+
+    def fill(values: Tensor) -> None:
+        parts = values.split([buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    fill(hvd.allreduce(own, name="statistics"))
+    try:
+        yield
+    finally:
+        fill(own)
 
 
 if __name__ == "__main__":
