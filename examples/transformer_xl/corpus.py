@@ -191,6 +191,7 @@ def python_sources() -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.py"))]
 
 
+@functools.cache
 def source_bytes() -> Corpus:
     """Python's sources byte by byte: every twentieth module is for validation.
 

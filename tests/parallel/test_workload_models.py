@@ -85,10 +85,10 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize("method", list(methods.METHODS))
 @pytest.mark.parametrize("name", list(WORKLOADS))
 def test_the_loss_goes_down(name: str, method: str, shared: Path) -> None:
-    events = run(*WORKLOADS[name], shared, 16, "--compression", method)
+    events = run(*WORKLOADS[name], shared, 12, "--compression", method)
     seen = losses(events)
-    assert len(seen) == 16
-    # Without compression the last four are 0.75 and 0.5 of the first two.
+    assert len(seen) == 12
+    # Without compression the last four are 0.80 and 0.48 of the first two.
     assert sum(seen[-4:]) / 4 < 0.9 * sum(seen[:2]) / 2
     final = events[-1]
     assert final["event"] == "final"

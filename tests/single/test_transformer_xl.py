@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,8 +313,6 @@ class TestReader:
 
     @given(st.binary(max_size=300))
     def test_any_bytes_are_read_or_named(self, content):
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text"
             path.write_bytes(content)
@@ -328,8 +330,6 @@ class TestReader:
 
     @given(st.lists(st.lists(tokens_, max_size=8), min_size=1, max_size=8))
     def test_text_comes_back_from_its_ids(self, paragraphs):
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text"
             text = "".join(f" {' '.join(paragraph)} \n" for paragraph in paragraphs)
@@ -376,3 +376,64 @@ class TestStreams:
             whole = np.concatenate([inputs for inputs, _ in read], axis=1)
             expected = ids[: each * streams].reshape(streams, each)[:, :-1]
             assert np.array_equal(whole, expected)
+
+
+# ------------------------------------------------------------------------------------ the workload
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    """examples/transformer_xl/train.py; `import train` would find another example's."""
+    pytest.importorskip("horovod.torch", exc_type=ImportError)
+    spec = importlib.util.spec_from_file_location(
+        "transformer_xl_train", EXAMPLES / "transformer_xl" / "train.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestWorkload:
+    def batches(self, train, monkeypatch, rank: int, ranks: int) -> list:
+        """The first three batches of a rank; all ranks together read 12 streams."""
+        ranked = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
+        monkeypatch.setattr(train, "hvd", ranked)
+        options = train.loop.parse(train.LanguageModel, ["--batch-size", str(12 // ranks)])
+        batches = train.LanguageModel(options).batches(0, 5)
+        return [next(batches) for _ in range(3)]
+
+    def test_ranks_share_one_global_batch(self, train, monkeypatch):
+        whole = self.batches(train, monkeypatch, 0, 1)
+        assert whole[0][0].shape == (12, 64)
+        for ranks in (2, 3):
+            for rank in range(ranks):
+                for mine, all_of_it in zip(
+                    self.batches(train, monkeypatch, rank, ranks), whole, strict=True
+                ):
+                    assert torch.equal(mine[0], all_of_it[0][rank::ranks])
+                    assert torch.equal(mine[1], all_of_it[1][rank::ranks])
+
+    def test_an_epoch_begins_without_a_memory(self, train, monkeypatch):
+        monkeypatch.setattr(train, "hvd", SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+        workload = train.LanguageModel(train.loop.parse(train.LanguageModel, []))
+        torch.manual_seed(0)
+        model = workload.model()
+        losses = []
+        for epoch in (0, 1):
+            batches = workload.batches(epoch, 0)
+            losses.append([workload.loss(model, next(batches)).item() for _ in range(2)])
+        assert losses[0] == losses[1]
+        kept = workload.state_dict()["memory"]
+        assert kept.shape == (3, 8, 64, 96)
+        # Bytes are about equally likely at the start, but for what tells the clusters apart.
+        assert 1 < losses[0][0] < math.log(256) + 0.1
+
+    def test_the_preset_needs_its_data(self, train, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "hvd", SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+        monkeypatch.setattr(train.loop, "first_rank_first", lambda function: function())
+        arguments = ["--preset", "wikitext103", "--cache", str(tmp_path / "cache")]
+        with pytest.raises(ValueError, match="--preset wikitext103: expected --data"):
+            train.LanguageModel(train.loop.parse(train.LanguageModel, arguments))
+        arguments += ["--data", str(write(tmp_path, b" a b \n"))]
+        with pytest.raises(ValueError, match=r"expected 267735 different tokens.*got 3; take"):
+            train.LanguageModel(train.loop.parse(train.LanguageModel, arguments))

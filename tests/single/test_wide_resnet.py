@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,3 +212,105 @@ class TestBrokenImages:
         path.write_bytes(content)
         with pytest.raises(BrokenImageError):
             read_image(path, 8, None)
+
+
+# ------------------------------------------------------------------------------------ the workload
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    """examples/wide_resnet/train.py; `import train` would find another example's."""
+    pytest.importorskip("horovod.torch", exc_type=ImportError)
+    spec = importlib.util.spec_from_file_location(
+        "wide_resnet_train", EXAMPLES / "wide_resnet" / "train.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Six training and two validation images in two classes."""
+    for part, count in (("train", 3), ("val", 1)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / part / name / f"{number}.png").write_bytes(encoded(size=(20, 12)))
+    return tmp_path
+
+
+class TestWorkload:
+    def batches(self, train, monkeypatch, rank: int, ranks: int, *arguments: str) -> list:
+        """A rank's batches of an epoch but the first."""
+        ranked = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
+        monkeypatch.setattr(train, "hvd", ranked)
+        options = train.loop.parse(train.ImageClassifier, arguments)
+        return list(train.ImageClassifier(options).batches(1, 1))
+
+    @pytest.mark.parametrize("preset", ["digits", "imagenet"])
+    def test_ranks_share_one_global_batch(self, preset, train, monkeypatch, classes):
+        arguments = ["--preset", preset, "--data", str(classes), "--image-size", "8"]
+        together = {"digits": 60, "imagenet": 2}[preset]
+
+        def batches(rank: int, ranks: int) -> list:
+            own = (*arguments, "--batch-size", str(together // ranks))
+            return self.batches(train, monkeypatch, rank, ranks, *own)
+
+        whole = batches(0, 1)
+        assert len(whole) == {"digits": 1500 // 60 - 1, "imagenet": 2}[preset]
+        assert whole[0][0].shape == {"digits": (60, 1, 8, 8), "imagenet": (2, 3, 8, 8)}[preset]
+        for rank in (0, 1):
+            for mine, all_of_it in zip(batches(rank, 2), whole, strict=True):
+                assert torch.equal(mine[0], all_of_it[0][rank::2])
+                assert torch.equal(mine[1], all_of_it[1][rank::2])
+
+    def test_broken_images(self, train, classes):
+        (classes / "train" / "cat" / "0.png").write_bytes(b"")
+        (classes / "val" / "dog" / "0.png").write_bytes(b"")
+        options = train.loop.parse(
+            train.ImageClassifier,
+            ["--preset", "imagenet", "--data", str(classes), "--image-size", "8"],
+        )
+        rejects = Rejects(2)
+        folder = train.Folder(options, rejects)
+        rows = iter([np.array([0, 3]), np.array([1])])
+        images, labels = zip(*folder.training_batches(rows, 0), strict=True)
+        assert [len(some) for some in images] == [2, 1]
+        assert torch.cat(labels).tolist() == [0, 1, 0]
+        found = list(folder.validation_batches(iter([np.array([0, 1]), np.array([1])])))
+        assert [some.tolist() for _, some in found] == [[0], []]
+        assert len(rejects) == 2
+        rejects.allowed = 0
+        (classes / "train" / "dog" / "2.png").write_bytes(b"")
+        with pytest.raises(TooManyRejectedError, match=r"dog/2.png"):
+            list(folder.training_batches(iter([np.array([5])]), 0))
+
+    def test_the_preset_needs_its_data(self, train, monkeypatch, classes):
+        with pytest.raises(ValueError, match="--preset imagenet: expected --data"):
+            self.batches(train, monkeypatch, 0, 1, "--preset", "imagenet")
+        small = Shape((1,), 1, width=4)
+        monkeypatch.setattr(train, "WIDE_RESNET_101_2", small)
+        with pytest.raises(ValueError, match=r"expected at most 1 classes, .*got 2"):
+            self.batches(train, monkeypatch, 0, 1, "--preset", "imagenet", "--data", str(classes))
+
+
+class TestSchedule:
+    @pytest.mark.parametrize(("warm_up", "steps"), [(0, 10), (3, 10), (100, 10), (0, 0)])
+    def test_it_rises_and_falls(self, warm_up, steps):
+        from common.schedules import warm_cosine
+
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+        schedule = warm_cosine(optimizer, warm_up, steps)
+        rates = [optimizer.param_groups[0]["lr"]]
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        warm_up = min(warm_up, steps // 2)
+        assert rates[: warm_up + 1] == pytest.approx(
+            [2.0 * (k + 1) / warm_up for k in range(warm_up)] + [2.0]
+        )
+        assert all(a > b for a, b in zip(rates[warm_up:], rates[warm_up + 1 :], strict=False))
+        if steps:
+            assert rates[-1] == pytest.approx(0)
