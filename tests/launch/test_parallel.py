@@ -33,6 +33,8 @@ def outcomes(text: str) -> dict[str, int]:
 NOT_EVERYWHERE = {
     "tests/parallel/test_baselines.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_workload_models.py": [("mpirun", 2)],
+    # Curves are compared bit for bit, which Horovod's own sums of more than two ranks are not.
+    "tests/parallel/test_workload_loop.py": [("mpirun", 2)],
 }
 
 
