@@ -154,10 +154,18 @@ def version() -> str:
 
 
 def options_of(script: Path) -> set[str]:
-    """Return the options that a script's argument parser knows, read without running it."""
+    """Return the options that a script's argument parser knows, read without running it.
+
+    Those of the loop that the examples share are its own.
+    """
+    loop = script.parents[1] / "common" / "loop.py"
+    texts = [script.read_text()]
+    if "from common import loop" in texts[0]:
+        texts.append(loop.read_text())
     return {
         node.args[0].value
-        for node in ast.walk(ast.parse(script.read_text()))
+        for text in texts
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "add_argument"
@@ -255,7 +263,7 @@ def command_complaints(documents: list[Document]) -> list[str]:
         for container in pods(only(documents, "MPIJob"))["Worker"]["spec"]["containers"]
         for mount in container["volumeMounts"]
     }
-    for option in ("--cache", "--metrics"):
+    for option in ("--cache", "--metrics", "--checkpoint"):
         (value,) = (a.partition("=")[2] for a in arguments if a.startswith(f"{option}="))
         if not any(value == path or value.startswith(f"{path}/") for path in mounted):
             complaints.append(f"{option}: no worker has a volume at {value}")

@@ -24,6 +24,7 @@ LIGHT = [
     "gq_horovod.frontend",
     "gq_horovod.model",
     "gq_horovod.pipeline",
+    "gq_horovod.report",
     "gq_horovod.theory",
     "gq_horovod.token",
     "mpi_ops",
