@@ -69,7 +69,7 @@ def test_overlay(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if overlay.endswith("/none")])
 def test_a_workload_has_the_hyperparameters_of_its_preset(overlay: str) -> None:
-    """The learning rate of the manifests is that of the preset, which its number of ranks is for."""
+    """The manifests name the learning rate and epochs that the preset has anyway."""
     config = only(render(K8S / overlay), "ConfigMap")["data"]
     script = ast.parse((ROOT / "examples" / config["EXAMPLE"] / "train.py").read_text())
     presets = {
