@@ -84,18 +84,19 @@ class Vocabulary:
         than one token, or repeats one, and for a file without <eos>. None can be left out, since
         all later ids would change.
         """
-        tokens: list[str] = []
-        lines: dict[str, int] = {}
-        for number, line in read_lines(path, Rejects(0)):
+        lines: dict[str, int] = {}  # in the order of the file
+        rejects = Rejects(1)
+        for number, line in read_lines(path, rejects):
             if line.split() != [line]:
                 raise ValueError(f"{path}:{number}: expected one token, got {line[:80]!r}")
             if line in lines:
                 raise ValueError(f"{path}:{number}: {line!r} is in line {lines[line]} already")
             lines[line] = number
-            tokens.append(line)
+        for where, why in rejects.reasons.items():
+            raise ValueError(f"{where}: {why}; a vocabulary needs every line")
         if END not in lines:
             raise ValueError(f"{path}: expected a line {END}; delete the file to count anew")
-        return cls(tokens)
+        return cls(list(lines))
 
 
 def encode(path: Path, vocabulary: Vocabulary, rejects: Rejects) -> Iterator[np.ndarray]:

@@ -302,7 +302,7 @@ class TestReader:
             (b"<eos>\na b\n", r"v:2: expected one token, got 'a b'"),
             (b"<eos>\n\nb\n", r"v:2: expected one token, got ''"),
             (b"a\nb\n", r"v: expected a line <eos>"),
-            (b"<eos>\n\xff\n", r"v:2: no UTF-8"),
+            (b"<eos>\n\xff\n", r"v:2: no UTF-8: .*; a vocabulary needs every line"),
         ],
     )
     def test_a_bad_vocabulary_is_an_error(self, text, message, tmp_path):
