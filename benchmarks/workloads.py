@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "deeplight"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "transformer_xl")]
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets of one rank
 Shard = tuple[int, int]  # a rank, and of how many
@@ -150,9 +150,9 @@ class Transformer:
     HELD_OUT = 64  # sequences
 
     def __init__(self, cache: Path) -> None:
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-        text = np.frombuffer(b"".join(sources), dtype=np.uint8)
+        from corpus import python_sources
+
+        text = np.frombuffer(b"".join(python_sources()), dtype=np.uint8)
         # Sequences with the byte after each of theirs; every hundredth is held out.
         count = (len(text) - 1) // self.CONTEXT
         starts = np.arange(count) * self.CONTEXT
