@@ -1,0 +1,101 @@
+"""Benchmarks from end to end, small: training.py, allreduce.py and quality.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_SECONDS = 240
+
+pytest.importorskip("sklearn")
+pytest.importorskip("horovod")
+
+
+def run(script: str, *arguments: str, output: Path) -> str:
+    """Run a benchmark; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *arguments, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_training(tmp_path: Path) -> None:
+    methods = ["none", "fp16", "standard-8", "exponential-4-mpi"]
+    options = ["--rates", "loopback", "--ranks", "2", "--rounds", "2", "--steps", "1"]
+    options += ["--quality", "2", "--methods", ",".join(methods)]
+    run("training.py", "convnet", *options, output=tmp_path)
+    job = json.loads((tmp_path / "training-convnet.json").read_text())["jobs"][0]
+    assert (tmp_path / "training-convnet.png").stat().st_size > 0
+    rows = job["rows"]
+    assert list(rows) == ["compute alone", *methods]
+    for name in methods:
+        row = rows[name]
+        assert row["step"] > 0
+        assert row["alone"] > 0
+        assert len(job["measured"][name]["steps"]) == 2
+        assert 0 < row["quality"] < 5
+        assert job["replicas_equal"][name]
+    # Read from the interface: each rank sends its gradients, or fewer bytes.
+    size = 4 * job["parameters"]
+    assert size < rows["none"]["bytes"] < 1.2 * size
+    assert 1.8 < rows["none"]["bytes"] / rows["fp16"]["bytes"] < 2.1
+    assert 3.5 < rows["none"]["bytes"] / rows["standard-8"]["bytes"] < 4.1
+    assert rows["none"]["bytes"] / rows["exponential-4-mpi"]["bytes"] > 6
+    # Only the methods with codes run kernels.
+    assert "kernel:quantize" not in rows["none"]["phases"]
+    assert rows["fp16"]["phases"]["kernel:cast"] > 0
+    assert rows["standard-8"]["phases"]["kernel:quantize"] > 0
+    assert rows["exponential-4-mpi"]["phases"]["kernel:reduce"] > 0
+
+
+def test_allreduce(tmp_path: Path) -> None:
+    options = ["--rates", "loopback", "--ranks", "2", "--rounds", "2", "--elements", "100,5000"]
+    printed = run("allreduce.py", *options, output=tmp_path)
+    (job,) = json.loads((tmp_path / "allreduce.json").read_text())["jobs"]
+    assert (tmp_path / "allreduce.png").stat().st_size > 0
+    assert list(job["results"]) == ["100", "5000"]
+    for rows in job["results"].values():
+        assert rows["Horovod float32"]["speedup"] == 1
+        for name, row in rows.items():
+            assert row["milliseconds"] > 0
+            assert row["rounds"] == 2
+            assert row["bound"] is None  # nobody knows how fast loopback is
+            assert name in printed
+
+
+def test_quality(tmp_path: Path) -> None:
+    methods = "none,standard,two-hop-4,qsgd-8,powersgd-4,standard-4"
+    options = ["--ranks", "2,8", "--seeds", "1", "--steps", "2", "--methods", methods]
+    printed = run("quality.py", "convnet", *options, output=tmp_path)
+    assert "standard-4 left out for 8 ranks" in printed  # their sum does not fit
+    rows = json.loads((tmp_path / "quality-convnet.json").read_text())["rows"]
+    assert (tmp_path / "quality-convnet.png").stat().st_size > 0
+    assert [row["method"] for row in rows if row["ranks"] == 2] == methods.split(",")
+    by_name = {(row["ranks"], row["method"]): row for row in rows}
+    plain = by_name[2, "none"]
+    assert plain["changes"] == [0]
+    # Two steps of one seed differ by rounding alone, whatever the number of ranks is.
+    assert by_name[8, "none"]["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    for (ranks, name), row in by_name.items():
+        assert len(row["losses"]) == 1
+        assert all(1 < loss < 3 for loss in row["losses"])
+        # With many ranks each of them receives everybody's codes.
+        assert (row["sent"] < by_name[ranks, "none"]["sent"]) == (
+            name not in ("none", "qsgd-8") or (name, ranks) == ("qsgd-8", 2)
+        )
+    # A second call finds everything that has been run.
+    assert run("quality.py", "convnet", *options, output=tmp_path) == printed
