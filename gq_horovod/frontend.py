@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import Scheme, one_of
 
+from . import stats as statistics
 from .config import AUTO, DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
 
 __all__ = [
@@ -94,6 +95,7 @@ class Compression(Frontend):
     # Those that the framework's class has.
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
+    STATS: ClassVar[bool] = False  # whether there are statistics
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -113,6 +115,7 @@ class Compression(Frontend):
         seed: int = 0,
         process_set: Any = None,
         transport: Literal["horovod", "mpi"] = "horovod",
+        stats: bool | int = False,
     ) -> None:
         """Configure it.
 
@@ -134,6 +137,10 @@ class Compression(Frontend):
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller, MPI_THREAD_MULTIPLE, no hvd.join()).
+            stats: whether to measure what quantization does to each tensor, every 100th step or
+                every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
+                and gq_horovod.stats.write() hands them to TensorBoard. PyTorch only; ranks may
+                differ.
 
         Raises ValueError or TypeError for options that cannot work.
         """
@@ -155,7 +162,15 @@ class Compression(Frontend):
                     f"GlobalQSGD: {argument} must be {one_of(choices)} with {self.HVD.__name__}, "
                     f"got {value!r}; leave it out."
                 )
+        interval = statistics.check(config.FUNCTION, stats)
+        if interval and not self.STATS:
+            raise ValueError(
+                f"GlobalQSGD: stats must be False with {self.HVD.__name__}, got {stats!r}; leave "
+                "it out."
+            )
         super().__init__(config, process_set)
+        self.stats: dict[str, statistics.TensorStats] = {}
+        self._stats_interval = interval
 
 
 def require_name(name: str | None, function: str = "GlobalQSGD") -> str:

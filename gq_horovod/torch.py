@@ -24,7 +24,7 @@ import json
 import sys
 import zlib
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,6 +48,7 @@ except ImportError as error:
         "HOROVOD_WITH_PYTORCH=1 (its `horovodrun --check-build` shows what it has)."
     ) from error
 
+from mpi_ops.chunks import Chunk
 from mpi_ops.kernels.host import Buffer
 
 from . import __version__, agreement, token
@@ -55,6 +56,7 @@ from .auto import Trials, Way
 from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
 from .pipeline import Array, Exchanges, InFlight, Method, Pipeline, Task
+from .stats import Sample
 
 __all__ = ["GlobalQSGD", "TorchFrontend", "allreduce"]
 
@@ -229,6 +231,7 @@ class _Context(NamedTuple):
     factor: float  # result = mean over ranks * factor
     template: torch.Tensor  # on the meta device: shape, dtype and strides, no memory
     device: torch.device
+    sample: Sample | None  # of a step whose statistics are collected
 
 
 class TorchFrontend(Frontend):
@@ -260,6 +263,13 @@ class TorchFrontend(Frontend):
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy, contiguous and where the method can read it."""
         return _readable(tensor)
+
+    def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
+        """What to collect statistics of this step in, if it is one of those."""
+        return None
+
+    def _collect(self, task: Task, sample: Sample) -> None:
+        """Keep the statistics of a reduction that is done."""
 
     @property
     def decisions(self) -> dict[int, Way | None]:
@@ -297,6 +307,7 @@ class TorchFrontend(Frontend):
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
         ours = caller.in_place or values.data_ptr() != tensor.data_ptr()
         ours = ours and values.dtype == result_dtype
+        sample = self._sample(values, step)
         task = Task(
             name=f"gq.{caller.name}",
             x=_buffer(values),
@@ -311,11 +322,12 @@ class TorchFrontend(Frontend):
             exchanges=group.exchanges,
             method=self._method(),
             memory=group.memories.setdefault(caller.name, {}),
+            observe=None if sample is None else partial(_observe, sample),
         )
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
         factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
-        context = _Context(group, reduction, mark, factor, template, device)
+        context = _Context(group, reduction, mark, factor, template, device, sample)
         return torch.tensor(mark, dtype=torch.float64), context
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -338,6 +350,8 @@ class TorchFrontend(Frontend):
             raise
         mean = ctx.group.pipeline.finish(ctx.reduction).owner
         assert isinstance(mean, torch.Tensor)
+        if ctx.sample is not None:
+            self._collect(ctx.reduction.task, ctx.sample)
         if ctx.factor != 1:
             mean.mul_(ctx.factor)
         if not ctx.template.is_contiguous():
@@ -462,6 +476,22 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
+    STATS = True
+
+    def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
+        if not self._stats_interval or step % self._stats_interval:
+            return None
+        return Sample(values.flatten().to("cpu", torch.float32, copy=True).numpy())
+
+    def _collect(self, task: Task, sample: Sample) -> None:
+        self.stats[task.name.removeprefix("gq.")] = sample.stats(task, self.config.transport)
+
+
+def _observe(sample: Sample, task: Task, chunk: Chunk, output: Buffer) -> None:
+    """Add a chunk to the statistics of a step."""
+    assert isinstance(output.owner, torch.Tensor)
+    part = output.owner.detach().flatten()[chunk.start : chunk.stop]
+    sample.add(task, chunk, part.to("cpu", torch.float32).numpy())
 
 
 def _describe_loaded(state: dict[str, Any] | None, process_set: Any) -> dict[str, Any]:
