@@ -408,7 +408,7 @@ def plot(runs: Sequence[Run], axes: Sequence[Any]) -> None:
     One line for each setting, of its first seed.
     """
     drawn: set[str] = set()
-    counted = False
+    any_counted = False
     for run in sorted(runs, key=_order):
         if run.setting in drawn or not run.evals:
             continue
@@ -416,19 +416,19 @@ def plot(runs: Sequence[Run], axes: Sequence[Any]) -> None:
         drawn.add(run.setting)
         values = [event[run.metric] for event in run.evals]
         bytes_sent = [event["bytes"] for event in run.evals]
-        counted |= bytes_sent[-1] >= LEAST_BYTES * run.evals[-1]["step"]
-        places = (
-            [event["step"] for event in run.evals],
-            [event["seconds"] for event in run.evals],
-            [sent / 1e6 for sent in bytes_sent],
-        )
-        for axis, place in zip(axes, places, strict=True):
+        counted = bytes_sent[-1] >= LEAST_BYTES * run.evals[-1]["step"]
+        any_counted |= counted
+        places = [[event["step"] for event in run.evals], [event["seconds"] for event in run.evals]]
+        if counted:
+            places.append([sent / 1e6 for sent in bytes_sent])
+        for axis, place in zip(axes, places, strict=False):
             axis.plot(place, values, ".-", color=look, label=run.setting, linewidth=1)
     for axis, what in zip(axes, ("steps", "seconds of training", "MB sent by a rank"), strict=True):
         axis.set_xlabel(what)
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    if not counted:
+    if not any_counted:
         axes[2].set_xlabel("MB sent by a rank (not counted: one host)")
     axes[0].set_ylabel(runs[0].metric)
     axes[0].legend(fontsize=7, frameon=False)

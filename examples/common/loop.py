@@ -56,10 +56,12 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import horovod.torch as hvd
@@ -305,6 +307,7 @@ class Reporter:
             return
         if options.metrics:
             options.metrics.parent.mkdir(parents=True, exist_ok=True)
+            _drop_incomplete_line(options.metrics)
             self._file = options.metrics.open("a")
         if options.tensorboard:
             self._board = summary_writer(options.tensorboard, resumed_from)
@@ -324,9 +327,18 @@ class Reporter:
                 output.close()
 
 
+def _drop_incomplete_line(path: Path) -> None:
+    """Remove what a run that was killed had begun to write."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
 def summary_writer(directory: Path, resumed_from: int) -> Any:
     """TensorBoard's writer; what it has of steps after `resumed_from` is hidden."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard imports TensorFlow, if there
+    # TensorBoard imports TensorFlow where it is installed, which takes seconds, unless there is a
+    # module of this name; it then uses its own writer.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from common import loop, methods  # noqa: E402
 
-STEPS, PAUSE, EVERY = 24, 13, 5  # in all; where the run is ended; between checkpoints
+STEPS, PAUSE, EVERY = 20, 13, 5  # in all; where the run is ended; between checkpoints
 
 
 class Interruption(Exception):
@@ -138,6 +138,9 @@ def test_a_resumed_run_continues_the_curve(method: str, shared: Path) -> None:
     torch.manual_seed(1)  # neither run may depend on it
     before = run(shared / "twice", PAUSE, compression=method, **checkpoint)
     torch.manual_seed(2)
+    if hvd.rank() == 0:
+        with (shared / "twice" / "metrics.jsonl").open("a") as file:
+            file.write('{"event": "step", "st')  # where a killed run was
     after = run(shared / "twice", compression=method, **checkpoint)
     again = run(shared / "finished", compression=method, **checkpoint)
     if hvd.rank() > 0:
@@ -193,12 +196,15 @@ def test_each_part_of_a_checkpoint_is_needed(
 
 
 def test_tensorboard_has_the_metrics(shared: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("tensorboard")
     events = run(shared, compression="standard", tensorboard=shared / "board", max_steps=9)
     if hvd.rank() > 0:
         return
-    found = accumulator.EventAccumulator(str(shared / "board"))
+    from tensorboard.backend.event_processing import event_accumulator
+
+    found = event_accumulator.EventAccumulator(str(shared / "board"))
     found.Reload()
+    assert "tensorflow" not in sys.modules  # it takes seconds to import
     losses = {item.step: item.value for item in found.Scalars("step/loss")}
     assert losses == pytest.approx(
         {event["step"]: event["loss"] for event in events if event["event"] == "step"}
@@ -262,6 +268,38 @@ def test_data_that_ends_before_a_step(shared: Path) -> None:
     workload.schedule = lambda optimizer, steps: None  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="digits: expected data for one step at least"):
         loop.train(workload)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("none", {"bits": 4}, "'none': bits must be left out, got 4; it is an option of qsgd, sta"),
+        ("powersgd", {"transport": "mpi"}, "transport must be left out, got 'mpi'"),
+        ("standard", {"rank": 4}, "rank must be left out, got 4; it is an option of powersgd"),
+        ("exponential", {"bits": 5}, "bits must be"),
+    ],
+)
+def test_options_that_a_method_does_not_have(
+    method: str, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        methods.make(method, seed=3, **options)
+
+
+def test_options_reach_the_method() -> None:
+    assert methods.make("powersgd", rank=2, seed=5).config.seed == 5
+    assert methods.make("two-hop", bits=4, seed=5).config.bits == 4
+    assert methods.make("none", seed=5) is hvd.Compression.none
+    assert loop.compression_of(loop.parse(Digits, ["--compression=auto"])).config.levels == "auto"
+
+
+@pytest.mark.parametrize("argument", ["--batch-size=0", "--preset=large", "--compression=best"])
+def test_arguments_that_cannot_work(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        loop.parse(Digits, [argument])
+    assert f"argument {argument.split('=')[0]}" in capsys.readouterr().err.replace(
+        "error: --", "error: argument --"
+    )
 
 
 def test_replicas_that_differ_are_found() -> None:
