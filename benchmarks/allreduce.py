@@ -337,11 +337,12 @@ def main() -> None:
         else:
             print_sizes(result["results"], f"times as fast as {BASELINE}, {result['where']}")
         jobs.append(result)
-    options.output.mkdir(parents=True, exist_ok=True)
-    document = {"ranks": options.ranks, "cycle_ms": options.cycle_time, "jobs": jobs}
-    stem = options.output / "allreduce"
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-    plot(jobs, stem.with_suffix(".png"))
+        # After each rate, so that a run that is interrupted leaves something.
+        options.output.mkdir(parents=True, exist_ok=True)
+        document = {"ranks": options.ranks, "cycle_ms": options.cycle_time, "jobs": jobs}
+        stem = options.output / "allreduce"
+        stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+        plot(jobs, stem.with_suffix(".png"))
     print(f"Wrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
 
 
