@@ -11,7 +11,14 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import Scheme, one_of
 
-from .config import AUTO, DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
+from .config import (
+    AUTO,
+    DEFAULT_MIN_ELEMENTS,
+    DEFAULT_TIMEOUT,
+    PAPER_EXPONENTIAL,
+    PAPER_STANDARD,
+    Config,
+)
 
 __all__ = [
     "ClassOrInstance",
@@ -94,6 +101,7 @@ class Compression(Frontend):
     # Those that the framework's class has.
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
+    GUARDS: ClassVar[bool] = False  # whether `timeout` and `check_replicas` work
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -113,6 +121,8 @@ class Compression(Frontend):
         seed: int = 0,
         process_set: Any = None,
         transport: Literal["horovod", "mpi"] = "horovod",
+        timeout: float | None = DEFAULT_TIMEOUT,
+        check_replicas: int | None = None,
     ) -> None:
         """Configure it.
 
@@ -134,6 +144,10 @@ class Compression(Frontend):
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller, MPI_THREAD_MULTIPLE, no hvd.join()).
+            timeout: seconds after which a reduction that does not move ends this rank with an error
+                (see gq_horovod.watchdog), None for never. PyTorch only.
+            check_replicas: compare the optimizer's parameters between ranks every so many steps,
+                and raise ReplicaMismatchError where they differ; None for never. PyTorch only.
 
         Raises ValueError or TypeError for options that cannot work.
         """
@@ -145,10 +159,13 @@ class Compression(Frontend):
             min_elements=min_elements,
             seed=seed,
             transport=transport,
+            timeout=timeout,
+            check_replicas=check_replicas,
         )
         for argument, value, choices in (
             ("transport", transport, self.TRANSPORTS),
             ("levels", levels, self.LEVELS),
+            *self._further_choices(config),
         ):
             if value not in choices:
                 raise ValueError(
@@ -156,6 +173,15 @@ class Compression(Frontend):
                     f"got {value!r}; leave it out."
                 )
         super().__init__(config, process_set)
+
+    def _further_choices(self, config: Config) -> tuple[tuple[str, Any, tuple[Any, ...]], ...]:
+        """Arguments that the framework's class only has the defaults of: name, value, choices."""
+        if self.GUARDS:
+            return ()
+        return (
+            ("timeout", config.timeout, (DEFAULT_TIMEOUT,)),
+            ("check_replicas", config.check_replicas, (None,)),
+        )
 
 
 def require_name(name: str | None, function: str = "GlobalQSGD") -> str:
