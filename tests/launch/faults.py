@@ -34,7 +34,7 @@ STOPPED_SECONDS = 3
 
 
 def say(*words: object) -> None:
-    print(*words, flush=True)
+    print(" ".join(map(str, words)), flush=True)  # in one piece
 
 
 def digest(parameters: Iterator[torch.Tensor]) -> str:
