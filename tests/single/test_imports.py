@@ -21,6 +21,7 @@ LIGHT = [
     "gq_horovod.cli",
     "gq_horovod.code_length",
     "gq_horovod.config",
+    "gq_horovod.doctor",
     "gq_horovod.frontend",
     "gq_horovod.model",
     "gq_horovod.pipeline",
