@@ -201,6 +201,7 @@ class _Group:
     checked: weakref.WeakKeyDictionary[Any, replicas.Steps] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    checks: list[replicas.Check] = field(default_factory=list)  # of those, under way
 
     def next_step(self, name: str) -> int:
         step = self.steps.get(name, 0)
@@ -234,11 +235,6 @@ class TorchFrontend(Frontend):
     def _handed(self) -> dict[str, weakref.ref[torch.Tensor]]:
         """What Horovod was last given to reduce for a tensor, by its name."""
         return {}
-
-    @cached_property
-    def _checks(self) -> list[replicas.Check]:
-        """Comparisons of parameters under way."""
-        return []
 
     # ------------------------------------------------------------------ what depends on the method
 
@@ -320,8 +316,7 @@ class TorchFrontend(Frontend):
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
-        while self._checks:
-            self._checks.pop().finish(self.config.FUNCTION)
+        self._finish_checks()
         if ctx is None:
             return tensor
         if isinstance(ctx, torch.dtype):
@@ -366,7 +361,13 @@ class TorchFrontend(Frontend):
         digests = [replicas.digest(_bytes(parameter)) for parameter in parameters]
         own = replicas.table(digests, group.rank, len(ranks))
         handle = group.collectives.allreduce_max(own, f"gq.replicas.{names[0]}")
-        self._checks.append(replicas.Check(names, ranks, step, handle))
+        group.checks.append(replicas.Check(names, ranks, step, handle))
+
+    def _finish_checks(self) -> None:
+        """Compare what has been gathered. What a session that is over began is never complete."""
+        for group in self._groups.values():
+            while group.checks and group.session is hvd_ops._handle_map:
+                group.checks.pop().finish(self.config.FUNCTION)
 
     @cached_property
     def _watchdog(self) -> Any:

@@ -84,7 +84,7 @@ def main() -> None:
     # What the sessions before left: one group, nothing in flight, one watchdog.
     (group,) = compression._groups.values()
     watchdogs = [thread for thread in threading.enumerate() if "watchdog" in thread.name]
-    left = (len(group.pipeline._in_flight), len(compression._checks), len(watchdogs))
+    left = (len(group.pipeline._in_flight), len(group.checks), len(watchdogs))
     say("LEFT", *left, len(hvd.mpi_ops._handle_map))
     say("DONE", float(loss_of(net)), digest(iter(net.parameters())))
 
