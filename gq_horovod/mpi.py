@@ -10,6 +10,7 @@ Importing this module imports mpi4py, which starts MPI where Horovod has not.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import sys
 import threading
 import time
@@ -100,13 +101,15 @@ def leave() -> None:
     started MPI itself its shutdown does not reach those who poll.
     """
     begin = time.monotonic()
-    while time.monotonic() < begin + _START_SECONDS:
-        for pipeline in list(_pipelines):
+    waiting = [pipeline for pipeline in _pipelines if pipeline.busy]
+    while waiting and time.monotonic() < begin + _START_SECONDS:
+        for pipeline in waiting:
             pipeline.poll()  # may start exchanges, which others have started too
         time.sleep(_POLL_SECONDS)
     while _running and not _mpi.ended and not any(exchange.failed for exchange in _running):
         for exchange in list(_running):
-            exchange.ready()
+            with contextlib.suppress(Exception):  # known by now: this is the end
+                exchange.ready()
         if time.monotonic() > begin + _LEAVE_SECONDS:
             break
         time.sleep(_POLL_SECONDS)

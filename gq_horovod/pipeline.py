@@ -298,6 +298,11 @@ class Pipeline:
         self._advances += sum(advanced)
         return any(advanced)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is in flight."""
+        return bool(self._in_flight)
+
     def give_up(self) -> None:
         """Forget what is in flight: after a failed operation none of it can be trusted."""
         self.idle = None
