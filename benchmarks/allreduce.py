@@ -1,14 +1,16 @@
-"""Allreduce of one large tensor: Horovod, Open MPI and this project, in one run.
+"""Allreduce of one tensor: Horovod, Open MPI and this project, in one run.
 
     python benchmarks/allreduce.py                     # 4 hosts with 1 Gbit/s links, where root
-    python benchmarks/allreduce.py --rate 200mbit --elements 4000000
+    python benchmarks/allreduce.py --rates 200mbit --elements 4000000
+    python benchmarks/allreduce.py --rates 200mbit,1gbit,10gbit,loopback \\
+        --elements 256,4096,65536,1048576,16777216,67108864          # 1 kB to 256 MB
 
-Starts two jobs under mpirun, one after the other on the same hosts: those of tools/testbed.py where
-the machine allows it, else loopback (which says little about a network; the caption tells). One job
-is Horovod's; the other is plain MPI, because Horovod's own thread talks every millisecond, which
-other programs do not pay for. Every round of a job runs each of its methods once, in turn. Prints a
-table of medians with ratios to Horovod's float32 and to the bandwidth bound 2 (n - 1) / n * bytes /
-rate; writes allreduce.json and allreduce.png.
+For each rate, starts two jobs under mpirun, one after the other on the same hosts: those of
+tools/testbed.py where the machine allows it, else loopback (which says little about a network; the
+caption tells). One job is Horovod's; the other is plain MPI, because Horovod's own thread talks
+every millisecond, which other programs do not pay for. Every round of a job runs each of its
+methods once, in turn. Prints tables of medians with ratios to Horovod's float32, and for one size
+to the bandwidth bound 2 (n - 1) / n * bytes / rate; writes allreduce.json and allreduce.png.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "Horovod float32"
+LOOPBACK = "loopback"
 
 
 # Name -> (bytes per element, one Allreduce of `count` elements).
@@ -37,31 +40,37 @@ Methods = dict[str, tuple[float, Callable[[], object]]]
 
 
 def horovod_methods(array: Any) -> Methods:
-    """Horovod's own, and GlobalQSGD in place of its compression."""
+    """Horovod's own, QSGD and GlobalQSGD in place of its compression; names carry the size."""
     import horovod.torch as hvd
     import torch
 
     from gq_horovod.torch import GlobalQSGD, allreduce
+    from gq_horovod.torch_baselines import QSGD
 
     torch.set_num_threads(1)
     hvd.init()
     tensor = torch.from_numpy(array)
     half = tensor.half()
 
-    def compressed(name: str, **options: Any) -> Callable[[], object]:
-        compression = GlobalQSGD(**options)
-        return lambda: allreduce(tensor, name, compression=compression)
+    def compressed(name: str, compression: Any) -> Callable[[], object]:
+        return lambda: allreduce(tensor, f"{name}.{array.size}", compression=compression)
 
     found: Methods = {
-        BASELINE: (4, lambda: hvd.allreduce(tensor, name="float32")),
-        "Horovod float16": (2, lambda: hvd.allreduce(half, name="float16")),
+        BASELINE: (4, lambda: hvd.allreduce(tensor, name=f"float32.{array.size}")),
+        "Horovod float16": (2, lambda: hvd.allreduce(half, name=f"float16.{array.size}")),
+        "QSGD, 8 bit": (1, compressed("qsgd", QSGD(bits=8, min_elements=0))),
     }
     for transport, label in (("horovod", "GlobalQSGD"), ("mpi", "GlobalQSGD over mpi")):
         for levels in ("standard", "exponential", "two-hop"):
             for bits in (8, 4):
                 name = f"{label}, {levels} {bits} bit"
-                call = compressed(name, levels=levels, bits=bits, transport=transport)
-                found[name] = (bits / 8, call)
+                compression = GlobalQSGD(
+                    levels=levels,  # type: ignore[arg-type]
+                    bits=bits,
+                    transport=transport,  # type: ignore[arg-type]
+                    min_elements=0,
+                )
+                found[name] = (bits / 8, compressed(name, compression))
     return found
 
 
@@ -91,58 +100,74 @@ def mpi_methods(array: Any) -> Methods:
 JOBS = {"horovod": horovod_methods, "mpi": mpi_methods}
 
 
-def run_rank(job: str, count: int, rounds: int) -> None:
-    """One rank: rank 0 prints a line of JSON with the seconds of every method and round."""
+def run_rank(job: str, counts: list[int], rounds: int, budget: float) -> None:
+    """One rank: rank 0 prints a line of JSON with the seconds of every size, method and round."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    array = np.random.default_rng(comm.rank).standard_normal(count, dtype=np.float32)
-    everything = JOBS[job](array)
-    for _, call in everything.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in everything}
-    for number in range(rounds):
-        for name, (_, call) in everything.items():
-            comm.Barrier()
-            begin = time.perf_counter()
-            call()
-            comm.Barrier()
-            seconds[name].append(time.perf_counter() - begin)
-        if comm.rank == 0:
-            print(f"{job}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    if comm.rank == 0:
+    sizes: dict[str, float] = {}
+    seconds: dict[int, dict[str, list[float]]] = {}
+    for count in counts:
+        array = np.random.default_rng(comm.rank).standard_normal(count, dtype=np.float32)
+        everything = JOBS[job](array)
         sizes = {name: size for name, (size, _) in everything.items()}
+        for _, call in everything.values():
+            call()
+        own = seconds[count] = {name: [] for name in everything}
+        started = time.perf_counter()
+        for number in range(rounds):
+            for name, (_, call) in everything.items():
+                comm.Barrier()
+                begin = time.perf_counter()
+                call()
+                comm.Barrier()
+                own[name].append(time.perf_counter() - begin)
+            late = bool(budget) and time.perf_counter() - started > budget
+            if comm.rank == 0:
+                text = f"{job}: {count} elements, round {number + 1} of {rounds}"
+                print(text, file=sys.stderr, flush=True)
+            if number >= 1 and comm.bcast(late):
+                break
+    if comm.rank == 0:
         print("RESULT " + json.dumps({"seconds": seconds, "bytes_per_element": sizes}), flush=True)
 
 
-def launch(options: argparse.Namespace) -> dict[str, Any]:
+def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
     """Start the ranks of both jobs and return what rank 0 printed, and where they ran."""
     sys.path.insert(0, str(ROOT))
     from tools import ranks, testbed
 
-    reason = testbed.unavailable()
-    merged: dict[str, Any] = {"seconds": {}, "bytes_per_element": {}, "shaped": reason is None}
+    reason = "asked for" if rate == LOOPBACK else testbed.unavailable()
+    merged: dict[str, Any] = {
+        "rate": rate,
+        "shaped": reason is None,
+        "bytes_per_element": {},
+        "seconds": {count: {} for count in options.elements},
+    }
     with contextlib.ExitStack() as stack:
         if reason is None:
-            bed = stack.enter_context(testbed.Testbed(options.ranks, options.rate))
-            merged["where"] = f"{options.ranks} hosts (network namespaces), links of {options.rate}"
+            bed = stack.enter_context(testbed.Testbed(options.ranks, rate))
+            merged["where"] = f"{options.ranks} hosts (network namespaces), links of {rate}"
         else:
             bed = None
             merged["where"] = f"loopback of one host ({reason})"
         for job in JOBS:
             script = [sys.executable, str(Path(__file__).resolve()), "--job", job]
-            script += ["--elements", str(options.elements), "--rounds", str(options.rounds)]
+            script += ["--elements", ",".join(map(str, options.elements))]
+            script += ["--rounds", str(options.rounds), "--budget", str(options.budget)]
             output = subprocess.run(
                 [*ranks.mpirun(bed, options.ranks), *script],
-                env=ranks.environment(),
+                env=ranks.environment() | {"HOROVOD_CYCLE_TIME": str(options.cycle_time)},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
                 timeout=options.timeout,
             ).stdout
             line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-            for key, value in json.loads(line.removeprefix("RESULT ")).items():
-                merged[key] |= value
+            found = json.loads(line.removeprefix("RESULT "))
+            merged["bytes_per_element"] |= found["bytes_per_element"]
+            for count in options.elements:
+                merged["seconds"][count] |= found["seconds"][str(count)]
     return merged
 
 
@@ -150,83 +175,175 @@ def bits_per_second(rate: str) -> float:
     """A rate as tc writes it, "200mbit" or "1gbit"."""
     match = re.fullmatch(r"([\d.]+)([kmg])bit", rate)
     if match is None:
-        raise SystemExit(f"--rate must look like 200mbit or 1gbit, got {rate!r}.")
+        raise SystemExit(f"A rate must look like 200mbit or 1gbit, got {rate!r}.")
     return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
 
 
-def report(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the table and write the files."""
+def summarize(result: dict[str, Any], count: int, ranks: int) -> dict[str, dict[str, Any]]:
+    """A row of figures for each method."""
+    seconds = result["seconds"][count]
+    baseline = statistics.median(seconds[BASELINE])
+    rows = {}
+    for name, own in seconds.items():
+        median = statistics.median(own)
+        quarters = statistics.quantiles(own, n=4) if len(own) > 1 else [median] * 3
+        bound = None
+        if result["shaped"]:
+            sent = 2 * (ranks - 1) / ranks * result["bytes_per_element"][name] * count
+            bound = median / (8 * sent / bits_per_second(result["rate"]))
+        rows[name] = {
+            "milliseconds": 1e3 * median,
+            "spread": 1e3 * (quarters[2] - quarters[0]),
+            "rounds": len(own),
+            "speedup": baseline / median,
+            "bound": bound,
+        }
+    return rows
+
+
+def print_size(rows: dict[str, dict[str, Any]], title: str) -> None:
+    """The table of one size."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for heading in ("ms", "spread", "rounds", "speed-up", "/ bound"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        cells = [
+            f"{row['milliseconds']:.3g}"
+            if row["milliseconds"] < 100
+            else f"{row['milliseconds']:.0f}"
+        ]
+        cells += [f"{row['spread']:.3g}", str(row["rounds"]), f"{row['speedup']:.2f}"]
+        table.add_row(name, *cells, "" if row["bound"] is None else f"{row['bound']:.2f}")
+    Console().print(table)
+
+
+def print_sizes(by_size: dict[int, dict[str, dict[str, Any]]], title: str) -> None:
+    """The table of several sizes: times as fast as Horovod's float32, whose milliseconds it has."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for count in by_size:
+        table.add_column(size_in_words(4 * count), justify="right", no_wrap=True)
+    baseline = [rows[BASELINE]["milliseconds"] for rows in by_size.values()]
+    table.add_row(f"{BASELINE}, ms", *(f"{value:.4g}" for value in baseline), end_section=True)
+    for name in next(iter(by_size.values())):
+        if name != BASELINE:
+            table.add_row(name, *(f"{rows[name]['speedup']:.2f}" for rows in by_size.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def size_in_words(size: int) -> str:
+    """Bytes, as people say them."""
+    for unit, number in (("MB", 1 << 20), ("kB", 1 << 10)):
+        if size >= number:
+            return f"{size / number:.3g} {unit}"
+    return f"{size} B"
+
+
+def style(name: str) -> dict[str, str]:
+    """How a method is drawn: colour for the levels, dashes for 4 bits, a marker for what carries.
+
+    Horovod's and Open MPI's own are black and grey.
+    """
+    colours = {"standard": "C0", "exponential": "C1", "two-hop": "C2", "QSGD,": "C3"}
+    markers = {"GlobalQSGD,": "o", "GlobalQSGD over mpi": "^", "mpi_ops": "s"}
+    plain = {BASELINE: "black", "Horovod float16": "black", "Open MPI float32": "grey"}
+    return {
+        "color": plain.get(name) or next(c for levels, c in colours.items() if levels in name),
+        "marker": next((m for path, m in markers.items() if name.startswith(path)), "."),
+        "ls": "--" if "4 bit" in name or "16" in name else "-",
+    }
+
+
+def plot(jobs: list[dict[str, Any]], path: Path) -> None:
+    """Bars for one size; for several, times as fast as Horovod's float32 against the size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from rich.console import Console
-    from rich.table import Table
 
-    share = 2 * (options.ranks - 1) / options.ranks
-    table = Table(
-        title=f"Allreduce of {options.elements} elements, {result['where']}, "
-        f"median of {options.rounds} rounds"
+    names = list(next(iter(jobs[0]["results"].values())))
+    several = len(jobs[0]["results"]) > 1
+    wide, high = (4.6, 4.4) if several else (6.5, 0.4 * len(names) + 1.2)
+    figure, panels = plt.subplots(
+        1,
+        len(jobs),
+        figsize=(wide * len(jobs) + 1.5, high),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
-    table.add_column("method", no_wrap=True)
-    for heading in ("ms", "spread", "speed-up", "/ bound"):
-        table.add_column(heading, justify="right")
-    rows = {}
-    baseline = statistics.median(result["seconds"][BASELINE])
-    for name, seconds in result["seconds"].items():
-        median = statistics.median(seconds)
-        quarters = statistics.quantiles(seconds, n=4)
-        size = result["bytes_per_element"][name] * options.elements
-        bound = share * size * 8 / bits_per_second(options.rate)
-        rows[name] = {
-            "milliseconds": 1e3 * median,
-            "spread": 1e3 * (quarters[2] - quarters[0]),
-            "speedup": baseline / median,
-            "bound": median / bound if result["shaped"] else None,
-        }
-        table.add_row(
-            name,
-            f"{rows[name]['milliseconds']:.0f}",
-            f"{rows[name]['spread']:.0f}",
-            f"{rows[name]['speedup']:.2f}",
-            f"{median / bound:.2f}" if result["shaped"] else "",
-        )
-    Console().print(table)
-    options.output.mkdir(parents=True, exist_ok=True)
-    document = {
-        "elements": options.elements,
-        "ranks": options.ranks,
-        "where": result["where"],
-        "rate": options.rate,
-        "results": rows,
-        "seconds": result["seconds"],
-    }
-    (options.output / "allreduce.json").write_text(json.dumps(document, indent=2) + "\n")
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
-    axes.barh(list(rows), [row["milliseconds"] for row in rows.values()])
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds")
-    axes.set_title(f"Allreduce of {options.elements} elements, {result['where']}", fontsize=9)
-    figure.savefig(options.output / "allreduce.png", dpi=120)
-    print(f"Wrote {options.output / 'allreduce.json'} and {options.output / 'allreduce.png'}")
+    for panel, job in zip(panels[0], jobs, strict=True):
+        panel.set_title(job["where"], fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+        if not several:
+            (rows,) = job["results"].values()
+            panel.barh(names, [row["milliseconds"] for row in rows.values()])
+            panel.set_xlabel("milliseconds")
+            continue
+        sizes = [4 * count for count in job["results"]]
+        for name in names:
+            speedups = [rows[name]["speedup"] for rows in job["results"].values()]
+            panel.plot(sizes, speedups, label=name, lw=1.2, ms=4, **style(name))
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xlabel("bytes of the tensor")
+        panel.set_xticks(sizes, [size_in_words(size) for size in sizes], fontsize=7, rotation=45)
+    if several:
+        panels[0][0].set_ylabel("times as fast as Horovod's float32")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    else:
+        panels[0][0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
     """Launch the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--elements", type=int, default=16_000_000)
+    parser.add_argument("--elements", default="16000000", help="sizes, separated by commas")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--rate", default="1gbit", help="of every host's link")
+    parser.add_argument("--rates", default="1gbit", help=f"of every host's link, or {LOOPBACK}")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds")
+    parser.add_argument("--budget", type=float, default=0, help="seconds for a size (0: no limit)")
+    parser.add_argument("--cycle-time", type=float, default=1, help="Horovod's, ms (default 1)")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for a job")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # be a rank of it
     options = parser.parse_args()
+    options.elements = [int(count) for count in options.elements.split(",")]
     if options.job:
-        run_rank(options.job, options.elements, options.rounds)
-    else:
-        bits_per_second(options.rate)
-        report(launch(options), options)
+        run_rank(options.job, options.elements, options.rounds, options.budget)
+        return
+    rates = options.rates.split(",")
+    for rate in rates:
+        if rate != LOOPBACK:
+            bits_per_second(rate)
+    jobs = []
+    for rate in rates:
+        result = launch(options, rate)
+        result["results"] = {
+            count: summarize(result, count, options.ranks) for count in options.elements
+        }
+        if len(options.elements) == 1:
+            title = f"Allreduce of {options.elements[0]} elements, {result['where']}"
+            print_size(result["results"][options.elements[0]], title)
+        else:
+            print_sizes(result["results"], f"times as fast as {BASELINE}, {result['where']}")
+        jobs.append(result)
+        # After each rate, so that a run that is interrupted leaves something.
+        options.output.mkdir(parents=True, exist_ok=True)
+        document = {"ranks": options.ranks, "cycle_ms": options.cycle_time, "jobs": jobs}
+        stem = options.output / "allreduce"
+        stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+        plot(jobs, stem.with_suffix(".png"))
+    print(f"Wrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
             output = run(*script, "--rounds", str(options.rounds))
             loads.append(os.getloadavg()[0])
             line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-            seconds = json.loads(line.removeprefix("RESULT "))["seconds"]
+            seconds = json.loads(line.removeprefix("RESULT "))["seconds"][str(elements)]
             for method in model.METHODS:
                 if method.name not in seconds:
                     continue
@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         allreduce.JOBS["model"] = methods
-        allreduce.run_rank("model", options.measure, options.rounds)
+        allreduce.run_rank("model", [options.measure], options.rounds, budget=0)
         return
     options.elements = [int(part) for part in options.elements.split(",")]
     rows = []

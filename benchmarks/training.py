@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import statistics
@@ -39,12 +38,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
-import allreduce  # beside this file
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import allreduce  # noqa: E402 - beside this file
+from common import methods  # noqa: E402
+
 MODELS = ("deeplight", "transformer", "convnet")
 COMPUTE = "compute alone"  # the name of training without communication
 LOOPBACK = "loopback"
@@ -56,51 +59,18 @@ Phases = dict[str, float]  # seconds of one step; see Contestant.step
 # ----------------------------------------------------------------------------------------- methods
 
 
-def _ours(levels: str, bits: int, transport: str) -> Callable[[], Any]:
-    def make() -> Any:
-        from gq_horovod.torch import GlobalQSGD
-
-        return GlobalQSGD(levels=levels, bits=bits, transport=transport)  # type: ignore[arg-type]
-
-    return make
-
-
-def _horovods(name: str) -> Callable[[], Any]:
-    def make() -> Any:
-        import horovod.torch as hvd
-
-        return getattr(hvd.Compression, name)
-
-    return make
-
-
-def _baseline(name: str, **options: Any) -> Callable[[], Any]:
-    def make() -> Any:
-        from gq_horovod import torch_baselines
-
-        return getattr(torch_baselines, name)(**options)
-
-    return make
-
-
-def _auto() -> Any:
-    from gq_horovod.torch import GlobalQSGD
-
-    return GlobalQSGD.auto
-
-
 AUTO = "auto"
 AUTO_STEPS = 100  # in a row, before all rounds: the last one decides
 
 # Name -> what makes the `compression=` of DistributedOptimizer, called once in each rank.
 METHODS: dict[str, Callable[[], Any]] = {
-    "none": _horovods("none"),
-    "fp16": _horovods("fp16"),
-    "qsgd-8": _baseline("QSGD", bits=8),
-    "powersgd-4": _baseline("PowerSGD", rank=4),
-    AUTO: _auto,
+    "none": partial(methods.make, "none"),
+    "fp16": partial(methods.make, "fp16"),
+    "qsgd-8": partial(methods.make, "qsgd", bits=8),
+    "powersgd-4": partial(methods.make, "powersgd", rank=4),
+    AUTO: cache(partial(methods.make, AUTO)),  # one instance, which is asked what it decided
 } | {
-    f"{levels}-{bits}{suffix}": _ours(levels, bits, transport)
+    f"{levels}-{bits}{suffix}": partial(methods.make, levels, bits=bits, transport=transport)
     for transport, suffix in (("horovod", ""), ("mpi", "-mpi"))
     for levels in ("standard", "exponential", "two-hop")
     for bits in (8, 4)
@@ -136,7 +106,7 @@ class Stopwatch:
         """Count the calls of `owner.name` under a label."""
         original = getattr(owner, name)
 
-        @functools.wraps(original)
+        @wraps(original)
         def timed(*arguments: Any, **options: Any) -> Any:
             if self._inside:
                 return original(*arguments, **options)
@@ -268,6 +238,7 @@ def run_rank(options: argparse.Namespace) -> None:
     hvd.init()
     sys.path.insert(0, str(ROOT))
     import workloads  # beside this file
+    from common import loop
 
     from mpi_ops import codec
     from tools import testbed
@@ -331,7 +302,7 @@ def run_rank(options: argparse.Namespace) -> None:
                 each.step(workload.batch(number))
             quality[each.name] = workload.evaluate(each.model)
             say(f"{each.name}: {workload.metric} {quality[each.name]:.4f}")
-        equal[each.name] = replicas_equal(each.model)
+        equal[each.name] = loop.replicas_equal(each.model)
     everyone = hvd.allgather_object(measured, name="measured")
     if hvd.rank() == 0:
         result = {
@@ -344,14 +315,6 @@ def run_rank(options: argparse.Namespace) -> None:
         }
         print("RESULT " + json.dumps(result), flush=True)
     hvd.shutdown()
-
-
-def replicas_equal(model: Any) -> bool:
-    """Whether all ranks hold the same parameters, bit for bit."""
-    sys.path.insert(0, str(ROOT / "examples" / "deeplight"))
-    import train
-
-    return bool(train.replicas_equal(model))
 
 
 def idle_seconds() -> float:

@@ -1,14 +1,14 @@
 """What benchmarks/training.py trains: three small models on data that is on the machine.
 
 Every rank loads the same data and takes its share of each global batch, which has the same samples
-whatever the method and the number of ranks.
+whatever the method and the number of ranks. benchmarks/quality.py trains them too, smaller, and
+takes the shares of many simulated ranks.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +20,10 @@ from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "deeplight"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "transformer_xl")]
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets of one rank
+Shard = tuple[int, int]  # a rank, and of how many
 
 
 class Workload(Protocol):
@@ -29,12 +31,13 @@ class Workload(Protocol):
 
     metric: str  # "AUC" or "loss", of held-out samples
     learning_rate: float  # of Adam
+    seed: int  # of the order of samples
 
     def build(self) -> nn.Module:
         """A new model; its parameters come from torch's generator."""
 
-    def batch(self, step: int) -> Batch:
-        """This rank's share of the global batch of a step."""
+    def batch(self, step: int, shard: Shard | None = None) -> Batch:
+        """A rank's share of the global batch of a step; this rank's by default."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss, with a graph behind it."""
@@ -42,17 +45,24 @@ class Workload(Protocol):
     def evaluate(self, model: nn.Module) -> float:
         """The metric; every rank has to call it, and gets the same."""
 
+    def held_out_loss(self, model: nn.Module) -> float:
+        """The mean loss of held-out samples, likewise."""
 
-def order(samples: int, global_batch: int, step: int) -> np.ndarray:
-    """This rank's rows of the global batch of a step: epochs of shuffled samples."""
+
+def order(
+    samples: int, global_batch: int, step: int, shard: Shard | None = None, seed: int = 0
+) -> np.ndarray:
+    """A rank's rows of the global batch of a step: epochs of shuffled samples."""
+    rank, size = shard or (hvd.rank(), hvd.size())
     steps = samples // global_batch
     epoch, first = step // steps, step % steps * global_batch
-    return _shuffled(samples, epoch)[first : first + global_batch][hvd.rank() :: hvd.size()]
+    return _shuffled(samples, epoch, seed)[first : first + global_batch][rank::size]
 
 
 @functools.lru_cache(maxsize=2)
-def _shuffled(samples: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(epoch).permutation(samples)
+def _shuffled(samples: int, epoch: int, seed: int) -> np.ndarray:
+    # Seed 0 is the epoch alone.
+    return np.random.default_rng((epoch, seed) if seed else epoch).permutation(samples)
 
 
 class DeepLight:
@@ -60,7 +70,9 @@ class DeepLight:
 
     metric = "AUC"
     learning_rate = 2e-3
+    seed = 0
     DIM = 48  # of an embedding; the example has 12
+    ROWS = 2**18  # of the table of embeddings, as in the example
     GLOBAL_BATCH = 2048
 
     def __init__(self, cache: Path) -> None:
@@ -71,7 +83,9 @@ class DeepLight:
             data.load(cache)
         hvd.barrier()
         self._train, test = data.load(cache)
-        self._rows, self._fields = data.TABLE_ROWS, data.NUM_FIELDS
+        for part in (self._train, test):
+            part.fields[...] %= self.ROWS  # nothing changes where they are the example's
+        self._fields = data.NUM_FIELDS
         self._evaluate = train.evaluate
         share = slice(hvd.rank(), None, hvd.size())
         self._test = tuple(
@@ -81,10 +95,10 @@ class DeepLight:
     def build(self) -> nn.Module:
         from model import DeepFwFM
 
-        return DeepFwFM(self._rows, self._fields, self.DIM)
+        return DeepFwFM(self.ROWS, self._fields, self.DIM)
 
-    def batch(self, step: int) -> Batch:
-        rows = order(len(self._train.late), self.GLOBAL_BATCH, step)
+    def batch(self, step: int, shard: Shard | None = None) -> Batch:
+        rows = order(len(self._train.late), self.GLOBAL_BATCH, step, shard, self.seed)
         fields, late = self._train.fields[rows], self._train.late[rows]
         return torch.from_numpy(fields), torch.from_numpy(late)
 
@@ -93,6 +107,9 @@ class DeepLight:
 
     def evaluate(self, model: nn.Module) -> float:
         return float(self._evaluate(model, *self._test)[0])
+
+    def held_out_loss(self, model: nn.Module) -> float:
+        return float(self._evaluate(model, *self._test)[1])
 
 
 class ByteModel(nn.Module):
@@ -127,14 +144,15 @@ class Transformer:
 
     metric = "loss"
     learning_rate = 5e-4
-    CONTEXT = 64
+    seed = 0
+    CONTEXT, WIDTH, LAYERS = 64, 256, 6
     GLOBAL_BATCH = 16  # sequences
     HELD_OUT = 64  # sequences
 
     def __init__(self, cache: Path) -> None:
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-        text = np.frombuffer(b"".join(sources), dtype=np.uint8)
+        from corpus import python_sources
+
+        text = np.frombuffer(b"".join(python_sources()), dtype=np.uint8)
         # Sequences with the byte after each of theirs; every hundredth is held out.
         count = (len(text) - 1) // self.CONTEXT
         starts = np.arange(count) * self.CONTEXT
@@ -144,15 +162,20 @@ class Transformer:
         self._test = windows[held_out][: self.HELD_OUT][hvd.rank() :: hvd.size()]
 
     def build(self) -> nn.Module:
-        return ByteModel(width=256, heads=4, layers=6, context=self.CONTEXT)
+        return ByteModel(self.WIDTH, heads=4, layers=self.LAYERS, context=self.CONTEXT)
 
-    def batch(self, step: int) -> Batch:
-        return self._pair(self._train[order(len(self._train), self.GLOBAL_BATCH, step)])
+    def batch(self, step: int, shard: Shard | None = None) -> Batch:
+        return self._pair(
+            self._train[order(len(self._train), self.GLOBAL_BATCH, step, shard, self.seed)]
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def evaluate(self, model: nn.Module) -> float:
+        return self.held_out_loss(model)
+
+    def held_out_loss(self, model: nn.Module) -> float:
         return _mean_loss(self, model, self._pair(self._test))
 
     def _pair(self, windows: np.ndarray) -> Batch:
@@ -165,8 +188,10 @@ class ConvNet:
 
     metric = "loss"
     learning_rate = 1e-3
+    seed = 0
     GLOBAL_BATCH = 128
     HELD_OUT = 297  # of 1797
+    HIDDEN = 2048  # units before the last layer
 
     def __init__(self, cache: Path) -> None:
         from sklearn.datasets import load_digits
@@ -186,15 +211,22 @@ class ConvNet:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
             channels = width
         layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.Flatten()]
-        return nn.Sequential(*layers, nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 10))
+        return nn.Sequential(
+            *layers, nn.Linear(1024, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, 10)
+        )
 
-    def batch(self, step: int) -> Batch:
-        return self._pair(self._train[order(len(self._train), self.GLOBAL_BATCH, step)])
+    def batch(self, step: int, shard: Shard | None = None) -> Batch:
+        return self._pair(
+            self._train[order(len(self._train), self.GLOBAL_BATCH, step, shard, self.seed)]
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(model(batch[0]), batch[1])
 
     def evaluate(self, model: nn.Module) -> float:
+        return self.held_out_loss(model)
+
+    def held_out_loss(self, model: nn.Module) -> float:
         return _mean_loss(self, model, self._pair(self._test))
 
     def _pair(self, rows: np.ndarray) -> Batch:

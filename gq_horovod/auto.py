@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,6 +134,27 @@ class Trials:
                     self._conclude()
         chosen = self._setting(step)
         return chosen if size >= chosen.min_elements else NONE
+
+    def state_dict(self) -> dict[str, Any]:
+        """What load_state_dict() of another process goes on from: plain numbers and texts."""
+        return {
+            "began": dict(self._began),
+            "trials": [[str(way) for way in trial.settings] for trial in self._trials],
+            "decision": None if self.decision is None else str(self.decision),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what state_dict() returned, with the same options and world size.
+
+        The step at which the process before ended is not counted: its end is not known.
+        """
+        known = {str(way): way for way in self._trials[0].settings}
+        for steps, names in zip(STEPS[1:], state["trials"][1:], strict=False):
+            finalists = [known[name] for name in names]
+            self._trials.append(_Trial(self._trials[-1].end, steps, finalists))
+        last = max(state["began"], default=None)
+        self._began = {step: when for step, when in state["began"].items() if step != last}
+        self.decision = None if state["decision"] is None else known[state["decision"]]
 
     def _setting(self, step: int) -> Way:
         for trial in self._trials:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import Scheme, one_of
 
+from . import stats as statistics
 from .config import (
     AUTO,
     DEFAULT_MIN_ELEMENTS,
@@ -102,6 +103,7 @@ class Compression(Frontend):
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
     GUARDS: ClassVar[bool] = False  # whether `timeout` and `check_replicas` work
+    STATS: ClassVar[bool] = False  # whether there are statistics
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -123,6 +125,7 @@ class Compression(Frontend):
         transport: Literal["horovod", "mpi"] = "horovod",
         timeout: float | None = DEFAULT_TIMEOUT,
         check_replicas: int | None = None,
+        stats: bool | int = False,
     ) -> None:
         """Configure it.
 
@@ -148,6 +151,10 @@ class Compression(Frontend):
                 (see gq_horovod.watchdog), None for never. PyTorch only.
             check_replicas: compare the optimizer's parameters between ranks every so many steps,
                 and raise ReplicaMismatchError where they differ; None for never. PyTorch only.
+            stats: whether to measure what quantization does to each tensor, every 100th step or
+                every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
+                and gq_horovod.stats.write() hands them to TensorBoard. PyTorch only; ranks may
+                differ.
 
         Raises ValueError or TypeError for options that cannot work.
         """
@@ -172,7 +179,15 @@ class Compression(Frontend):
                     f"GlobalQSGD: {argument} must be {one_of(choices)} with {self.HVD.__name__}, "
                     f"got {value!r}; leave it out."
                 )
+        interval = statistics.check(config.FUNCTION, stats)
+        if interval and not self.STATS:
+            raise ValueError(
+                f"GlobalQSGD: stats must be False with {self.HVD.__name__}, got {stats!r}; leave "
+                "it out."
+            )
         super().__init__(config, process_set)
+        self.stats: dict[str, statistics.TensorStats] = {}
+        self._stats_interval = interval
 
     def _further_choices(self, config: Config) -> tuple[tuple[str, Any, tuple[Any, ...]], ...]:
         """Arguments that the framework's class only has the defaults of: name, value, choices."""

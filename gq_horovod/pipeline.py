@@ -95,6 +95,8 @@ class Task:
     method: Method | None = None  # another way than Global-QSGD's
     # What the method keeps of this tensor from step to step.
     memory: dict[str, Any] = field(default_factory=dict)
+    # Called with the chunk and the output as soon as a part of the mean is decoded.
+    observe: Callable[[Task, Chunk, Buffer], None] | None = None
 
     def dither(self, chunk: int, stage: Stage) -> NDArray[np.uint32]:
         """Randomness of one stage of a chunk on this rank."""
@@ -220,7 +222,7 @@ class InFlight:
     def __init__(self, task: Task) -> None:
         self.name = task.name
         self.error: Exception | None = None  # what one of its operations or stages raised
-        self._task = task
+        self.task = task
         self._delivered: list[tuple[Chunk, Any]] = []
         self._output: Buffer | None = None
         self._method = method(task)
@@ -261,9 +263,11 @@ class InFlight:
         that its owner may use for something else by then.
         """
         if self._output is None:
-            self._output = self._task.new_output()
+            self._output = self.task.new_output()
         for chunk, payload in self._delivered:
-            self._method.decode(self._task, chunk, payload, chunk.of(self._output))
+            self._method.decode(self.task, chunk, payload, chunk.of(self._output))
+            if self.task.observe is not None:
+                self.task.observe(self.task, chunk, self._output)
         self._delivered.clear()
         return self._output
 

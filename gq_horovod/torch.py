@@ -20,10 +20,12 @@ What happens to a gradient, from its backward hook on:
 
 from __future__ import annotations
 
+import json
 import sys
 import weakref
+import zlib
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,6 +49,7 @@ except ImportError as error:
         "HOROVOD_WITH_PYTORCH=1 (its `horovodrun --check-build` shows what it has)."
     ) from error
 
+from mpi_ops.chunks import Chunk
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
@@ -55,6 +58,7 @@ from .auto import Trials, Way
 from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
 from .pipeline import Array, Exchanges, InFlight, Method, Pipeline, Task
+from .stats import Sample
 
 __all__ = ["GlobalQSGD", "TorchFrontend", "allreduce"]
 
@@ -208,6 +212,23 @@ class _Group:
         self.steps[name] = step + 1
         return step
 
+    def state_dict(self) -> dict[str, Any]:
+        """What TorchFrontend.state_dict() has of this group."""
+        return {
+            "rank": self.rank,
+            "world_size": self.plan.world_size,
+            "steps": dict(self.steps),
+            "memories": {name: dict(memory) for name, memory in self.memories.items()},
+            "trials": None if self.trials is None else self.trials.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what state_dict() returned on this rank of a group of this size."""
+        self.steps = dict(state["steps"])
+        self.memories = {name: dict(memory) for name, memory in state["memories"].items()}
+        if self.trials is not None:
+            self.trials.load_state_dict(state["trials"])
+
 
 class _Context(NamedTuple):
     """What decompress() has to know about a tensor."""
@@ -218,6 +239,7 @@ class _Context(NamedTuple):
     factor: float  # result = mean over ranks * factor
     template: torch.Tensor  # on the meta device: shape, dtype and strides, no memory
     device: torch.device
+    sample: Sample | None  # of a step whose statistics are collected
 
 
 class TorchFrontend(Frontend):
@@ -236,6 +258,11 @@ class TorchFrontend(Frontend):
         """What Horovod was last given to reduce for a tensor, by its name."""
         return {}
 
+    @cached_property
+    def _loaded(self) -> dict[int, dict[str, Any]]:
+        """Of load_state_dict(), for process sets that have reduced nothing since, by their ids."""
+        return {}
+
     # ------------------------------------------------------------------ what depends on the method
 
     def _method(self) -> Method | None:
@@ -249,6 +276,13 @@ class TorchFrontend(Frontend):
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy, contiguous and where the method can read it."""
         return _readable(tensor)
+
+    def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
+        """What to collect statistics of this step in, if it is one of those."""
+        return None
+
+    def _collect(self, task: Task, sample: Sample) -> None:
+        """Keep the statistics of a reduction that is done."""
 
     @property
     def decisions(self) -> dict[int, Way | None]:
@@ -293,6 +327,7 @@ class TorchFrontend(Frontend):
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
         ours = caller.in_place or values.data_ptr() != tensor.data_ptr()
         ours = ours and values.dtype == result_dtype
+        sample = self._sample(values, step)
         task = Task(
             name=f"gq.{caller.name}",
             x=_buffer(values),
@@ -307,11 +342,12 @@ class TorchFrontend(Frontend):
             exchanges=group.exchanges,
             method=self._method(),
             memory=group.memories.setdefault(caller.name, {}),
+            observe=None if sample is None else partial(_observe, sample),
         )
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
         factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
-        context = _Context(group, reduction, mark, factor, template, device)
+        context = _Context(group, reduction, mark, factor, template, device, sample)
         return torch.tensor(mark, dtype=torch.float64), context
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -335,6 +371,8 @@ class TorchFrontend(Frontend):
             raise
         mean = ctx.group.pipeline.finish(ctx.reduction).owner
         assert isinstance(mean, torch.Tensor)
+        if ctx.sample is not None:
+            self._collect(ctx.reduction.task, ctx.sample)
         if ctx.factor != 1:
             mean.mul_(ctx.factor)
         if not ctx.template.is_contiguous():
@@ -396,6 +434,51 @@ class TorchFrontend(Frontend):
                 waiting[idle] = idle[0]
         return waiting
 
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    def _state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know to go on as this one would, bit for bit.
+
+        That is how often each tensor was reduced, which the dither depends on, what a method keeps
+        of a tensor (PowerSGD: its error and its factor), and what levels="auto" has tried or
+        decided. Call it between two steps, with no reduction under way.
+
+        Returns plain tensors (which are not copied), numbers, texts, lists and dictionaries, for
+        torch.save and torch.load(weights_only=True). PowerSGD's and "auto"'s differ between ranks:
+        each rank has to save its own. The other methods' are the same on every rank.
+        """
+        sets = {number: group.state_dict() for number, group in self._groups.items()}
+        return {
+            "compression": self.config.FUNCTION,
+            "options": self.config.describe(),
+            "process_sets": {**sets, **self._loaded},
+        }
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what state_dict() returned on this rank of a job of this size.
+
+        Call it on every rank, between two steps or before the first one. It takes effect with the
+        next gradient of each process set; there all ranks compare what they have loaded, and raise
+        ConfigMismatchError if one of them has loaded nothing, the state of another step, rank or
+        world size. Raises ValueError for the state of another method, or of other options.
+        """
+        function = self.config.FUNCTION
+        expected = {"compression": function, **self.config.describe()}
+        got = {"compression": state.get("compression"), **state.get("options", {})}
+        for key in {**expected, **got}:
+            if expected.get(key) != got.get(key):
+                raise ValueError(
+                    f"{function}.load_state_dict: {key} must be {expected.get(key)!r} as in this "
+                    f"instance, got a state with {got.get(key)!r}; configure it as in the run that "
+                    "saved the state."
+                )
+        self._loaded.clear()
+        self._loaded.update(state["process_sets"])
+        self._groups.clear()
+
+    state_dict = ClassOrInstance(_state_dict)
+    load_state_dict = ClassOrInstance(_load_state_dict)
+
     # --------------------------------------------------------------------------------------- groups
 
     def _group(self, process_set: Any) -> _Group:
@@ -410,7 +493,8 @@ class TorchFrontend(Frontend):
         fixed = replace(self.config, levels="standard") if trying else self.config
         plan = fixed.plan(process_set.size())
         collectives = _Collectives(process_set)
-        self._require_agreement(collectives)
+        loaded = self._loaded.get(number)
+        self._require_agreement(collectives, _describe_loaded(loaded, process_set))
         exchanges = None
         pipeline = Pipeline(self.config.FUNCTION)
         if self.config.transport == "mpi":
@@ -426,11 +510,14 @@ class TorchFrontend(Frontend):
 
             trials = Trials(self.config, plan.world_size, agree)
         group = _Group(session, process_set.rank(), plan, collectives, exchanges, pipeline, trials)
+        if loaded is not None:
+            group.load_state_dict(loaded)
+            del self._loaded[number]
         self._groups[number] = group
         assert self._watchdog is None or self._watchdog.is_alive()
         return group
 
-    def _require_agreement(self, collectives: _Collectives) -> None:
+    def _require_agreement(self, collectives: _Collectives, loaded: dict[str, Any]) -> None:
         function = self.config.FUNCTION
         options = self.config.describe()
         description = {
@@ -439,6 +526,8 @@ class TorchFrontend(Frontend):
             "compression": function,
             **options,
         }
+        description = {"gq-horovod version": __version__, "compression": function, **options}
+        description |= loaded
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
@@ -467,6 +556,39 @@ class GlobalQSGD(TorchFrontend, Compression):
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
     GUARDS = True
+    STATS = True
+
+    def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
+        if not self._stats_interval or step % self._stats_interval:
+            return None
+        return Sample(values.flatten().to("cpu", torch.float32, copy=True).numpy())
+
+    def _collect(self, task: Task, sample: Sample) -> None:
+        self.stats[task.name.removeprefix("gq.")] = sample.stats(task, self.config.transport)
+
+
+def _observe(sample: Sample, task: Task, chunk: Chunk, output: Buffer) -> None:
+    """Add a chunk to the statistics of a step."""
+    assert isinstance(output.owner, torch.Tensor)
+    part = output.owner.detach().flatten()[chunk.start : chunk.stop]
+    sample.add(task, chunk, part.to("cpu", torch.float32).numpy())
+
+
+def _describe_loaded(state: dict[str, Any] | None, process_set: Any) -> dict[str, Any]:
+    """What ranks compare of a process set's state that was loaded; an error if it is not its."""
+    if state is None:
+        return {"state loaded": "none"}
+    before, now = (state["rank"], state["world_size"]), (process_set.rank(), process_set.size())
+    if before != now:
+        return {
+            "error": f"load_state_dict: expected the state of rank {now[0]} of {now[1]}, got that "
+            f"of rank {before[0]} of {before[1]}; load on each rank what it saved, in a job of "
+            "the same size"
+        }
+    steps: dict[str, int] = state["steps"]
+    checksum = zlib.crc32(json.dumps(steps, sort_keys=True).encode())
+    text = f"{sum(steps.values())} reductions of {len(steps)} tensors ({checksum:08x})"
+    return {"state loaded": text}
 
 
 def _mpi_problem() -> str | None:

@@ -174,10 +174,6 @@ def norms_of_share(norms: Norms, count: int, rank: int, plan: Plan) -> Norms:
     return own
 
 
-# Elements that are decoded at a time: 256 KB of float32, so that a mean stays in a core's cache.
-_PIECE_ELEMENTS = 1 << 16
-
-
 def _requantize(
     pieces: list[Payload],
     norms: Norms,
@@ -185,35 +181,18 @@ def _requantize(
     dither: NDArray[np.uint32],
     out: Payload | None,
 ) -> Payload:
-    """Decode all ranks' codes of a share, and quantize their mean.
-
-    Each rank's part of the mean is decoded and added in the ranks' order, in float32; what is
-    rounded is within a few units in the last place of the mean of what the codes stand for.
-    """
-    row, block = _row_elements(plan), plan.block_size
-    count = pieces[0].size // lanes.ROW * row
-    mean = np.empty(count, dtype=np.float32)
-    unit = math.lcm(row, block or row)
-    step = max(_PIECE_ELEMENTS // unit, 1) * unit
-    scratch = np.empty(min(step, count), dtype=np.float32)
-    for begin in range(0, count, step):
-        own = mean[begin : begin + step]
-        part = scratch[: own.size]
-        words = slice(begin // row * lanes.ROW, (begin + own.size) // row * lanes.ROW)
-        blocks = norms if block is None else norms[begin // block : (begin + own.size) // block]
-        for rank, piece in enumerate(pieces):
-            host.dequantize_standard(
-                piece[words],
-                blocks,
-                Buffer.of(own if rank == 0 else part),
-                block_size=plan.block_for(own.size),
-                bits=plan.bits,
-                divisor=plan.level_count * len(pieces),
-            )
-            if rank > 0:
-                with np.errstate(over="ignore"):  # at the largest float; it is a level all the same
-                    np.add(own, part, out=own)
-    buffer, block_size = Buffer.of(mean), plan.block_for(count)
+    """Decode all ranks' codes of a share, and quantize their mean."""
+    count = pieces[0].size // lanes.ROW * _row_elements(plan)
+    block_size = plan.block_for(count)
+    mean = host.mean_standard(
+        pieces,
+        norms,
+        count=count,
+        block_size=block_size,
+        bits=plan.bits,
+        levels=plan.level_count,
+    )
+    buffer = Buffer.of(mean)
     number = lanes.blocks(count, block_size)
     if out is None:
         out = np.empty(number + pieces[0].size, dtype=np.int32)

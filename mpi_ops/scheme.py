@@ -97,7 +97,11 @@ class Scheme:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""
         if self.levels != "standard":
             bits = 8 if self.bits is None else self.bits
-            levels = lanes.levels(bits, 1) if self.levels == "two-hop" else 0  # no codes are added
+            # Codes are added as integers of 32 bits, beside each other.
+            levels = lanes.levels(bits, 1) if self.levels == "two-hop" else 0
+            if levels * world_size >= 2**31:
+                expected = f"at most 8 for two-hop levels on {world_size} ranks"
+                self._fail("bits", expected, bits, "leave it out for the default of 8")
             return Plan(self.levels, bits, levels, self._block_size(bits), self.norm, world_size)
         bits = lanes.default_bits(world_size) if self.bits is None else self.bits
         levels = lanes.levels(bits, world_size)

@@ -346,7 +346,7 @@ def plot(
     figure, axes = plt.subplots(
         2, 2, figsize=(11, 7), sharex="col", sharey="row", layout="constrained"
     )
-    window = 16
+    window = min(16, *(events[-1]["steps"] for events in results.values()))
     for method in methods:
         events, look = results[method, 0], looks[method]
         evals = of_kind(events, "eval")

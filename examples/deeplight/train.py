@@ -1,204 +1,215 @@
-"""Train DeepFwFM on the flights with Horovod: one rank of it, an ordinary Horovod script.
+"""Train DeepFwFM with Horovod: one rank of it.
 
     mpirun -np 4 python train.py --compression standard
+    mpirun ... python train.py --preset criteo --data train.txt.gz --compression exponential
 
-The only lines that know about Global-QSGD are those of `choose_compression`. Rank 0 appends what it
-measures to --metrics, one JSON object a line: "start"; "step" after each step, with its own loss;
-"eval" after each evaluation, with the loss of every step since the last one, averaged over the
-ranks; "final".
+What is special about this workload is here; the loop around it, with all options that workloads
+share, is in examples/common/loop.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-import zlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
+
+import criteo
 import data
 import horovod.torch as hvd
 import torch
+from common import loop
 from model import DeepFwFM
 from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-
-def choose_compression(name: str, bits: int | None, seed: int, transport: Any) -> Any:
-    """Return the `compression=` argument of DistributedOptimizer for a method's name."""
-    if name == "none":
-        return hvd.Compression.none
-    if name == "fp16":
-        return hvd.Compression.fp16
-    from gq_horovod.torch import GlobalQSGD
-
-    return GlobalQSGD(levels=name, bits=bits, seed=seed, transport=transport)
+Batch = tuple[Tensor, Tensor]  # fields (B, F) integers, clicked (B,) float32
 
 
-def bytes_sent(interface: str) -> int:
-    """Return the bytes that left this host through `interface`, protocol headers included.
+def evaluate(model: nn.Module, fields: Tensor, clicked: Tensor) -> tuple[float, float]:
+    """Return (AUC, mean loss) on held-out samples; this rank computes its share of the logits.
 
-    Linux keeps one such file for each network namespace. On loopback everything that ranks of one
-    host send to each other passes here.
+    fields (N, F) int32 or int64 and clicked (N,) float32 are this rank's share; N may differ
+    between ranks.
     """
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == interface:
-            return int(counters.split()[8])
-    raise ValueError(f"--interface {interface}: expected one that /proc/net/dev lists")
-
-
-def evaluate(model: DeepFwFM, fields: torch.Tensor, late: torch.Tensor) -> tuple[float, float]:
-    """Return (AUC, mean loss) on the test flights; this rank computes its share of the logits.
-
-    fields (N, F) int32 and late (N,) float32 are this rank's share, with N differing by at most 1.
-    """
+    device = next(model.parameters()).device
     model.eval()
     with torch.no_grad():
-        logits = torch.cat([model(part) for part in fields.split(4096)])
+        logits = torch.cat([model(part.to(device)).cpu() for part in fields.split(4096)])
     model.train()
     logits = hvd.allgather(logits, name="test.logits")
-    late = hvd.allgather(late, name="test.late")
-    return roc_auc_score(late, logits), binary_cross_entropy_with_logits(logits, late).item()
+    clicked = hvd.allgather(clicked, name="test.clicked")
+    loss = binary_cross_entropy_with_logits(logits, clicked).item()
+    return float(roc_auc_score(clicked, logits)), loss
 
 
-def replicas_equal(model: DeepFwFM) -> bool:
-    """Whether all ranks hold the same parameters, bit for bit."""
-    checksum = 0
-    for parameter in model.parameters():
-        checksum = zlib.crc32(parameter.detach().numpy().tobytes(), checksum)
-    checksums = hvd.allgather(torch.tensor([checksum], dtype=torch.int64), name="checksums")
-    return bool((checksums == checksum).all())
+class Flights:
+    """The data of the preset "flights": all in memory."""
 
+    FIELDS = data.NUM_FIELDS
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    methods = ["none", "fp16", "standard", "exponential", "two-hop", "auto"]
-    parser.add_argument("--compression", choices=methods, default="none")
-    parser.add_argument("--bits", type=int, help="of a code; the default suits the world size")
-    parser.add_argument("--transport", choices=["horovod", "mpi"], default="horovod")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=512, help="samples per rank and step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="falls linearly to 0")
-    parser.add_argument("--eval-every", type=int, default=16, help="steps between evaluations")
-    parser.add_argument("--max-steps", type=int, help="stop early, for a quick trial")
-    parser.add_argument("--cache", type=Path, default=Path("results"), help="for prepared data")
-    parser.add_argument("--metrics", type=Path, help="file to append JSON lines to")
-    parser.add_argument("--interface", default="lo", help="network interface that MPI uses")
-    arguments = parser.parse_args()
-
-    hvd.init()
-    torch.manual_seed(arguments.seed)
-    if hvd.rank() == 0:
-        data.load(arguments.cache)
-    hvd.barrier()
-    train, test = data.load(arguments.cache)
-    rank, size = hvd.rank(), hvd.size()
-    test_fields = torch.from_numpy(test.fields[rank::size].copy())  # Horovod wants it contiguous
-    test_late = torch.from_numpy(test.late[rank::size].copy())
-
-    model = DeepFwFM(data.TABLE_ROWS, data.NUM_FIELDS)
-    optimizer = hvd.DistributedOptimizer(
-        torch.optim.Adam(model.parameters(), lr=arguments.lr),
-        named_parameters=model.named_parameters(),
-        compression=choose_compression(
-            arguments.compression, arguments.bits, arguments.seed, arguments.transport
-        ),
-    )
-    global_batch = arguments.batch_size * size
-    steps_per_epoch = len(train.late) // global_batch
-    num_steps = steps_per_epoch * arguments.epochs
-    schedule = torch.optim.lr_scheduler.LinearLR(
-        optimizer, start_factor=1.0, end_factor=0.0, total_iters=num_steps
-    )
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-
-    def report(event: str, **values: Any) -> None:
-        if rank == 0 and arguments.metrics:
-            with arguments.metrics.open("a") as file:
-                file.write(json.dumps({"event": event, **values}) + "\n")
-
-    report(
-        "start",
-        steps=min(num_steps, arguments.max_steps or num_steps),
-        ranks=size,
-        hosts=size // hvd.local_size(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        train_flights=len(train.late),
-        test_flights=len(test.late),
-    )
-
-    shuffle = torch.Generator().manual_seed(arguments.seed)  # the same order on every rank
-    step = 0
-    seconds = 0.0  # training only: evaluation and start-up are left out
-    sent = 0  # bytes, by this host, likewise
-    times: list[float] = []
-    losses: list[torch.Tensor] = []  # of this rank, since the last evaluation
-    hvd.barrier()
-    clock, counter = time.perf_counter(), bytes_sent(arguments.interface)
-    for _ in range(arguments.epochs):
-        order = torch.randperm(len(train.late), generator=shuffle).numpy()
-        for first in range(0, steps_per_epoch * global_batch, global_batch):
-            began = time.perf_counter()
-            rows = order[first + rank : first + global_batch : size]
-            optimizer.zero_grad()
-            logits = model(torch.from_numpy(train.fields[rows]))
-            loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(train.late[rows]))
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            times.append(time.perf_counter() - began)
-            losses.append(loss.detach())
-            report(
-                "step", step=step, loss=loss.item(), seconds=seconds + time.perf_counter() - clock
+    def __init__(self, options: argparse.Namespace) -> None:
+        if options.rows != data.TABLE_ROWS:
+            raise ValueError(
+                f"--rows: expected {data.TABLE_ROWS} with the preset flights, got {options.rows}; "
+                "leave it out."
             )
+        self._options = options
+        self._train, test = loop.first_rank_first(lambda: data.load(options.cache))
+        share = slice(hvd.rank(), None, hvd.size())
+        # Horovod wants it contiguous.
+        self.held_out = tuple(torch.from_numpy(p[share].copy()) for p in (test.fields, test.late))
+        self.sizes = {"train_flights": len(self._train.late), "test_flights": len(test.late)}
+        self.steps = len(self._train.late) // (options.batch_size * hvd.size())
 
-            last = step in (num_steps, arguments.max_steps)
-            if step % arguments.eval_every and not last:
-                continue
-            hvd.barrier()
-            seconds += time.perf_counter() - clock
-            sent += bytes_sent(arguments.interface) - counter
-            auc, test_loss = evaluate(model, test_fields, test_late)
-            # Ranks on one host share its counter; the mean over all ranks is bytes per rank.
-            per_rank = hvd.allreduce(torch.tensor(sent / hvd.local_size()), name="sent").item()
-            mean_losses = hvd.allreduce(torch.stack(losses), name="train.losses").tolist()
-            losses.clear()
-            report(
-                "eval",
-                step=step,
-                seconds=seconds,
-                bytes=per_rank,
-                train_losses=mean_losses,
-                test_loss=test_loss,
-                auc=auc,
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        order = loop.shuffled(len(self._train.late), self._options.seed, epoch).numpy()
+        global_batch = self._options.batch_size * hvd.size()
+        for first in range(skip * global_batch, self.steps * global_batch, global_batch):
+            rows = order[first + hvd.rank() : first + global_batch : hvd.size()]
+            fields, late = self._train.fields[rows], self._train.late[rows]
+            yield torch.from_numpy(fields), torch.from_numpy(late)
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+class Criteo:
+    """The data of the preset "criteo": read from the file in every epoch."""
+
+    FIELDS = criteo.NUM_FIELDS
+    WINDOW = 16  # batches of a rank that are shuffled together
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        if options.data is None:
+            raise ValueError(
+                "--preset criteo: expected --data with a file in Criteo's format, got none; or "
+                "take --preset flights, which needs no data."
             )
-            if last:
-                break
-            hvd.barrier()
-            clock, counter = time.perf_counter(), bytes_sent(arguments.interface)
-        if last:
-            break
+        self._options = options
+        self.steps = None  # nobody has counted the lines
+        self._readers: list[criteo.Reader] = []
+        self._reader = self._open(options.data)
+        if options.test_data:
+            self._keep = lambda line: True
+            fields, clicked = self._open(options.test_data).samples(self._keep, options.eval_rows)
+        else:
+            self._keep = lambda line: line % criteo.HELD_OUT_EVERY != 0
+            fields, clicked = self._reader.samples(
+                lambda line: line % criteo.HELD_OUT_EVERY == 0, options.eval_rows
+            )
+        self.held_out = torch.from_numpy(fields), torch.from_numpy(clicked)
+        counts = torch.tensor([clicked.sum(), len(clicked)], dtype=torch.float64)
+        clicks, rows = hvd.allreduce(counts, op=hvd.Sum, name="held.out").tolist()
+        if not 0 < clicks < rows:
+            raise ValueError(
+                f"{options.test_data or options.data}: expected held-out lines with both labels, "
+                f"which the AUC needs, got {rows:.0f} of which {clicks:.0f} are clicks; raise "
+                "--eval-rows, or name other --test-data."
+            )
+        self.sizes = {"test_samples": int(rows)}
 
-    # The first steps set up connections and Horovod's cache of responses.
-    step_seconds = statistics.median(times[5:] or times)
-    report(
-        "final",
-        steps=step,
-        step_seconds=step_seconds,
-        bytes_per_step=per_rank / step,
-        auc=auc,
-        test_loss=test_loss,
-        seconds=seconds,
-        replicas_equal=replicas_equal(model),
-    )
-    hvd.shutdown()
+    def _open(self, path: Path) -> criteo.Reader:
+        options = self._options
+        reader = criteo.Reader(path, options.rows, hvd.rank(), hvd.size(), options.max_rejected)
+        self._readers.append(reader)
+        return reader
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        batches = self._reader.batches(
+            self._keep, self._options.batch_size, self.WINDOW, skip, (self._options.seed, epoch)
+        )
+        for fields, clicked in batches:
+            yield torch.from_numpy(fields), torch.from_numpy(clicked)
+
+    def counters(self) -> dict[str, int]:
+        return {"rejected_lines": sum(len(reader.rejects) for reader in self._readers)}
+
+
+class DeepLight(loop.Workload):
+    """DeepFwFM, the click model of DeepLight, on flights or on Criteo's clicks."""
+
+    NAME = "deeplight"
+    METRIC = "auc"
+    HIGHER_IS_BETTER = True
+    PRESETS: ClassVar = {
+        # 3.6 M parameters; the learning rate falls linearly to 0.
+        "flights": {
+            "batch_size": 512,
+            "lr": 2e-3,
+            "epochs": 1,
+            "eval_every": 16,
+            "rows": data.TABLE_ROWS,
+            "dim": 12,
+            "units": 256,
+            "layers": 2,
+        },
+        # The paper's 607,959,381 parameters; docs/workloads.md says how they came about.
+        "criteo": {
+            "batch_size": 2048,
+            "lr": 1e-3,
+            "epochs": 1,
+            "eval_every": 1000,
+            "rows": 55_241_858,
+            "dim": 10,
+            "units": 300,
+            "layers": 3,
+        },
+    }
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--rows", type=int, help="of the embedding table")
+        parser.add_argument("--dim", type=int, help="length of an embedding")
+        parser.add_argument("--units", type=int, help="of a hidden layer")
+        parser.add_argument("--layers", type=int, help="hidden layers")
+        parser.add_argument("--data", type=Path, help="Criteo's file, tab-separated; .gz too")
+        parser.add_argument("--test-data", type=Path, help="held-out lines (else every tenth)")
+        parser.add_argument("--eval-rows", type=int, default=2**20, help="held-out lines to use")
+        parser.add_argument(
+            "--max-rejected", type=float, default=0.001, help="share of malformed lines (0.001)"
+        )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self._data = Flights(options) if options.preset == "flights" else Criteo(options)
+        self.steps_per_epoch = self._data.steps
+
+    def model(self) -> nn.Module:
+        options = self.options
+        hidden = (options.units,) * options.layers
+        return DeepFwFM(options.rows, self._data.FIELDS, options.dim, hidden)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=self.options.lr)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int | None) -> Any:
+        if steps is None:
+            return None
+        return torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
+        )
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        return self._data.batches(epoch, skip)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        auc, loss = evaluate(model, *self._data.held_out)
+        return {"test_loss": loss, "auc": auc}
+
+    def describe(self) -> dict[str, Any]:
+        return self._data.sizes
+
+    def counters(self) -> dict[str, int]:
+        return self._data.counters()
 
 
 if __name__ == "__main__":
-    main()
+    loop.main(DeepLight)

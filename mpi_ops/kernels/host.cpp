@@ -276,6 +276,40 @@ GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, i
   if (stream) stream_fence();
 }
 
+// The mean of several ranks' codes by the same norms: lanes are added as integers, which is exact.
+// kBits is the width where it is fixed, 0 where it is `bits`.
+template <int kBits>
+GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, int64_t count,
+                                  int64_t block, const int32_t* norms, int bits, int64_t divisor,
+                                  float* out) {
+  constexpr int kMostLanes = kBits > 0 ? 32 / kBits : 16;
+  const int width = kBits > 0 ? kBits : bits;
+  const int lanes = kBits > 0 ? kMostLanes : 32 / bits;
+  const int64_t rows = rows_of(count);
+  RowNorms row_norms{norms, block / kRow};
+  Scale scale = {1.0f, 0.0f};
+  for (int64_t row = 0, at = 0; row < rows; at += kRow) {
+    alignas(64) int32_t sums[kMostLanes][kRow] = {};
+    for (int i = 0; i < inputs; ++i) {
+      alignas(64) int32_t words[kRow];
+      __builtin_memcpy(words, payloads[i] + at, sizeof words);
+      for (int k = 0; k < lanes; ++k)
+        for (int j = 0; j < kRow; ++j) {
+          const int32_t code = lowest_lane(words[j], width);
+          words[j] = drop_lane(words[j], code, width);
+          sums[k][j] += code;
+        }
+    }
+    for (int k = 0; k < lanes && row < rows; ++k, ++row) {
+      if (!row_norms.same_block()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
+      const float norm = norm_of(row_norms.current);
+      alignas(64) float values[kRow];
+      for (int j = 0; j < kRow; ++j) values[j] = dequantize_standard(sums[k][j], scale, norm);
+      store_row(out, row, count, false, values);
+    }
+  }
+}
+
 template <typename T, int kBits>
 GQ_INLINE void dequantize_exponential_rows(const uint8_t* codes, int64_t count, int64_t block,
                                            const int32_t* norms, int headroom, T* out) {
@@ -537,6 +571,18 @@ GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t cou
                                   const int32_t* norms, int bits, int64_t divisor, void* out) {
   GQ_DISPATCH(dtype, dequantize_standard_rows(payload, count, block, norms, bits, divisor,
                                               static_cast<T*>(out)));
+}
+
+GQ_EXPORT(gq_mean_standard)
+(const int32_t* const* payloads, int inputs, int64_t count, int64_t block, const int32_t* norms,
+ int bits, int64_t divisor, float* out) {
+  if (bits == 8)
+    mean_standard_rows<8>(payloads, inputs, count, block, norms, bits, divisor, out);
+  else if (bits == 4)
+    mean_standard_rows<4>(payloads, inputs, count, block, norms, bits, divisor, out);
+  else
+    mean_standard_rows<0>(payloads, inputs, count, block, norms, bits, divisor, out);
+  return kStatusOk;
 }
 
 GQ_EXPORT(gq_quantize_exponential)(int dtype, const void* x, int64_t count, int64_t block,

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import lanes
+
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
 from .interface import ITEM_BYTES as ITEM_BYTES
@@ -66,7 +68,7 @@ _TYPES = {
     "f": ctypes.c_float,
     "r": ctypes.c_void_p,
 }
-_SIGNATURES = {**SIGNATURES, "philox": "ppip"}
+_SIGNATURES = {**SIGNATURES, "mean_standard": "pillpilp", "philox": "ppip"}
 
 
 @cache
@@ -123,12 +125,45 @@ class Host(Kernels):
                 f"mpi_ops.kernels.host: kernel {name} refused its arguments ({status})."
             )
 
+    def mean_standard(
+        self,
+        payloads: Sequence[NDArray[np.int32]],
+        norms: NDArray[np.int32],
+        *,
+        count: int,
+        block_size: int,
+        bits: int,
+        levels: int,
+    ) -> NDArray[np.float32]:
+        """The mean of what several ranks' payloads of `count` elements stand for, float32.
+
+        They are quantized by the same `norms`, with `levels` levels on each side of zero, and need
+        not fit their lanes when added: the sums are integers of 32 bits. Elements of a block whose
+        norm is not finite become NaN; no |result| exceeds its norm.
+        """
+        name = "mean_standard"
+        self._check_norms(name, norms, count, block_size)
+        require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
+        divisor = levels * len(payloads)
+        require(name, "levels x ranks", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
+        words = lanes.standard_words(count, bits)
+        for index, payload in enumerate(payloads):
+            self._check_array(name, f"payloads[{index}]", payload, np.int32, words)
+        mean = np.empty(count, dtype=np.float32)
+        self.launch(
+            *(name, None, count),
+            *(self.table(payloads), len(payloads), count, block_size, self.address(norms)),
+            *(bits, divisor, self.address(mean)),
+        )
+        return mean
+
 
 KERNELS = Host()
 absmax = KERNELS.absmax
 l2norm = KERNELS.l2norm
 quantize_standard = KERNELS.quantize_standard
 dequantize_standard = KERNELS.dequantize_standard
+mean_standard = KERNELS.mean_standard
 quantize_exponential = KERNELS.quantize_exponential
 dequantize_exponential = KERNELS.dequantize_exponential
 reduce_exponential = KERNELS.reduce_exponential

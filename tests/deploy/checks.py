@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(
-    str(path.parent.relative_to(K8S)) for path in K8S.glob("overlays/*/*/kustomization.yaml")
+    str(path.parent.relative_to(K8S)) for path in K8S.glob("overlays/*/*/*/kustomization.yaml")
 )
 CRD = ROOT.parent / "shared" / "data" / "mpijob-crd.yaml"
 IN_IMAGE = "/opt/gq-horovod/"  # where the Dockerfile puts the repository
@@ -154,10 +154,18 @@ def version() -> str:
 
 
 def options_of(script: Path) -> set[str]:
-    """Return the options that a script's argument parser knows, read without running it."""
+    """Return the options that a script's argument parser knows, read without running it.
+
+    Those of the loop that the examples share are its own.
+    """
+    loop = script.parents[1] / "common" / "loop.py"
+    texts = [script.read_text()]
+    if "from common import loop" in texts[0]:
+        texts.append(loop.read_text())
     return {
         node.args[0].value
-        for node in ast.walk(ast.parse(script.read_text()))
+        for text in texts
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "add_argument"
@@ -239,6 +247,11 @@ def command_complaints(documents: list[Document]) -> list[str]:
     read = expanded | exported
     complaints += [f"no container reads the ConfigMap's key {key}" for key in set(config) - read]
     complaints += [f"the ConfigMap has no key {key}" for key in read - set(config)]
+    # As Kubernetes puts the ConfigMap's values into the arguments.
+    arguments = [
+        re.sub(r"\$\((\w+)\)", lambda key: config.get(key[1], key[0]), argument)
+        for argument in arguments
+    ]
     scripts = [argument for argument in arguments if argument.endswith(".py")]
     for script in scripts:
         source = ROOT / script.removeprefix(IN_IMAGE)
@@ -255,8 +268,15 @@ def command_complaints(documents: list[Document]) -> list[str]:
         for container in pods(only(documents, "MPIJob"))["Worker"]["spec"]["containers"]
         for mount in container["volumeMounts"]
     }
-    for option in ("--cache", "--metrics"):
-        (value,) = (a.partition("=")[2] for a in arguments if a.startswith(f"{option}="))
+    paths = {
+        option: value
+        for option, _, value in (argument.partition("=") for argument in arguments)
+        if option in ("--cache", "--metrics", "--checkpoint", "--data")
+    }
+    for option in ("--cache", "--metrics", "--checkpoint"):
+        if option not in paths:
+            complaints.append(f"{option} is not given")
+    for option, value in paths.items():
         if not any(value == path or value.startswith(f"{path}/") for path in mounted):
             complaints.append(f"{option}: no worker has a volume at {value}")
     return complaints

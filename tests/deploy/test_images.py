@@ -156,8 +156,11 @@ def test_user_ports_and_paths_are_those_of_the_manifests() -> None:
 
 def names_in_the_runbook_that_do_not_exist(text: str) -> set[str]:
     """Files, overlays and build arguments that docs/cloud.md mentions and the project lacks."""
-    text = text.replace("CLUSTER/METHOD", "gke-64xa100/$method").replace("/v0.8", "")
+    text = text.replace("CLUSTER/WORKLOAD/METHOD", "gke-64xa100/$workload/$method").replace(
+        "/v0.8", ""
+    )
     text = "".join(text.replace("$method", method) for method in ("none", "exponential"))
+    text = "".join(text.replace("$workload", name) for name in ("deeplight", "transformer-xl"))
     paths = set(re.findall(r"(?<![\w/])((?:docker|k8s)/[\w./-]*\w)", text))
     arguments = set(re.findall(r"--build-arg (\w+)=", text))
     images = set(re.findall(r"/(gq-horovod[a-z-]*:[0-9.]+[0-9])", text))
@@ -177,7 +180,11 @@ def test_runbook_names_what_exists() -> None:
     assert names_in_the_runbook_that_do_not_exist(text) == set()
     for good, bad, found in [
         ("docker/gq-launch", "docker/gq-lunch", "docker/gq-lunch"),
-        ("local-cpu/standard", "local-cpu/std", "k8s/overlays/local-cpu/std"),
+        (
+            "local-cpu/deeplight/standard",
+            "local-cpu/deeplight/std",
+            "k8s/overlays/local-cpu/deeplight/std",
+        ),
         ("--build-arg RUN_BASE", "--build-arg BASE", "BASE"),
         ("gq-horovod-cuda:0.1.0", "gq-horovod-gpu:0.1.0", "gq-horovod-gpu:0.1.0"),
     ]:

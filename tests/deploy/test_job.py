@@ -83,7 +83,7 @@ def podman(tmp_path: Path):
 
 @pytest.mark.parametrize("user", [1000, 0], ids=["mpiuser", "root"])
 def test_two_workers_train(podman, user: int, tmp_path: Path) -> None:
-    documents = render(K8S / "overlays" / "local-cpu" / "standard")
+    documents = render(K8S / "overlays" / "local-cpu" / "deeplight" / "standard")
     job, config = only(documents, "MPIJob"), only(documents, "ConfigMap")["data"]
     (launcher,) = pods(job)["Launcher"]["spec"]["containers"]
     (worker,) = pods(job)["Worker"]["spec"]["containers"]
@@ -136,7 +136,7 @@ def test_two_workers_train(podman, user: int, tmp_path: Path) -> None:
     assert "starting mpirun" not in early
     assert "starting mpirun" in output
 
-    (metrics,) = (tmp_path / "results").iterdir()
+    (metrics,) = (tmp_path / "results").glob("*.jsonl")
     assert metrics.name == "deeplight-standard.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     start, final = lines[0], lines[-1]

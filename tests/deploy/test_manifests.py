@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 
@@ -10,51 +11,93 @@ import yaml
 from checks import (
     K8S,
     OVERLAYS,
+    ROOT,
     builtin_complaints,
     complaints_about,
     only,
+    pods,
     render,
 )
 
-LOCAL = "overlays/local-cpu/standard"
+LOCAL = "overlays/local-cpu/deeplight/standard"
 
 
-def test_there_is_an_overlay_for_every_cluster_and_method() -> None:
+WORKERS = {"local-cpu": 2, "gke-64xa100": 64}
+# Samples, streams or images of a step of all ranks, which the learning rates were chosen for.
+GLOBAL_BATCH = {
+    ("deeplight", "local-cpu"): 2048,
+    ("deeplight", "gke-64xa100"): 2048,
+    ("transformer-xl", "local-cpu"): 16,
+    ("transformer-xl", "gke-64xa100"): 256,
+    ("wide-resnet", "local-cpu"): 64,
+    ("wide-resnet", "gke-64xa100"): 2048,
+}
+
+
+def test_there_is_an_overlay_for_every_cluster_workload_and_method() -> None:
     clusters = {path.name for path in (K8S / "clusters").iterdir()}
+    workloads = {path.name for path in (K8S / "workloads").iterdir()}
     methods = {path.name for path in (K8S / "methods").iterdir()}
     assert clusters == {"local-cpu", "gke-64xa100"}
+    assert workloads == {"deeplight", "transformer-xl", "wide-resnet"}
     assert methods == {"none", "fp16", "standard", "exponential"}
-    assert set(OVERLAYS) == {f"overlays/{c}/{m}" for c in clusters for m in methods}
+    assert set(OVERLAYS) == {
+        f"overlays/{c}/{w}/{m}" for c in clusters for w in workloads for m in methods
+    }
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlay(overlay: str) -> None:
     documents = render(K8S / overlay)
     assert complaints_about(documents) == []
-    _, cluster, method = overlay.split("/")
+    _, cluster, workload, method = overlay.split("/")
     config, job = only(documents, "ConfigMap")["data"], only(documents, "MPIJob")
     assert config["COMPRESSION"] == method
-    # One name for all that is of one method, or two methods would overwrite each other.
+    # One name for all that is of one run, or two runs would overwrite each other.
     names = {
         config["RUN"],
         job["metadata"]["name"],
         only(documents, "ConfigMap")["metadata"]["name"],
     }
-    assert names == {f"deeplight-{method}"}
+    assert names == {f"{workload}-{method}"}
+    labelled = [job, only(documents, "ConfigMap"), *pods(job).values()]
+    assert {d["metadata"]["labels"]["app.kubernetes.io/name"] for d in labelled} == {workload}
     workers = job["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"]
-    assert workers == {"local-cpu": 2, "gke-64xa100": 64}[cluster]
-    # The learning rate was chosen for this many samples in a step.
-    assert workers * int(config["BATCH_SIZE"]) == 2048
+    assert workers == WORKERS[cluster]
+    assert workers * int(config["BATCH_SIZE"]) == GLOBAL_BATCH[workload, cluster]
+
+
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if overlay.endswith("/none")])
+def test_a_workload_has_the_hyperparameters_of_its_preset(overlay: str) -> None:
+    """The manifests name the learning rate and epochs that the preset has anyway."""
+    config = only(render(K8S / overlay), "ConfigMap")["data"]
+    script = ast.parse((ROOT / "examples" / config["EXAMPLE"] / "train.py").read_text())
+    presets = {
+        key.value: value
+        for node in ast.walk(script)
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Dict)
+    }
+    preset = {
+        key.value: value.value
+        for key, value in zip(
+            presets[config["PRESET"]].keys, presets[config["PRESET"]].values, strict=True
+        )
+        if isinstance(value, ast.Constant)
+    }
+    assert float(config["LEARNING_RATE"]) == preset["lr"]
+    assert int(config["EPOCHS"]) == preset["epochs"]
 
 
 def test_methods_differ_in_names_and_compression_only() -> None:
     def without_method(overlay: str) -> str:
-        method = overlay.split("/")[-1]
+        _, _, workload, method = overlay.split("/")
         text = yaml.safe_dump_all(render(K8S / overlay))
-        return text.replace(f"deeplight-{method}", "NAME").replace(f"COMPRESSION: {method}", "")
+        return text.replace(f"{workload}-{method}", "NAME").replace(f"COMPRESSION: {method}", "")
 
-    for cluster in ("local-cpu", "gke-64xa100"):
-        overlays = [overlay for overlay in OVERLAYS if f"/{cluster}/" in overlay]
+    for workload, cluster in GLOBAL_BATCH:
+        overlays = [overlay for overlay in OVERLAYS if f"/{cluster}/{workload}/" in overlay]
         assert len(overlays) == 4
         assert len({without_method(overlay) for overlay in overlays}) == 1
 

@@ -6,6 +6,7 @@ import os
 
 import horovod.tensorflow as hvd
 import pytest
+from rendezvous import restart
 from tf_helpers import check_mean, check_replicas, compressor, gradients
 
 from gq_horovod.tensorflow import allreduce
@@ -20,8 +21,7 @@ def test_an_instance_outlives_horovod(levels: str, name: str) -> None:
     inputs = gradients(1000, tag=18)
     for start in range(2):
         if start:
-            hvd.shutdown()
-            hvd.init(process_sets="dynamic")
+            restart(hvd)
         result = allreduce(inputs[hvd.rank()], name, compression=compression)
         check_mean(result, inputs, compression)
         check_replicas(result)

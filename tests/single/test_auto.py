@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +167,29 @@ def test_ways_have_the_widths_of_the_world_size() -> None:
         assert standard.plan is not None
         assert exponential.plan is not None
         assert (standard.plan.bits, exponential.plan.bits) == (bits, 8)
+
+
+@pytest.mark.parametrize("pause", [1, 20, 51, 60, 98, 99, 150])
+def test_trials_go_on_in_another_process(pause: int) -> None:
+    """The same ways and the same decision, though the clock starts anew."""
+    seconds = constant(**{**ALL, "two-hop": 0.5})
+    through = Rank(seconds)
+    through.train(200)
+    before, after = Rank(seconds), Rank(seconds)
+    before.train(pause)
+    after.trials.load_state_dict(
+        json.loads(json.dumps(before.trials.state_dict()), object_hook=_numbers)
+    )
+    after.steps, after.now = list(before.steps), -1000.0
+    after.train(200 - pause)
+    assert after.steps == through.steps
+    assert after.trials.decision == through.trials.decision
+    # A pair of clocks would have made the step at the pause take a negative time.
+    assert all((own >= 0).all() for _, own in after.agreed)
+
+
+def _numbers(values: dict[str, Any]) -> dict[Any, Any]:
+    return {int(key) if key.isdigit() else key: value for key, value in values.items()}
 
 
 def test_levels_have_to_be_chosen_for_a_plan() -> None:

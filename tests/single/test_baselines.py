@@ -205,7 +205,7 @@ def test_qsgd_needs_one_operation_with_norms_and_codes() -> None:
 
     job.network.submit = record  # type: ignore[method-assign]
     job.mean(gradients(2, 1024))
-    assert sizes == [("gather", 1024 + 2 * 4)] * 2
+    assert sizes == [("allgather", 1024 + 2 * 4)] * 2
 
 
 # -------------------------------------------------------------------------------------------- parts

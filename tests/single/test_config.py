@@ -215,6 +215,13 @@ def test_default_plans() -> None:
         Config().plan(32768)
 
 
+def test_two_hop_levels_of_many_ranks_still_add_up_in_32_bits() -> None:
+    assert Config(levels="two-hop", bits=16).plan(2**16).level_count == 2**15 - 1
+    with pytest.raises(ValueError, match="at most 8 for two-hop levels on 65539 ranks"):
+        Config(levels="two-hop", bits=16).plan(65539)
+    assert Config(levels="two-hop").plan(10**6).bits == 8
+
+
 @pytest.mark.parametrize("world_size", [1, 7, 64, 10**6])
 def test_plans_of_exponential_levels(world_size: int) -> None:
     plan = Config(levels="exponential").plan(world_size)

@@ -26,6 +26,7 @@ LIGHT = [
     "gq_horovod.model",
     "gq_horovod.pipeline",
     "gq_horovod.replicas",
+    "gq_horovod.report",
     "gq_horovod.theory",
     "gq_horovod.token",
     "gq_horovod.watchdog",

@@ -119,11 +119,31 @@ def add_case(bits: int) -> Case:
     )
 
 
+def mean_case(bits: int, number: int) -> Case:
+    def run(inputs: list[Array], out: Array) -> None:
+        *payloads, own = inputs
+        args = {"block_size": BLOCK, "bits": bits, "levels": 2 ** (bits - 1) - 1}
+        out[:] = host.mean_standard(payloads, own, count=out.size, **args)
+
+    return Case(
+        run,
+        lambda count, dtype: [
+            *(
+                random_bytes(4 * lanes.standard_words(count, bits), seed).view(np.int32)
+                for seed in range(number)
+            ),
+            norms(count),
+        ],
+        lambda count, dtype: (count, np.float32),
+    )
+
+
 CASES = {
     "absmax": norm_case(host.absmax),
     "l2norm": norm_case(host.l2norm),
     **{f"quantize standard {bits}": quantize_standard_case(bits) for bits in (2, 4, 7, 8, 10, 16)},
     **{f"dequantize standard {bits}": dequantize_standard_case(bits) for bits in (2, 7, 8, 16)},
+    **{f"mean standard {bits}": mean_case(bits, 3) for bits in (2, 4, 7, 8, 16)},
     **{f"quantize exponential {bits}": quantize_exponential_case(bits) for bits in (4, 8)},
     **{f"dequantize exponential {bits}": dequantize_exponential_case(bits) for bits in (4, 8)},
     **{

@@ -17,6 +17,7 @@ from reference import DTYPES, Array, Z, allowance, buffer, check_law, exponentia
 from gq_horovod import pipeline
 from gq_horovod.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, Plan
 from gq_horovod.pipeline import InFlight, Pipeline, Task
+from gq_horovod.simulation import combine
 from mpi_ops.kernels.host import Buffer
 
 CONFIGS = {
@@ -71,18 +72,13 @@ class Network:
         kinds = {operation.kind for operation in operations}
         shapes = {(operation.array.dtype, operation.array.shape) for operation in operations}
         assert len(kinds) == len(shapes) == 1, (kinds, shapes)
-        arrays = np.stack([operation.array for operation in operations])
         (kind,) = kinds
-        for operation in operations:
+        results = combine(kind, [operation.array for operation in operations])
+        for operation, result in zip(operations, results, strict=True):
             if kind in ("max", "sum"):
-                result = arrays.max(axis=0) if kind == "max" else arrays.sum(axis=0)
                 operation.array[...] = result  # in place, as Horovod's allreduce_async_ does
-                operation.result = operation.array
-            elif kind == "alltoall":
-                pieces = arrays.reshape(self.world_size, self.world_size, -1)
-                operation.result = pieces[:, operation.rank].reshape(-1).copy()
-            else:
-                operation.result = arrays.reshape(-1).copy()
+                result = operation.array
+            operation.result = result
 
     def delivered(self, operation: Operation) -> bool:
         with self._lock:
@@ -132,7 +128,7 @@ class Collectives:
         return self._submit("alltoall", array, name)
 
     def allgather(self, array: Array, name: str) -> Operation:
-        return self._submit("gather", array, name)
+        return self._submit("allgather", array, name)
 
 
 class Job:

@@ -18,6 +18,7 @@ from gq_horovod import theory
 from gq_horovod.config import Config, Plan
 from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels import host
 
 INFINITY = 0x7F800000
 
@@ -112,6 +113,36 @@ def test_shares_are_whole_rows_and_whole_blocks(
         assert share % (32 // bits * lanes.ROW) == 0
         norms = 1 if block_size is None else share // block_size
         assert codec.reduced_size(count, plan) == norms + codec.shard_size(count, plan)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 100])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8, 16])
+def test_codes_that_their_lanes_cannot_hold_are_added_exactly(bits: int, ranks: int) -> None:
+    count, top = 1000, 2 ** (bits - 1) - 1
+    x = np.full((ranks, count), 1, dtype=np.float32)  # all at the largest level
+    x[:, ::2] = -1
+    x[:, ::3] = 0
+    ones = np.full(lanes.blocks(count, 64), 1, dtype=np.float32).view(np.int32)
+    payloads = [
+        host.quantize_standard(
+            *(buffer(own), ones),
+            block_size=64,
+            bits=bits,
+            levels=top,
+            dither=dither(0, "w", 0, 0, Stage.QUANTIZE),
+        )
+        for own in x
+    ]
+    args = {"count": count, "block_size": 64, "bits": bits, "levels": top}
+    mean = host.mean_standard(payloads, ones, **args)
+    assert np.allclose(mean, x[0], rtol=2**-22, atol=0)  # one division is rounded
+    assert np.abs(mean).max() <= 1
+    poisoned = np.where(np.arange(ones.size) == 1, INFINITY, ones).astype(np.int32)
+    mean = host.mean_standard(payloads, poisoned, **args)
+    assert np.isnan(mean[64:128]).all()
+    assert np.isfinite(mean[128:]).all()
+    with pytest.raises(ValueError, match=r"payloads\[1\] must be a contiguous int32 array"):
+        host.mean_standard([payloads[0], payloads[0][1:]], ones, **args)
 
 
 # --------------------------------------------------------------------------- unbiased, with mutants

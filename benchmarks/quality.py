@@ -1,0 +1,366 @@
+"""Held-out loss against steps and bytes, with ranks that live in one process.
+
+    python benchmarks/quality.py transformer                 # 4 and 64 ranks, 3 seeds
+    python benchmarks/quality.py convnet --ranks 16 --methods none,standard,two-hop
+    python benchmarks/quality.py deeplight --seeds 1
+
+Each step splits one global batch among the ranks, computes each rank's gradient, and reduces each
+parameter's with gq_horovod.simulation: kernels, lanes, shares and random numbers are those of a job
+of that size. The global batch is the same for all numbers of ranks. Methods of a row share seeds,
+initial parameters and the order of samples; "none" too is run for each number of ranks, where it
+differs by rounding alone, which shows how far apart two runs of the same method end.
+
+A run is kept in a file as soon as it has ended, so an interrupted benchmark goes on where it was.
+Prints a table, writes quality-MODEL.json and quality-MODEL.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+import workloads  # beside this file
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gq_horovod import baselines, model, theory
+from gq_horovod.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config
+from gq_horovod.pipeline import Method
+from gq_horovod.simulation import SimulatedRanks
+from gq_horovod.torch_baselines import power_sgd
+from mpi_ops.kernels.host import Buffer
+
+EVALUATIONS = 12  # in a run
+FLOAT_BYTES = 4
+
+
+# Small enough for 64 ranks on one core: a run takes a minute or two.
+class DeepLight(workloads.DeepLight):
+    """DeepFwFM with 0.5 M parameters."""
+
+    DIM, ROWS = 6, 2**16
+    steps = 96
+
+
+class Transformer(workloads.Transformer):
+    """A Transformer with 0.3 M parameters."""
+
+    CONTEXT, WIDTH, LAYERS = 32, 96, 2
+    GLOBAL_BATCH, HELD_OUT = 64, 256
+    learning_rate = 2e-3
+    steps = 150
+
+
+class ConvNet(workloads.ConvNet):
+    """A convolutional network with 0.7 M parameters."""
+
+    HIDDEN = 256
+    steps = 77  # seven epochs
+
+
+WORKLOADS: dict[str, Any] = {
+    "deeplight": DeepLight,
+    "transformer": Transformer,
+    "convnet": ConvNet,
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method: options, and the way of its own if it has one."""
+
+    config: Config
+    method: Method | None = None
+    gathers: bool = False  # everybody's codes to everybody
+
+
+_LOW_RANK = baselines.PowerSGDConfig(rank=4)
+
+# None: float32 gradients, averaged exactly but for rounding.
+METHODS: dict[str, Callable[[], Contestant] | None] = {
+    "none": None,
+    "standard": lambda: Contestant(Config()),
+    "exponential": lambda: Contestant(Config(levels="exponential")),
+    "two-hop": lambda: Contestant(Config(levels="two-hop")),
+    "standard-4": lambda: Contestant(Config(bits=4)),
+    "exponential-4": lambda: Contestant(Config(levels="exponential", bits=4)),
+    "two-hop-4": lambda: Contestant(Config(levels="two-hop", bits=4)),
+    "paper-standard": lambda: Contestant(PAPER_STANDARD),
+    "paper-exponential": lambda: Contestant(PAPER_EXPONENTIAL),
+    "qsgd-8": lambda: Contestant(baselines.QSGDConfig(), baselines.GATHER, gathers=True),
+    "powersgd-4": lambda: Contestant(_LOW_RANK, power_sgd(_LOW_RANK)),
+}
+
+
+# --------------------------------------------------------------------------------------- reduction
+
+
+class Reducer:
+    """Averages the gradients of simulated ranks, parameter by parameter."""
+
+    def __init__(self, name: str, ranks: int) -> None:
+        make = METHODS[name]
+        self.ranks = ranks
+        self._own = None if make is None else make()
+        self._simulated = (
+            None if self._own is None else SimulatedRanks(self._own.config, ranks, self._own.method)
+        )
+
+    def _compressed(self, shape: torch.Size) -> bool:
+        if self._own is None or shape.numel() < self._own.config.min_elements:
+            return False
+        config = self._own.config
+        return not isinstance(config, baselines.PowerSGDConfig) or bool(config.shape(tuple(shape)))
+
+    def mean(self, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The mean over ranks of one parameter's gradients."""
+        if not self._compressed(gradients[0].shape):
+            return torch.stack(gradients).mean(dim=0)
+        assert self._simulated is not None
+        out = torch.empty_like(gradients[0])
+        own = [_buffer(gradient) for gradient in gradients]
+        self._simulated.reduce(name, own, _buffer(out))
+        return out
+
+    def sent(self, shape: torch.Size) -> float:
+        """Bytes that a rank sends for one parameter of that shape."""
+        count = shape.numel()
+        if not self._compressed(shape):
+            return model.sent_bytes(FLOAT_BYTES * count, self.ranks)
+        assert self._own is not None
+        config = self._own.config
+        if isinstance(config, baselines.PowerSGDConfig):
+            rows, columns = config.shape(tuple(shape)) or (0, 0)
+            return model.sent_bytes(FLOAT_BYTES * config.rank * (rows + columns), self.ranks)
+        wire = theory.wire(count, config.plan(self.ranks))
+        if self._own.gathers:
+            return (self.ranks - 1) * float(wire.payload + wire.norms)
+        return wire.sent
+
+
+def _buffer(tensor: torch.Tensor) -> Buffer:
+    return Buffer(tensor.data_ptr(), "float32", tensor.numel(), tensor)
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+
+def train(workload: Any, method: str, ranks: int, seed: int, steps: int, tick: Any) -> dict:
+    """Train once; returns the held-out loss by step, and what a rank sends in a step."""
+    torch.manual_seed(seed)
+    workload.seed = seed
+    net = workload.build()
+    optimizer = torch.optim.Adam(net.parameters(), lr=workload.learning_rate)
+    # Down to nothing, so that a run's end is not one of many noisy steps.
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    reducer = Reducer(method, ranks)
+    named = dict(net.named_parameters())
+    losses = {}
+    for step in range(steps):
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in named}
+        for rank in range(ranks):
+            optimizer.zero_grad(set_to_none=True)
+            workload.loss(net, workload.batch(step, (rank, ranks))).backward()
+            for name, parameter in named.items():
+                assert parameter.grad is not None
+                gradients[name].append(parameter.grad)
+        for name, parameter in named.items():
+            parameter.grad = reducer.mean(name, gradients.pop(name))
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % max(steps // EVALUATIONS, 1) == 0 or step + 1 == steps:
+            losses[step + 1] = workload.held_out_loss(net)
+        tick()
+    return {
+        "losses": losses,
+        "metric": workload.evaluate(net),
+        "sent": sum(reducer.sent(parameter.shape) for parameter in named.values()),
+        "parameters": sum(parameter.numel() for parameter in named.values()),
+    }
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def final(run: dict[str, Any]) -> float:
+    """The held-out loss at the end of a run."""
+    return float(list(run["losses"].values())[-1])
+
+
+def compare(runs: dict[int, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """A row for each number of ranks and method: losses of the seeds, and beside those of none."""
+    rows = []
+    for ranks, methods in runs.items():
+        baseline = [final(run) for run in methods.get("none", [])]
+        for method, own in methods.items():
+            losses = [final(run) for run in own]
+            change = [
+                100 * (mine / theirs - 1) for mine, theirs in zip(losses, baseline, strict=False)
+            ]
+            row = {
+                "ranks": ranks,
+                "method": method,
+                "losses": losses,
+                "mean": statistics.fmean(losses),
+                "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+                "metric": statistics.fmean(run["metric"] for run in own),
+                "sent": own[0]["sent"],
+                "change": statistics.fmean(change) if change else None,
+                "changes": change,
+                # A paired comparison: seeds share data and initial parameters.
+                "error": statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else None,
+            }
+            rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]], title: str, metric: str) -> None:
+    """Print `compare`'s rows."""
+    table = Table(title=title)
+    columns = ["ranks", "method", "kB sent", "/none", "held-out loss", "± seeds", "to none", "±"]
+    columns += [] if metric == "loss" else [metric]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    plain = {row["ranks"]: row["sent"] for row in rows if row["method"] == "none"}
+    for row in rows:
+        ratio = plain[row["ranks"]] / row["sent"] if row["ranks"] in plain else None
+        cells = [f"{row['ranks']}", row["method"], f"{row['sent'] / 1e3:.0f}"]
+        cells += ["" if ratio is None else f"{ratio:.2f}"]
+        cells += [f"{row['mean']:.4f}", f"{row['spread']:.4f}"]
+        cells += ["" if row["change"] is None else f"{row['change']:+.2f} %"]
+        cells += ["" if row["error"] is None else f"{row['error']:.2f}"]
+        cells += [] if metric == "loss" else [f"{row['metric']:.4f}"]
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def plot(runs: dict[int, dict[str, list[dict[str, Any]]]], title: str, path: Path) -> None:
+    """Draw the mean loss of the seeds: by steps, and by what a rank has sent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        len(runs), 2, figsize=(10, 3.6 * len(runs)), squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(name for methods in runs.values() for name in methods))
+    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
+    for (by_steps, by_bytes), (ranks, methods) in zip(panels, runs.items(), strict=True):
+        for name, own in methods.items():
+            steps = [int(step) for step in own[0]["losses"]]
+            mean = [
+                statistics.fmean(values)
+                for values in zip(*(run["losses"].values() for run in own), strict=True)
+            ]
+            style = {"color": colours[name], "lw": 1.4, "ls": "--" if name == "none" else "-"}
+            by_steps.plot(steps, mean, label=name, **style)
+            by_bytes.plot([step * own[0]["sent"] for step in steps], mean, label=name, **style)
+        by_steps.set_xlabel("steps")
+        by_bytes.set_xlabel("bytes that a rank has sent")
+        by_bytes.set_xscale("log")
+        seconds = by_bytes.secondary_xaxis(
+            "top", functions=(lambda b: 8e-9 * b, lambda s: s / 8e-9)
+        )
+        seconds.set_xlabel("seconds of it on a link of 1 Gbit/s", fontsize=8)
+        by_steps.set_ylabel(f"held-out loss, {ranks} ranks")
+        best = min(final(run) for own in methods.values() for run in own)
+        first = max(next(iter(run["losses"].values())) for run in methods.get("none", [own[0]]))
+        for panel in (by_steps, by_bytes):
+            panel.set_ylim(best - 0.05 * (first - best), best + 1.05 * (first - best))
+            panel.spines[["right"]].set_visible(False)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    """Run what has not been run yet, and report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=sorted(WORKLOADS))
+    parser.add_argument("--ranks", default="4,64", help="numbers of simulated ranks")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a run (default: the workload's)")
+    parser.add_argument("--cache", type=Path, default=Path("results"), help="for prepared data")
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    options = parser.parse_args()
+    names = options.methods.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        parser.error(f"--methods: expected some of {', '.join(METHODS)}; got {', '.join(unknown)}")
+    hvd.init()
+    torch.set_num_threads(1)
+    workload = WORKLOADS[options.model](options.cache)
+    steps = options.steps or workload.steps
+    kept = options.output / "quality-runs"
+    kept.mkdir(parents=True, exist_ok=True)
+    # What a run computes depends on these files; with others it has to be run again.
+    sources = [Path(__file__), Path(workloads.__file__)]
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+
+    runs: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    jobs = []
+    for ranks in map(int, options.ranks.split(",")):
+        usable = [name for name in names if _fits(name, ranks)]
+        runs[ranks] = {name: [] for name in usable}
+        jobs += [(ranks, name, seed) for seed in range(options.seeds) for name in usable]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task("", total=len(jobs) * steps)
+        for ranks, name, seed in jobs:
+            path = kept / f"{options.model}-{ranks}-{name}-{seed}-{steps}-{version}.json"
+            if path.exists():
+                progress.advance(bar, steps)
+            else:
+                progress.update(bar, description=f"{ranks} ranks, {name}, seed {seed}")
+                run = train(workload, name, ranks, seed, steps, lambda: progress.advance(bar))
+                path.write_text(json.dumps(run))
+            run = json.loads(path.read_text())
+            runs[ranks][name].append(run)
+            if progress.disable:
+                print(f"{ranks} ranks, {name}, seed {seed}: {final(run):.4f}", flush=True)
+            progress.update(
+                bar, completed=steps * sum(len(o) for m in runs.values() for o in m.values())
+            )
+
+    rows = compare(runs)
+    parameters = next(iter(runs[ranks].values()))[0]["parameters"]
+    title = f"{options.model}, {parameters / 1e6:.2f} M parameters, {steps} steps, "
+    title += f"{options.seeds} seeds"
+    print_table(rows, title, workload.metric)
+    stem = options.output / f"quality-{options.model}"
+    document = {"model": options.model, "steps": steps, "parameters": parameters, "rows": rows}
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+    plot(runs, title, stem.with_suffix(".png"))
+    print(f"Wrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
+
+
+def _fits(name: str, ranks: int) -> bool:
+    """Whether a method's codes can be summed over so many ranks."""
+    make = METHODS[name]
+    try:
+        if make is not None:
+            make().config.plan(ranks)
+    except ValueError as error:
+        print(f"{name} left out for {ranks} ranks: {error}")
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

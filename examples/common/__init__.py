@@ -1,0 +1,1 @@
+"""What the example workloads share: `methods` names compressions, `loop` trains."""

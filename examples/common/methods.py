@@ -1,0 +1,75 @@
+"""The ways of sending gradients that examples and benchmarks choose between, by name.
+
+The only lines that know about Global-QSGD: each way is a `compression=` of Horovod.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _horovods(name: str) -> Any:
+    import horovod.torch as hvd
+
+    return getattr(hvd.Compression, name)
+
+
+def _ours(levels: str, **options: Any) -> Any:
+    from gq_horovod.torch import GlobalQSGD
+
+    return GlobalQSGD(levels=levels, **options)  # type: ignore[arg-type]
+
+
+def _baseline(name: str, **options: Any) -> Any:
+    from gq_horovod import torch_baselines
+
+    return getattr(torch_baselines, name)(**options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a `compression=`, and the options that it takes."""
+
+    make: Callable[..., Any]
+    takes: tuple[str, ...] = ()
+
+
+_OURS = ("bits", "seed", "transport", "min_elements")
+
+METHODS = {
+    "none": Method(lambda: _horovods("none")),
+    "fp16": Method(lambda: _horovods("fp16")),
+    "qsgd": Method(lambda **options: _baseline("QSGD", **options), ("bits", "seed")),
+    "powersgd": Method(lambda **options: _baseline("PowerSGD", **options), ("rank", "seed")),
+    **{
+        levels: Method(lambda levels=levels, **options: _ours(levels, **options), _OURS)
+        for levels in ("standard", "exponential", "two-hop")
+    },
+    "auto": Method(lambda **options: _ours("auto", **options), _OURS[1:]),
+}
+
+
+def make(name: str, **options: Any) -> Any:
+    """Return the `compression=` argument of DistributedOptimizer for a method's name.
+
+    Arguments:
+        name: a key of METHODS.
+        options: of the method; those that are None take its defaults. `seed` is for the methods
+            that have one, so that it can be given with any.
+
+    Raises ValueError for an option that the method does not take, or not with this value.
+    """
+    method = METHODS[name]
+    given = {key: value for key, value in options.items() if value is not None}
+    if "seed" not in method.takes:
+        given.pop("seed", None)
+    for key, value in given.items():
+        if key not in method.takes:
+            takers = [other for other in METHODS if key in METHODS[other].takes]
+            raise ValueError(
+                f"compression {name!r}: {key} must be left out, got {value!r}; it is an option of "
+                f"{', '.join(takers) or 'no method'}."
+            )
+    return method.make(**given)

@@ -1,0 +1,26 @@
+"""Learning rates over a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def warm_cosine(optimizer: Any, warm_up: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rise linearly from 1/warm_up of the learning rate, then fall along half a cosine to 0.
+
+    Args:
+        warm_up: steps of the rise; 0 for none. At most half of `steps` are taken.
+        steps: of the whole run.
+    """
+    warm_up = min(warm_up, steps // 2)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        fraction = (step - warm_up) / max(1, steps - warm_up)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

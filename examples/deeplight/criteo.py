@@ -1,0 +1,224 @@
+"""Reader of Criteo's click logs (Display Advertising Challenge, Terabyte): tab-separated files.
+
+A line is a label (0 or 1), thirteen whole numbers (counts, some negative) and 26 categories (up to
+eight hexadecimal digits), each of which may be missing. Files ending in .gz are read as they are.
+
+A sample becomes 39 rows of one embedding table, as the flights do: a number's bucket or a
+category's value is hashed together with its field. Nothing is read ahead and nothing is kept but a
+window of batches, so files may be of any length. A line that is none of these is left out, named in
+a warning with file and line, and counted; too many of them are an error.
+
+It knows no Horovod.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from common.rejects import Rejects
+
+NUMBERS, CATEGORIES = 13, 26
+NUM_FIELDS = NUMBERS + CATEGORIES
+
+# One line in ten is held out where there is no file of held-out lines: Criteo's own test files have
+# no labels.
+HELD_OUT_EVERY = 10
+
+# Lines that a rank may leave out beside their share: one bad line among ten is no tenth of a file.
+FIRST_REJECTS = 100
+
+# Bytes of a line. Forty fields as above have 500 at most; what is longer is wrong, and a file
+# without line ends must not be read into memory.
+LONGEST = 4096
+
+Samples = tuple[np.ndarray, np.ndarray]  # (N, NUM_FIELDS) int64 rows, (N,) float32 labels
+
+_LINE = re.compile(
+    rb"([01])((?:\t(?:-?[0-9]{1,18})?){%d})((?:\t[0-9a-fA-F]{0,8}){%d})" % (NUMBERS, CATEGORIES)
+)
+_NUMBER = re.compile(rb"(?:-?[0-9]{1,18})?")
+_CATEGORY = re.compile(rb"[0-9a-fA-F]{0,8}")
+
+# Values of a field are below 2**40, so fields and values do not mix before they are hashed.
+_FIELD_BITS = 40
+_MISSING = 2**36  # is no category and no bucket
+
+
+def complaint(line: bytes) -> str | None:
+    """What is wrong with a line (without its end); None for a good one."""
+    fields = line.split(b"\t")
+    if len(fields) != 1 + NUM_FIELDS:
+        return f"expected {1 + NUM_FIELDS} fields separated by tabs, got {len(fields)}"
+    if fields[0] not in (b"0", b"1"):
+        return f"expected a label 0 or 1, got {_quoted(fields[0])}"
+    for number, field in enumerate(fields[1:]):
+        if number < NUMBERS and not _NUMBER.fullmatch(field):
+            return f"field I{number + 1}: expected a whole number or nothing, got {_quoted(field)}"
+        if number >= NUMBERS and not _CATEGORY.fullmatch(field):
+            name = f"C{number - NUMBERS + 1}"
+            return f"field {name}: expected up to 8 hexadecimal digits, got {_quoted(field)}"
+    return None
+
+
+def _quoted(field: bytes) -> str:
+    return repr(field[:20].decode(errors="backslashreplace")) + ("..." if len(field) > 20 else "")
+
+
+def values(line: bytes) -> tuple[int, list[int]] | None:
+    """The label and the values of all fields of a line; None for a line with a complaint()."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    label, numbers, categories = match.groups()
+    found = [bucket(int(text)) if text else _MISSING for text in numbers.split(b"\t")[1:]]
+    found += [int(text, 16) if text else _MISSING for text in categories.split(b"\t")[1:]]
+    return int(label), found
+
+
+def bucket(number: int) -> int:
+    """The bucket of a number: floor(log(x)**2) above 2, as usual for these data; below, itself.
+
+    Buckets of small and of large numbers do not overlap: these are from 1 + 2**32 on. Numbers of -8
+    and less share a bucket.
+    """
+    if number > 2:
+        return 2**32 + int(math.log(number) ** 2)
+    return max(number, -8) + 8
+
+
+def hashed(found: list[list[int]], rows: int) -> np.ndarray:
+    """Rows of the embedding table, (N, NUM_FIELDS) int64 in [0, rows), of the values of samples.
+
+    The hash is pandas' for integers, the same in every process.
+    """
+    keys = np.array(found, dtype=np.uint64).reshape(-1, NUM_FIELDS)
+    keys += np.arange(NUM_FIELDS, dtype=np.uint64) << np.uint64(_FIELD_BITS)
+    codes = pd.util.hash_array(keys.ravel()) % np.uint64(rows)
+    return codes.astype(np.int64).reshape(keys.shape)
+
+
+class Reader:
+    """One rank's lines of a file.
+
+    Which lines a rank reads is decided before it looks at them: with n ranks and batches of B, the
+    lines of a part are taken B * n at a time, and each n-th is a rank's. So all ranks have as many
+    batches, whatever they have to leave out of them.
+    """
+
+    def __init__(self, path: Path, rows: int, rank: int, size: int, max_rejected: float) -> None:
+        """Open nothing yet.
+
+        Arguments:
+            path: the file.
+            rows: of the embedding table.
+            rank, size: which of how many ranks reads.
+            max_rejected: share of this rank's lines that may be left out, beside the first
+                FIRST_REJECTS.
+        """
+        self._path, self._rows, self._rank, self._size = path, rows, rank, size
+        self._share = max_rejected
+        self._read = 0  # lines of this rank, the largest number in one pass
+        self.rejects = Rejects(FIRST_REJECTS)
+
+    def samples(self, keep: Callable[[int], bool], limit: int) -> Samples:
+        """This rank's share of the first `limit` lines that `keep` says yes to.
+
+        Raises ValueError for compressed data that ends early, TooManyRejectedError.
+        """
+        lines = islice((each for each in self._lines() if keep(each[0])), limit)
+        own = [each for place, each in enumerate(lines) if self._mine(place)]
+        return self._parsed(own)
+
+    def batches(
+        self,
+        keep: Callable[[int], bool],
+        batch: int,
+        window: int,
+        skip: int = 0,
+        seed: Sequence[int] = (0,),
+    ) -> Iterator[Samples]:
+        """This rank's batches of the lines that `keep` says yes to, but for the first `skip`.
+
+        Arguments:
+            keep: whether the line of a number, from 0 on, belongs to this part of the file.
+            batch: lines of a batch of this rank; a batch has fewer samples if some are left out.
+            window: batches whose samples are shuffled together.
+            skip: batches that are not wanted. What lies before their window is not parsed.
+            seed: numbers of 0 or more, of the shuffling.
+
+        Lines at the end that fill no batch of all ranks are left over. Raises ValueError for
+        compressed data that ends early and for a window with fewer samples than batches,
+        TooManyRejectedError.
+        """
+        lines = (each for each in self._lines() if keep(each[0]))
+        group = batch * self._size
+        for first in count(0, window):
+            wanted = first + window > skip
+            own, taken = [], 0
+            for each in islice(lines, window * group):
+                if wanted and self._mine(taken):
+                    own.append(each)
+                taken += 1
+            whole = taken // group
+            if wanted and whole:
+                parts = self._shuffled(own[: whole * batch], whole, (*seed, first, self._rank))
+                yield from parts[max(skip - first, 0) :]
+            if whole < window:
+                return
+
+    def _mine(self, place: int) -> bool:
+        return place % self._size == self._rank
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Numbers from 0 on, and lines without their ends, cut where they are too long."""
+        opened = gzip.open if self._path.suffix == ".gz" else open
+        number = 0
+        with opened(self._path, "rb") as file:
+            try:
+                while line := file.readline(LONGEST):
+                    rest = line
+                    while len(rest) == LONGEST and not rest.endswith(b"\n"):
+                        rest = file.readline(LONGEST)
+                    yield number, line.rstrip(b"\r\n")
+                    number += 1
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(
+                    f"{self._path}:{number + 1}: expected complete gzip data, got {error}; fetch "
+                    "the file again."
+                ) from error
+
+    def _parsed(self, lines: list[tuple[int, bytes]]) -> Samples:
+        labels, found = [], []
+        self._read = max(self._read, lines[-1][0] // self._size if lines else 0)
+        self.rejects.allowed = FIRST_REJECTS + int(self._share * self._read)
+        for number, line in lines:
+            sample = values(line)
+            if sample is None:
+                reason = complaint(line)
+                assert reason is not None, line
+                self.rejects.add(f"{self._path}:{number + 1}", reason)
+                continue
+            labels.append(sample[0])
+            found.append(sample[1])
+        return hashed(found, self._rows), np.array(labels, dtype=np.float32)
+
+    def _shuffled(
+        self, lines: list[tuple[int, bytes]], parts: int, seed: Sequence[int]
+    ) -> list[Samples]:
+        """The samples of some lines in a random order, in parts of equal size or one apart."""
+        fields, labels = self._parsed(lines)
+        if len(labels) < parts:
+            raise ValueError(
+                f"{self._path}:{lines[0][0] + 1}: expected a sample at least for each of {parts} "
+                f"batches up to line {lines[-1][0] + 1}, got {len(labels)}; repair these lines."
+            )
+        order = np.random.default_rng(seed).permutation(len(labels))
+        return [(fields[rows], labels[rows]) for rows in np.array_split(order, parts)]

@@ -1,0 +1,118 @@
+"""state_dict() and load_state_dict(): another process goes on as this one would, bit for bit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import TRANSPORT, check_replicas, gradient
+
+from gq_horovod.config import ConfigMismatchError
+from gq_horovod.torch import GlobalQSGD, allreduce
+from gq_horovod.torch_baselines import QSGD, PowerSGD
+
+STEPS, PAUSE = 5, 3  # steps in all, and before the other process
+SHAPES = {"matrix": (64, 48), "vector": (5000,)}
+
+METHODS: dict[str, Callable[[], Any]] = {
+    levels: lambda levels=levels: GlobalQSGD(levels=levels, min_elements=0, transport=TRANSPORT)
+    for levels in ("standard", "exponential", "two-hop", "auto")
+} | {
+    "qsgd": lambda: QSGD(min_elements=0),
+    "powersgd": lambda: PowerSGD(rank=2, min_elements=0),
+}
+
+
+def reduce(compression: Any, steps: range, name: str) -> list[torch.Tensor]:
+    """The means of some steps; the vector is reduced more often than the matrix."""
+    results = []
+    for step in steps:
+        for key, shape in SHAPES.items():
+            if key == "vector" or step % 2:
+                own = gradient(hvd.rank(), shape, tag=300 + step)
+                results.append(allreduce(own, f"{name}.{key}", compression=compression))
+    return results
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as another process reads it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_instance_goes_on(method: str, name: str) -> None:
+    through = reduce(METHODS[method](), range(STEPS), name)
+    first = METHODS[method]()
+    before = reduce(first, range(PAUSE), name)
+    # Twice: a state that was loaded and not used yet is saved again as it is.
+    second, third = METHODS[method](), METHODS[method]()
+    second.load_state_dict(through_a_file(first.state_dict()))
+    third.load_state_dict(through_a_file(second.state_dict()))
+    after = reduce(third, range(PAUSE, STEPS), name)
+    assert all(map(torch.equal, [*before, *after], through))
+    check_replicas(*after)
+    # It is the state that did it. (Of "auto", all of this is before the trials.)
+    anew = reduce(METHODS[method](), range(PAUSE, STEPS), name)
+    if method != "auto" and hvd.size() > 1:
+        assert not all(map(torch.equal, anew, after))
+
+
+def test_an_instance_goes_back(name: str) -> None:
+    compression = METHODS["standard"]()
+    reduce(compression, range(PAUSE), name)
+    state = through_a_file(compression.state_dict())
+    once = reduce(compression, range(PAUSE, STEPS), name)
+    compression.load_state_dict(state)
+    again = reduce(compression, range(PAUSE, STEPS), name)
+    assert all(map(torch.equal, once, again))
+
+
+def test_the_class_stands_for_its_default_instance(name: str) -> None:
+    reduce(GlobalQSGD, range(1), name)
+    (steps,) = (group["steps"] for group in GlobalQSGD.state_dict()["process_sets"].values())
+    assert steps[f"{name}.vector"] == 1
+
+
+def test_the_state_of_another_configuration() -> None:
+    state = GlobalQSGD(bits=4).state_dict()
+    with pytest.raises(ValueError, match="bits must be 8 as in this instance, got a state with 4"):
+        GlobalQSGD(bits=8).load_state_dict(state)
+    with pytest.raises(ValueError, match="compression must be 'GlobalQSGD'"):
+        GlobalQSGD().load_state_dict(QSGD().state_dict())
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_states_that_do_not_belong_together(name: str) -> None:
+    """The same error on every rank, before anything is reduced."""
+    compression = METHODS["powersgd"]()
+    reduce(compression, range(1), name)
+    early = through_a_file(compression.state_dict())
+    reduce(compression, range(1, 2), name)
+    late = through_a_file(compression.state_dict())
+    states = hvd.allgather_object(late, name="test.states")
+    last = hvd.rank() == hvd.size() - 1
+
+    def load_and_reduce(state: dict[str, Any] | None) -> str:
+        other = METHODS["powersgd"]()
+        if state is not None:
+            other.load_state_dict(state)
+        with pytest.raises(ConfigMismatchError) as caught:
+            reduce(other, range(2, 3), name)
+        texts = hvd.allgather_object(str(caught.value), name="test.texts")
+        assert texts == [texts[0]] * hvd.size()
+        return texts[0]
+
+    assert "state loaded is" in load_and_reduce(None if last else late)
+    assert "state loaded is" in load_and_reduce(early if last else late)
+    text = load_and_reduce(states[0])
+    assert "expected the state of rank 1 of" in text
+    assert "got that of rank 0 of" in text
+    check_replicas(*reduce(METHODS["powersgd"](), range(1), name))

@@ -1,0 +1,250 @@
+"""gq-horovod report: runs from files of metrics, their tables and plots, and damaged files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gq_horovod import cli, report
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+
+def events(method: str = "none", seed: int = 0, **changes: Any) -> list[dict[str, Any]]:
+    """A complete run of three evaluations, as the examples write it."""
+    figures = {"auc": 0.70, "step_seconds": 0.2, "bytes": 8e6, "steps": 6, **changes}
+    start = {"workload": "deeplight", "preset": "flights", "compression": method, "seed": seed}
+    start |= {"bits": None, "power_rank": None, "transport": "horovod", "batch_size": 512}
+    start |= {"ranks": 4, "hosts": 4, "parameters": 3_597_838, "metric": "auc"}
+    start |= {"higher_is_better": True, "steps": figures["steps"]}
+    start |= {key: value for key, value in changes.items() if key in start}
+    found: list[dict[str, Any]] = [{"event": "start", **start}]
+    for step in range(1, figures["steps"] + 1):
+        seconds = step * figures["step_seconds"]
+        found.append({"event": "step", "step": step, "loss": 1 / step, "seconds": seconds})
+        if step % 2 == 0:
+            quality = figures["auc"] - 0.01 * (figures["steps"] - step)
+            sent = step * figures["bytes"]
+            evaluation = {"event": "eval", "step": step, "seconds": seconds, "bytes": sent}
+            found.append({**evaluation, "train_losses": [], start["metric"]: quality})
+    final = {"event": "final", "steps": figures["steps"], "seconds": seconds}
+    final |= {"step_seconds": figures["step_seconds"], "bytes_per_step": figures["bytes"]}
+    found.append({**final, start["metric"]: figures["auc"], "replicas_equal": True})
+    return found
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(event) + "\n" for event in found))
+    return path
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    runs, _ = report.collect(folder)
+    (group,) = report.summarize(runs)
+    return {row["method"]: row for row in group["rows"]}
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def test_methods_are_compared_with_none_and_fp16(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", events())
+    write(tmp_path / "deep" / "b.jsonl", events("fp16", step_seconds=0.1, bytes=4e6, auc=0.69))
+    write(tmp_path / "deep" / "c.jsonl", events("standard", step_seconds=0.05, bytes=2e6))
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["none", "fp16", "standard"]
+    standard = rows["standard"]
+    assert standard["faster_than_none"] == pytest.approx(4)
+    assert standard["faster_than_fp16"] == pytest.approx(2)
+    assert standard["fewer_bytes"] == pytest.approx(4)
+    assert rows["fp16"]["difference"] == pytest.approx(-0.01)
+    assert rows["fp16"]["faster_than_fp16"] is None
+    assert rows["none"]["difference"] is rows["none"]["faster_than_none"] is None
+
+
+def test_seeds_are_averaged_and_other_settings_are_not(tmp_path: Path) -> None:
+    for seed, auc in enumerate((0.70, 0.74)):
+        write(tmp_path / f"{seed}.jsonl", events("standard", seed, auc=auc))
+    write(tmp_path / "4.jsonl", events("standard", bits=4))
+    write(tmp_path / "m.jsonl", events("standard", transport="mpi"))
+    write(tmp_path / "p.jsonl", events("powersgd", power_rank=2))
+    rows = rows_of(tmp_path)
+    assert set(rows) == {"standard", "standard 4 bit", "standard mpi", "powersgd rank 2"}
+    assert rows["standard"]["runs"] == 2
+    assert rows["standard"]["quality"] == pytest.approx(0.72)
+    assert rows["standard"]["spread"] == pytest.approx(0.04)
+
+
+def test_runs_that_do_not_compare_are_apart(tmp_path: Path) -> None:
+    for number, change in enumerate(
+        ({}, {"ranks": 2}, {"hosts": 1}, {"batch_size": 64}, {"preset": "criteo"})
+    ):
+        write(tmp_path / f"{number}.jsonl", events(**change))
+    runs, remarks = report.collect(tmp_path)
+    assert len(report.summarize(runs)) == 5
+    assert remarks == []
+
+
+@pytest.mark.parametrize(
+    ("workload", "metric", "method", "value"),
+    [
+        ("transformer-xl", "perplexity", "exponential", 24.59),
+        ("transformer-xl", "perplexity", "standard", 33.16),
+        ("wide-resnet", "accuracy", "powersgd", 0.6814),
+    ],
+)
+def test_the_paper_s_figures_stand_beside(
+    tmp_path: Path, workload: str, metric: str, method: str, value: float
+) -> None:
+    run = {"workload": workload, "metric": metric}
+    write(tmp_path / "a.jsonl", events(method, **run))
+    write(tmp_path / "b.jsonl", events("two-hop", **run))
+    write(tmp_path / "c.jsonl", events(method, bits=4, **run))
+    rows = rows_of(tmp_path)
+    assert rows[method]["published_quality"] == value
+    assert rows["two-hop"]["published_quality"] is None
+    assert rows[f"{method} 4 bit"]["published_quality"] is None
+
+
+def test_tables_and_plots_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "none.jsonl", events())
+    write(tmp_path / "fp16.jsonl", events("fp16", bytes=0.0, steps=4))
+    write(tmp_path / "killed.jsonl", events("standard")[:-1])
+    write(tmp_path / "lm.jsonl", events(workload="transformer-xl", metric="perplexity"))
+    (tmp_path / "empty.jsonl").touch()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "deeplight (flights), 3,597,838 parameters" in text
+    assert "The paper's model has 607,959,381 parameters" in text
+    assert "64 cloud nodes, paper: 3.17 times as fast" in text
+    assert "23.88" in text
+    assert "MB/step is empty where" in text
+    assert "different numbers of steps" in text
+    assert f"{tmp_path / 'killed.jsonl'}: the run has not ended, after step 6 of 6." in text
+    assert f'left out: {tmp_path / "empty.jsonl"}:1: expected an event "start"' in text
+    for workload in ("deeplight", "transformer-xl"):
+        picture = (tmp_path / f"report-{workload}-flights-4.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    # The killed run alone has no figures, and a curve.
+    assert rows_of(tmp_path / "killed.jsonl")["standard"]["quality"] is None
+    capsys.readouterr()
+    assert (
+        cli.main(["report", str(tmp_path / "killed.jsonl"), "--output", str(tmp_path / "o")]) == 0
+    )
+    assert "(a) runs that have not ended" in capsys.readouterr().out
+    assert [path.suffix for path in (tmp_path / "o").iterdir()] == [".png"]
+
+
+def test_plain_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", events())
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["groups"][0]["rows"][0]["quality"] == pytest.approx(0.7)
+    assert printed["remarks"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
+    """Void is what was written after the checkpoint from which the second part goes on."""
+    through = events("standard")
+    resumed = [event for event in through[1:] if event.get("step", 6) > 3]
+    file = [*through[:6], {**through[0], "resumed_from": 3}, *resumed]
+    assert file[5]["step"] == 4
+    run = report.read(write(tmp_path / "a.jsonl", file))
+    assert run.evals == [event for event in through if event["event"] == "eval"]
+    assert run.final == through[-1]
+    # A run that starts anew leaves nothing of the one before.
+    anew = report.read(write(tmp_path / "b.jsonl", [*through[:5], *through]))
+    assert anew.evals == run.evals
+
+
+def test_a_run_that_another_one_continues(tmp_path: Path) -> None:
+    through = events("standard")
+    other = {**events("fp16")[0], "resumed_from": 3}
+    path = write(tmp_path / "a.jsonl", [*through[:6], other])
+    with pytest.raises(
+        report.DamagedRunError, match=r"a.jsonl:7: .* compression 'standard' as befo"
+    ):
+        report.read(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("nonsense", "a.jsonl:4: expected a JSON object in each line, got 'nonsense'"),
+        ("[1]", "a.jsonl:4: expected an object with a text \"event\", got '[1]'"),
+        ('{"event": 3}', 'expected an object with a text "event"'),
+        ('{"event": "step", "step": 4}', 'expected a number "loss" in the event "step", got none'),
+        ('{"event": "eval", "step": 4, "seconds": 1, "bytes": 0}', 'expected a number "auc"'),
+        ('{"event": "final", "steps": true}', 'expected a number "steps" .* got True'),
+        ('{"event": "start", "workload": "x"}', 'expected a number "ranks"'),
+    ],
+)
+def test_damaged_files(
+    tmp_path: Path, line: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", events())
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], line + "\n", *lines[3:]]))
+    with pytest.raises(report.DamagedRunError, match=reason.replace("[1]", r"\[1\]")):
+        report.read(path)
+    # One line on stderr, and the status of an error; beside a good run it is a remark.
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "expected a run, got none" in capsys.readouterr().err
+    write(tmp_path / "b.jsonl", events())
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    (remark,) = json.loads(capsys.readouterr().out)["remarks"]
+    assert remark.startswith(f"left out: {path}:4: expected")
+
+
+def test_the_beginning_is_missing(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", events()[1:])
+    with pytest.raises(report.DamagedRunError, match=r'jsonl:1: expected an event "start" first'):
+        report.read(path)
+
+
+@given(st.integers(0, 10**4))
+def test_a_file_that_is_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
+    """It is the run until then; without a complete first line it is none."""
+    folder = tmp_path_factory.getbasetemp() / "cut"
+    path = write(folder / "a.jsonl", events())
+    text = path.read_text()
+    length %= len(text)
+    path.write_text(text[:length])
+    whole = text[:length].count("\n")
+    if whole == 0:
+        with pytest.raises(report.DamagedRunError):
+            report.read(path)
+        return
+    run = report.read(path)
+    assert run.final is None
+    assert run.cut == (text[length - 1] != "\n")
+    assert len(run.evals) == sum(event["event"] == "eval" for event in events()[:whole])
+
+
+def test_what_is_no_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "expected a folder or a file of metrics" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "expected files that end in .jsonl, got none" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_bytes(bytes(range(128, 256)) * 9 + b"\n")
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "expected a JSON object in each line" in capsys.readouterr().err
+
+
+def test_ranks_that_differ_at_the_end_are_named(tmp_path: Path) -> None:
+    found = events()
+    found[-1]["replicas_equal"] = False
+    write(tmp_path / "a.jsonl", found)
+    _, (remark,) = report.collect(tmp_path)
+    assert remark.endswith("the ranks ended with different parameters.")
