@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
@@ -55,6 +55,11 @@ class Config(Scheme):
             if self.check_replicas < 1:
                 expected = "1 or more steps"
                 self._fail("check_replicas", expected, self.check_replicas, "None never checks")
+
+    def describe_results(self) -> dict[str, Any]:
+        """The options that results depend on: a resumed run may be guarded in another way."""
+        guards = ("timeout", "check_replicas")
+        return {key: value for key, value in self.describe().items() if key not in guards}
 
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""

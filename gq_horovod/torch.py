@@ -450,7 +450,7 @@ class TorchFrontend(Frontend):
         sets = {number: group.state_dict() for number, group in self._groups.items()}
         return {
             "compression": self.config.FUNCTION,
-            "options": self.config.describe(),
+            "options": self.config.describe_results(),
             "process_sets": {**sets, **self._loaded},
         }
 
@@ -463,7 +463,7 @@ class TorchFrontend(Frontend):
         world size. Raises ValueError for the state of another method, or of other options.
         """
         function = self.config.FUNCTION
-        expected = {"compression": function, **self.config.describe()}
+        expected = {"compression": function, **self.config.describe_results()}
         got = {"compression": state.get("compression"), **state.get("options", {})}
         for key in {**expected, **got}:
             if expected.get(key) != got.get(key):
@@ -525,9 +525,8 @@ class TorchFrontend(Frontend):
             "kernels": host.fingerprint(),
             "compression": function,
             **options,
+            **loaded,
         }
-        description = {"gq-horovod version": __version__, "compression": function, **options}
-        description |= loaded
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}

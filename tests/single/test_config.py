@@ -502,7 +502,7 @@ def test_a_transport_that_the_framework_does_not_have(plugin: Any) -> None:
 
 def test_the_signature_shows_the_options(plugin: Any) -> None:
     shown = set(inspect.signature(plugin.GlobalQSGD).parameters)
-    assert shown == {*(field.name for field in dataclasses.fields(Config)), "process_set"}
+    assert shown == {*(field.name for field in dataclasses.fields(Config)), "process_set", "stats"}
 
 
 def test_compress_has_to_be_called_by_horovod(plugin: Any) -> None:
