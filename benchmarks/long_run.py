@@ -94,7 +94,7 @@ def plot(ranks: list[list[dict[str, float]]], title: str, path: Path) -> None:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("resident memory, MB")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(each["rss_mb"] for samples in ranks for each in samples))
     axes.set_title(title, fontsize=10)
     axes.legend()
     figure.savefig(path, dpi=120)
