@@ -125,6 +125,12 @@ def measure(comm: MPI.Intracomm, rounds: int = 5) -> tuple[Cluster, bool]:
     return _efficiencies(comm, horovod, cluster, rounds), horovod is not None
 
 
+def network(comm: MPI.Intracomm, rounds: int = 3) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bits/s. Collective; at least two ranks."""
+    latency = _latency(comm)
+    return latency, _bandwidth(comm, latency, rounds)
+
+
 def _host() -> str:
     from mpi4py import MPI
 

@@ -3,6 +3,8 @@
     gq-horovod advise --params 607959381 --workers 64 --bandwidth 1Gbit --step-compute 120ms
     mpirun -np 4 --host a,b,c,d gq-horovod calibrate --output calibration.json
     gq-horovod simulate --plot simulation.png
+    gq-horovod doctor; mpirun -np 4 --host a,b,c,d gq-horovod doctor
+    gq-horovod env
     gq-horovod report results/
 
 Tables need rich, plots matplotlib (`pip install gq-horovod[cli]`); --json needs neither.
@@ -20,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, calibrate, model, report
+from . import __version__, calibrate, doctor, model, report
 from .model import METHODS, NONE, Cluster, Method
 
 # Less is within the model's error: a setting is recommended from this speed-up over none, and the
@@ -435,6 +437,51 @@ def plot_simulation(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+# ------------------------------------------------------------------------------------------- doctor
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """`gq-horovod doctor`, alone or in every rank; 1 if something is wrong."""
+    found = doctor.facts()
+    findings = doctor.diagnose(found)
+    comm = doctor.world()
+    if comm is not None:
+        findings = doctor.merge(comm.allgather(findings)) + doctor.cluster(comm, found)
+    document = doctor.document(found, findings)
+    if comm is None or comm.rank == 0:
+        if options.json:
+            print(json.dumps(document, indent=2))
+        else:
+            print_findings(findings)
+    return int(document["wrong"] > 0)
+
+
+def print_findings(findings: Sequence[doctor.Finding]) -> None:
+    """A table, and below it what to do."""
+    console, table_of = rich()
+    table = table_of("gq-horovod doctor", ["what", "", "found"], [])
+    for finding in findings:
+        short = finding.found if len(finding.found) <= 80 else f"{finding.found[:77]}..."
+        table.add_row(finding.what, finding.status, short)
+    console.print(table, markup=False)
+    for finding in findings:
+        if finding.remedy:
+            print(f"{finding.what} ({finding.status}): {finding.found}")
+            print(f"    {finding.remedy}")
+    if not any(finding.status == "wrong" for finding in findings):
+        print("Nothing is wrong.")
+
+
+def print_env(options: argparse.Namespace) -> None:
+    """`gq-horovod env`: for bug reports."""
+    found = doctor.facts()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, value in found.items():
+        print(f"{name}: {value}")
+
+
 # ------------------------------------------------------------------------------------------ report
 
 
@@ -560,6 +607,14 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_common(sub)
 
+    sub = commands.add_parser("doctor", help="what is wrong with this installation or cluster")
+    sub.set_defaults(run=run_doctor)
+    sub.add_argument("--json", action="store_true", help="print plain data instead of a table")
+
+    sub = commands.add_parser("env", help="what is installed here, for bug reports")
+    sub.set_defaults(run=print_env)
+    sub.add_argument("--json", action="store_true", help="print plain data")
+
     sub = commands.add_parser("report", help="tables and plots of training runs")
     sub.set_defaults(run=report_runs)
     sub.add_argument("results", type=Path, help="folder of files that --metrics wrote, or a file")
@@ -581,11 +636,10 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 after an error message of one line."""
+    """Run the command; 0, 1 if the doctor finds something, 2 after an error of one line."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as error:  # OSError: a file that cannot be written
         print(f"gq-horovod {options.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0

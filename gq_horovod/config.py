@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
@@ -11,6 +11,10 @@ __all__ = ["Config", "ConfigMismatchError", "Plan"]
 
 # Below this the latency of the extra operations costs more than the bytes that they save.
 DEFAULT_MIN_ELEMENTS = 4096
+
+# As long as PyTorch's own process groups wait over Gloo: longer than validating on one rank takes
+# in most trainings, shorter than a night of paid machines that do nothing.
+DEFAULT_TIMEOUT = 1800.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Config(Scheme):
     min_elements: int = DEFAULT_MIN_ELEMENTS
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
+    # Seconds without any movement after which a rank ends; None: never. See gq_horovod.watchdog.
+    timeout: float | None = DEFAULT_TIMEOUT
+    # Compare parameters between ranks every so many steps; None: never. See gq_horovod.replicas.
+    check_replicas: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,6 +42,24 @@ class Config(Scheme):
             self._fail("bits", "None with levels='auto'", self.bits, "leave it out, or set levels")
         if self.transport not in ("horovod", "mpi"):
             self._fail("transport", "'horovod' or 'mpi'", self.transport, "choose one of them")
+        if self.timeout is not None:
+            if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)):
+                raise TypeError(
+                    f"{self.FUNCTION}: timeout must be a number of seconds or None, got "
+                    f"{self.timeout!r} of type {type(self.timeout).__name__}; pass a number."
+                )
+            if not self.timeout > 0:
+                self._fail("timeout", "more than 0 s", self.timeout, "None waits for ever")
+        if self.check_replicas is not None:
+            self._require_integer("check_replicas", self.check_replicas)
+            if self.check_replicas < 1:
+                expected = "1 or more steps"
+                self._fail("check_replicas", expected, self.check_replicas, "None never checks")
+
+    def describe_results(self) -> dict[str, Any]:
+        """The options that results depend on: a resumed run may be guarded in another way."""
+        guards = ("timeout", "check_replicas")
+        return {key: value for key, value in self.describe().items() if key not in guards}
 
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""

@@ -12,7 +12,14 @@ from typing import Any, ClassVar, Literal
 from mpi_ops.scheme import Scheme, one_of
 
 from . import stats as statistics
-from .config import AUTO, DEFAULT_MIN_ELEMENTS, PAPER_EXPONENTIAL, PAPER_STANDARD, Config
+from .config import (
+    AUTO,
+    DEFAULT_MIN_ELEMENTS,
+    DEFAULT_TIMEOUT,
+    PAPER_EXPONENTIAL,
+    PAPER_STANDARD,
+    Config,
+)
 
 __all__ = [
     "ClassOrInstance",
@@ -95,6 +102,7 @@ class Compression(Frontend):
     # Those that the framework's class has.
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
+    GUARDS: ClassVar[bool] = False  # whether `timeout` and `check_replicas` work
     STATS: ClassVar[bool] = False  # whether there are statistics
 
     paper_standard = Preset(PAPER_STANDARD)
@@ -115,6 +123,8 @@ class Compression(Frontend):
         seed: int = 0,
         process_set: Any = None,
         transport: Literal["horovod", "mpi"] = "horovod",
+        timeout: float | None = DEFAULT_TIMEOUT,
+        check_replicas: int | None = None,
         stats: bool | int = False,
     ) -> None:
         """Configure it.
@@ -137,6 +147,10 @@ class Compression(Frontend):
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller, MPI_THREAD_MULTIPLE, no hvd.join()).
+            timeout: seconds after which a reduction that does not move ends this rank with an error
+                (see gq_horovod.watchdog), None for never. PyTorch only.
+            check_replicas: compare the optimizer's parameters between ranks every so many steps,
+                and raise ReplicaMismatchError where they differ; None for never. PyTorch only.
             stats: whether to measure what quantization does to each tensor, every 100th step or
                 every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
                 and gq_horovod.stats.write() hands them to TensorBoard. PyTorch only; ranks may
@@ -152,10 +166,13 @@ class Compression(Frontend):
             min_elements=min_elements,
             seed=seed,
             transport=transport,
+            timeout=timeout,
+            check_replicas=check_replicas,
         )
         for argument, value, choices in (
             ("transport", transport, self.TRANSPORTS),
             ("levels", levels, self.LEVELS),
+            *self._further_choices(config),
         ):
             if value not in choices:
                 raise ValueError(
@@ -171,6 +188,15 @@ class Compression(Frontend):
         super().__init__(config, process_set)
         self.stats: dict[str, statistics.TensorStats] = {}
         self._stats_interval = interval
+
+    def _further_choices(self, config: Config) -> tuple[tuple[str, Any, tuple[Any, ...]], ...]:
+        """Arguments that the framework's class only has the defaults of: name, value, choices."""
+        if self.GUARDS:
+            return ()
+        return (
+            ("timeout", config.timeout, (DEFAULT_TIMEOUT,)),
+            ("check_replicas", config.check_replicas, (None,)),
+        )
 
 
 def require_name(name: str | None, function: str = "GlobalQSGD") -> str:

@@ -9,6 +9,12 @@ Importing this module imports mpi4py, which starts MPI where Horovod has not.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from functools import cache
 
@@ -23,10 +29,19 @@ from mpi_ops.exchange import TAGS, Exchange
 from mpi_ops.kernels.host import Buffer
 
 from .config import Plan
+from .pipeline import Pipeline
 
 # Exchanges under way. They own the memory that MPI reads and writes, so they have to outlive a
 # pipeline that is given up.
 _running: set[Running] = set()
+
+# How long a rank that ends goes on with the exchanges that others need to complete theirs.
+_LEAVE_SECONDS = 10.0
+# How long the norms of a tensor may take from one rank to another.
+_START_SECONDS = 0.2
+_POLL_SECONDS = 1e-3
+
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 
 class Running:
@@ -34,20 +49,78 @@ class Running:
 
     def __init__(self, exchange: Exchange) -> None:
         self._steps = exchange.steps()
+        self.failed = False
         _running.add(self)
         self.ready()  # the first messages go out now
 
     def ready(self) -> bool:
         """Advance; whether the result is complete."""
-        if next(self._steps, self) is self:
+        with _mpi.lock:
+            if _mpi.ended:
+                raise RuntimeError(
+                    "GlobalQSGD: MPI was shut down while codes were on their way, because another "
+                    "rank has ended; see the first error of the ranks that stopped."
+                )
+            try:
+                complete = next(self._steps, self) is self
+            except Exception:
+                self.failed = True  # what it has begun cannot be completed any more
+                raise
+        if complete and not self.failed:
             _running.discard(self)
-            return True
-        return False
+        return complete
 
     def wait(self) -> None:
         """Block until the result is complete."""
         while not self.ready():
             pass
+
+
+class _Library:
+    """When the MPI library may be called.
+
+    Horovod's own thread ends MPI where it has started it, as soon as any rank shuts Horovod down.
+    Polling messages at that time is a crash. But MPI_Finalize first deletes the attributes of
+    MPI_COMM_SELF, so the one that is set here can wait until nobody polls, and close the door.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held by whoever polls
+        self.ended = False
+        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=self._end), None)
+
+    def _end(self, *arguments: object) -> None:
+        with self.lock:
+            self.ended = True
+
+
+def leave() -> None:
+    """At the end of this process: complete what others wait for, or end the job with an error.
+
+    They would wait for ever: a rank that has ended answers no messages, and where Horovod has not
+    started MPI itself its shutdown does not reach those who poll.
+    """
+    begin = time.monotonic()
+    waiting = [pipeline for pipeline in _pipelines if pipeline.busy]
+    while waiting and time.monotonic() < begin + _START_SECONDS:
+        for pipeline in waiting:
+            pipeline.poll()  # may start exchanges, which others have started too
+        time.sleep(_POLL_SECONDS)
+    while _running and not _mpi.ended and not any(exchange.failed for exchange in _running):
+        for exchange in list(_running):
+            with contextlib.suppress(Exception):  # known by now: this is the end
+                exchange.ready()
+        if time.monotonic() > begin + _LEAVE_SECONDS:
+            break
+        time.sleep(_POLL_SECONDS)
+    if _running and not _mpi.ended:
+        print(
+            f"GlobalQSGD: rank {MPI.COMM_WORLD.rank} ends while codes are on their way that other "
+            "ranks wait for, so it ends the job; see its first error.",
+            file=sys.stderr,
+            flush=True,
+        )
+        MPI.COMM_WORLD.Abort(1)
 
 
 class Messages:
@@ -79,10 +152,24 @@ class Messages:
 
 
 @cache
+def _leave_at_exit() -> None:
+    atexit.register(leave)  # after Horovod's own, and so before it
+
+
+def serve(pipeline: Pipeline) -> None:
+    """Complete its exchanges at the end of this process as well."""
+    _pipelines.add(pipeline)
+    _leave_at_exit()
+
+
+@cache
 def _communicator(ranks: tuple[int, ...]) -> MPI.Intracomm:
     """A communicator of our own; it lives as long as MPI, since hvd.init() may ask again."""
     world = MPI.COMM_WORLD
     return world.Create_group(world.Get_group().Incl(ranks))
+
+
+_mpi = _Library()
 
 
 def problem(rank: int, size: int) -> str | None:

@@ -278,6 +278,9 @@ class Pipeline:
     def __init__(self, function: str = "GlobalQSGD") -> None:
         self._function = function  # what errors name
         self._in_flight: dict[str, InFlight] = {}
+        self._advances = 0
+        # The tensor that is waited for, and what changes with every progress; None: nobody waits.
+        self.idle: tuple[str, int] | None = None
 
     def submit(self, task: Task) -> InFlight:
         """Start reducing a tensor and advance the others. Waits for nothing.
@@ -296,10 +299,17 @@ class Pipeline:
     def poll(self) -> bool:
         """Advance every reduction whose operation is complete. Whether any was."""
         advanced = [reduction.advance() for reduction in self._in_flight.values()]
+        self._advances += sum(advanced)
         return any(advanced)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is in flight."""
+        return bool(self._in_flight)
 
     def give_up(self) -> None:
         """Forget what is in flight: after a failed operation none of it can be trusted."""
+        self.idle = None
         self._in_flight.clear()
 
     def finish(self, reduction: InFlight) -> Buffer:
@@ -319,6 +329,7 @@ class Pipeline:
     def _settle(self, reduction: InFlight, meanwhile: Callable[[], object] = bool) -> None:
         """Advance everything until a reduction is done, and forget that one."""
         while not reduction.done:
+            self.idle = (reduction.name, self._advances)
             if self._in_flight.get(reduction.name) is not reduction:
                 raise RuntimeError(
                     f"{self._function}: the reduction of {reduction.name!r} was given up, because "
@@ -327,5 +338,6 @@ class Pipeline:
             if not self.poll():
                 time.sleep(_POLL_SECONDS)
             meanwhile()
+        self.idle = None
         if self._in_flight.get(reduction.name) is reduction:
             del self._in_flight[reduction.name]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -49,9 +50,10 @@ except ImportError as error:
     ) from error
 
 from mpi_ops.chunks import Chunk
+from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
-from . import __version__, agreement, token
+from . import __version__, agreement, replicas, token, watchdog
 from .auto import Trials, Way
 from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
@@ -123,6 +125,7 @@ class _Caller(NamedTuple):
     process_set: Any
     scaling: float = 1.0  # of the result, beside what op does
     in_place: bool = False  # whether the result replaces the tensor
+    optimizer: Any = None
 
 
 _HOOK = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
@@ -171,7 +174,7 @@ def _optimizer_caller(optimizer: Any, parameter: torch.Tensor, function: str) ->
     # gradient_predivide_factor only divides before the sum what it multiplies after it.
     name = optimizer._parameter_names[parameter]
     require_linear(hvd, optimizer.op, name, function)
-    return _Caller(name, optimizer.op, optimizer.process_set, in_place=True)
+    return _Caller(name, optimizer.op, optimizer.process_set, in_place=True, optimizer=optimizer)
 
 
 def _function_caller(variables: dict[str, Any], name: str | None, function: str) -> _Caller:
@@ -198,6 +201,11 @@ class _Group:
     trials: Trials | None  # where levels="auto"
     steps: dict[str, int] = field(default_factory=dict)  # reductions so far, by tensor name
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor name
+    # Steps of the optimizers, where their parameters are compared between ranks.
+    checked: weakref.WeakKeyDictionary[Any, replicas.Steps] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    checks: list[replicas.Check] = field(default_factory=list)  # of those, under way
 
     def next_step(self, name: str) -> int:
         step = self.steps.get(name, 0)
@@ -246,6 +254,11 @@ class TorchFrontend(Frontend):
         return {}
 
     @cached_property
+    def _handed(self) -> dict[str, weakref.ref[torch.Tensor]]:
+        """What Horovod was last given to reduce for a tensor, by its name."""
+        return {}
+
+    @cached_property
     def _loaded(self) -> dict[int, dict[str, Any]]:
         """Of load_state_dict(), for process sets that have reduced nothing since, by their ids."""
         return {}
@@ -281,8 +294,13 @@ class TorchFrontend(Frontend):
 
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
+        caller = _find_caller(tensor, sys._getframe(1), self.config.FUNCTION)
+        handed, context = self._start(tensor, caller)
+        self._handed[caller.name] = weakref.ref(handed)
+        return handed, context
+
+    def _start(self, tensor: torch.Tensor, caller: _Caller) -> tuple[torch.Tensor, Any]:
         function = self.config.FUNCTION
-        caller = _find_caller(tensor, sys._getframe(1), function)
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -290,6 +308,8 @@ class TorchFrontend(Frontend):
                 "quantized mean is not differentiable; pass tensor.detach()."
             )
         group = self._group(caller.process_set)
+        if self.config.check_replicas is not None and caller.optimizer is not None:
+            self._compare_replicas(group, caller, self.config.check_replicas)
         if not eligible:
             return _left_to_horovod(tensor)
         step = group.next_step(caller.name)
@@ -332,6 +352,7 @@ class TorchFrontend(Frontend):
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
+        self._finish_checks()
         if ctx is None:
             return tensor
         if isinstance(ctx, torch.dtype):
@@ -363,6 +384,56 @@ class TorchFrontend(Frontend):
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
 
+    # --------------------------------------------------------------------------------------- guards
+
+    def _compare_replicas(self, group: _Group, caller: _Caller, every: int) -> None:
+        """Where a step begins with this gradient, and it is its turn: start comparing."""
+        optimizer = caller.optimizer
+        steps = group.checked.setdefault(optimizer, replicas.Steps())
+        step = steps.begin(caller.name)
+        if step is None or step % every:
+            return
+        parameters = [p for part in optimizer.param_groups for p in part["params"]]
+        names = [optimizer._parameter_names[parameter] for parameter in parameters]
+        ranks = caller.process_set.ranks or list(range(hvd.size()))
+        digests = [replicas.digest(_bytes(parameter)) for parameter in parameters]
+        own = replicas.table(digests, group.rank, len(ranks))
+        handle = group.collectives.allreduce_max(own, f"gq.replicas.{names[0]}")
+        group.checks.append(replicas.Check(names, ranks, step, handle))
+
+    def _finish_checks(self) -> None:
+        """Compare what has been gathered. What a session that is over began is never complete."""
+        for group in self._groups.values():
+            while group.checks and group.session is hvd_ops._handle_map:
+                group.checks.pop().finish(self.config.FUNCTION)
+
+    @cached_property
+    def _watchdog(self) -> Any:
+        """The thread that ends this rank when nothing moves; None without a timeout."""
+        if self.config.timeout is None:
+            return None
+        own = weakref.ref(self)
+
+        def waiting() -> watchdog.Waiting | None:
+            frontend = own()
+            return None if frontend is None else frontend._waiting()
+
+        return watchdog.start(self.config.timeout, hvd.rank, self.config.FUNCTION, waiting)
+
+    def _waiting(self) -> watchdog.Waiting:
+        """What this rank waits for: Horovod's operations for our tensors, and our own loops."""
+        given = {id(reference()): name for name, reference in list(self._handed.items())}
+        handles = hvd_ops._handle_map
+        waiting: dict[Any, str] = {}
+        for number, (tensors, _) in list(handles.items()):
+            for tensor in tensors if isinstance(tensors, (tuple, list)) else (tensors,):
+                if tensor is not None and id(tensor) in given and not _complete(number):
+                    waiting[id(handles), number] = given[id(tensor)]
+        for group in list(self._groups.values()):
+            if (idle := group.pipeline.idle) is not None:
+                waiting[idle] = idle[0]
+        return waiting
+
     # ---------------------------------------------------------------------------------- checkpoints
 
     def _state_dict(self) -> dict[str, Any]:
@@ -379,7 +450,7 @@ class TorchFrontend(Frontend):
         sets = {number: group.state_dict() for number, group in self._groups.items()}
         return {
             "compression": self.config.FUNCTION,
-            "options": self.config.describe(),
+            "options": self.config.describe_results(),
             "process_sets": {**sets, **self._loaded},
         }
 
@@ -392,7 +463,7 @@ class TorchFrontend(Frontend):
         world size. Raises ValueError for the state of another method, or of other options.
         """
         function = self.config.FUNCTION
-        expected = {"compression": function, **self.config.describe()}
+        expected = {"compression": function, **self.config.describe_results()}
         got = {"compression": state.get("compression"), **state.get("options", {})}
         for key in {**expected, **got}:
             if expected.get(key) != got.get(key):
@@ -425,11 +496,12 @@ class TorchFrontend(Frontend):
         loaded = self._loaded.get(number)
         self._require_agreement(collectives, _describe_loaded(loaded, process_set))
         exchanges = None
-        if self.config.transport == "mpi":
-            from .mpi import Messages
-
-            exchanges = Messages(process_set.ranks or list(range(hvd.size())))
         pipeline = Pipeline(self.config.FUNCTION)
+        if self.config.transport == "mpi":
+            from . import mpi
+
+            exchanges = mpi.Messages(process_set.ranks or list(range(hvd.size())))
+            mpi.serve(pipeline)
         trials = None
         if trying:
 
@@ -442,13 +514,19 @@ class TorchFrontend(Frontend):
             group.load_state_dict(loaded)
             del self._loaded[number]
         self._groups[number] = group
+        assert self._watchdog is None or self._watchdog.is_alive()
         return group
 
     def _require_agreement(self, collectives: _Collectives, loaded: dict[str, Any]) -> None:
         function = self.config.FUNCTION
         options = self.config.describe()
-        description = {"gq-horovod version": __version__, "compression": function, **options}
-        description |= loaded
+        description = {
+            "gq-horovod version": __version__,
+            "kernels": host.fingerprint(),
+            "compression": function,
+            **options,
+            **loaded,
+        }
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
@@ -476,6 +554,7 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
+    GUARDS = True
     STATS = True
 
     def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
@@ -546,6 +625,21 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
         torch.cuda.current_stream(tensor.device).synchronize()  # CuPy has streams of its own
         return tensor
     return tensor.to("cpu").contiguous()
+
+
+def _bytes(parameter: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor of any dtype and strides, on any device."""
+    flat = parameter.detach().to("cpu").contiguous().reshape(-1)
+    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array
+
+
+def _complete(number: int) -> bool:
+    """Whether a Horovod operation is; the main thread may take it away meanwhile."""
+    try:
+        return bool(hvd.poll(number))
+    except Exception:
+        return True
 
 
 @cache

@@ -46,15 +46,15 @@ def require_same(descriptions: list[dict[str, Any]], function: str = "GlobalQSGD
         if "error" in description
     }
     if failed:
-        listed = "; ".join(f"{ranks}: {error}" for error, ranks in _by_value(failed).items())
+        listed = "; ".join(f"{ranks}: {error}" for error, ranks in by_value(failed).items())
         raise ConfigMismatchError(f"{function}: not every rank could start. {listed}")
     differences = []
     for key in sorted(set().union(*descriptions)):
-        by_value = _by_value(
+        having = by_value(
             {rank: repr(description.get(key)) for rank, description in enumerate(descriptions)}
         )
-        if len(by_value) > 1:
-            listed = ", ".join(f"{value} on {ranks}" for value, ranks in by_value.items())
+        if len(having) > 1:
+            listed = ", ".join(f"{value} on {ranks}" for value, ranks in having.items())
             differences.append(f"{key} is {listed}")
     if differences:
         raise ConfigMismatchError(
@@ -63,7 +63,7 @@ def require_same(descriptions: list[dict[str, Any]], function: str = "GlobalQSGD
         )
 
 
-def _by_value(values: dict[int, str]) -> dict[str, str]:
+def by_value(values: dict[int, str]) -> dict[str, str]:
     """Each of the ranks' values, and "rank 1" or "ranks 0, 2" that have it."""
     ranks: dict[str, list[str]] = {}
     for rank, value in values.items():

@@ -1,6 +1,10 @@
-"""Which tests a session collects."""
+"""Which tests a session collects, and what the jobs that it starts ran."""
+
+from __future__ import annotations
 
 import os
+
+import pytest
 
 # tests/parallel and parallel_tf run inside the ranks of a Horovod job, which tests/launch starts
 # (Open MPI and horovodrun set these). To run some of it by hand:
@@ -8,3 +12,16 @@ import os
 IN_A_RANK = "OMPI_COMM_WORLD_RANK" in os.environ or "HOROVOD_RANK" in os.environ
 
 collect_ignore = [] if IN_A_RANK else ["parallel", "parallel_tf"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = [
+        str(value)
+        for report in terminalreporter.getreports("passed")
+        for key, value in report.user_properties
+        if key == "job"
+    ]
+    if lines:
+        terminalreporter.section("jobs")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -261,6 +261,14 @@ class Testbed:
         statistics = json.loads(shown)[0]["stats64"]
         return statistics["rx"]["bytes"], statistics["tx"]["bytes"]
 
+    def cut(self, host: int) -> None:
+        """Pull the host's cable: packets are lost in both directions, connections stay open."""
+        _run(["ip", "-n", self._switch, "link", "set", f"port{host}", "down"])
+
+    def mend(self, host: int) -> None:
+        """Put it back."""
+        _run(["ip", "-n", self._switch, "link", "set", f"port{host}", "up"])
+
     def _acquire(self) -> None:
         """Take the lock that says who owns the namespaces of this prefix."""
         path = self._lock_path

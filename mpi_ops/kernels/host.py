@@ -42,6 +42,17 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
+def fingerprint() -> str:
+    """Digest of the sources and flags that the library was built from: equal on all ranks."""
+    library = _library()
+    if not hasattr(library, "gq_fingerprint"):
+        return "unknown"  # a library of an older version
+    library.gq_fingerprint.restype = ctypes.c_char_p
+    digest: bytes = library.gq_fingerprint()
+    return digest.decode()
+
+
+@cache
 def best_instruction_set() -> str:
     """Name of the newest instruction set that this CPU has, one of `INSTRUCTION_SETS`."""
     name: bytes = _library().gq_best_isa()

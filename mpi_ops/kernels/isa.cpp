@@ -1,3 +1,14 @@
+// What the library is: the digest of the sources that it was built from (setup.py), and the best
+// instruction set.
+
+#if !defined(GQ_FINGERPRINT)
+#define GQ_FINGERPRINT "unknown"
+#endif
+
+extern "C" __attribute__((visibility("default"))) const char* gq_fingerprint() {
+  return GQ_FINGERPRINT;
+}
+
 // Names the best instruction set of this CPU among those that host.cpp was compiled for.
 
 extern "C" __attribute__((visibility("default"))) const char* gq_best_isa() {

@@ -57,7 +57,9 @@ def launch(
     """Run a Python command in `ranks` ranks on this machine.
 
     Arguments:
-        transport: "mpirun" (Open MPI), "mpich" (its mpiexec), or "horovodrun" (Horovod over Gloo).
+        transport: "mpirun" (Open MPI), "mpich" (its mpiexec), "horovodrun" (Horovod over Gloo), or
+            "elastic" (the same, on the hosts that `directory`/hosts.sh lists; one may be lost; all
+            ranks print to the launcher's output).
         command: arguments of the Python interpreter.
         limit: seconds after which the whole job is ended.
         directory: an empty one, for the output.
@@ -102,6 +104,10 @@ def _prefix(transport: str, ranks: int, output: Path) -> list[str]:
             (output / f"rank.{rank}").mkdir(parents=True)
         files = [f"-{name}file-pattern={output}/rank.%r/std{name}" for name in ("out", "err")]
         return [str(MPICH / "bin" / "mpiexec"), "-n", str(ranks), *files]
+    if transport == "elastic":
+        found = ["--min-np", str(ranks - 1), "--max-np", str(ranks)]
+        found += ["--host-discovery-script", str(output.parent / "hosts.sh")]
+        return [_tool("horovodrun"), "--gloo", "-np", str(ranks), *found, "--cycle-time-ms", "5"]
     # For the same reason Horovod's own threads shall not wake up every millisecond.
     sharing = ["--cycle-time-ms", "5"]
     hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]

@@ -200,6 +200,15 @@ def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
     check_it_still_works(name)
 
 
+def test_guards() -> None:
+    for option, default in (("timeout", 1800.0), ("check_replicas", None)):
+        text = refused(ValueError, "eager", GlobalQSGD, **{option: 10})
+        assert text == (
+            f"GlobalQSGD: {option} must be {default!r} with horovod.tensorflow, got 10; "
+            "leave it out."
+        )
+
+
 def test_transport_mpi() -> None:
     text = refused(ValueError, "eager", GlobalQSGD, transport="mpi")
     assert text == (

@@ -101,6 +101,29 @@ PLUGIN_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "min_elements must be an integer, got 10000.0 of type float; pass an int.",
     ),
+    *[
+        (
+            {"timeout": timeout},
+            ValueError,
+            f"timeout must be more than 0 s, got {timeout}; None waits for ever.",
+        )
+        for timeout in (0, -1.5, float("nan"))
+    ],
+    (
+        {"timeout": "10s"},
+        TypeError,
+        "timeout must be a number of seconds or None, got '10s' of type str; pass a number.",
+    ),
+    (
+        {"check_replicas": 0},
+        ValueError,
+        "check_replicas must be 1 or more steps, got 0; None never checks.",
+    ),
+    (
+        {"check_replicas": True},
+        TypeError,
+        "check_replicas must be an integer, got True of type bool; pass an int.",
+    ),
 ]
 
 
@@ -148,9 +171,9 @@ def test_description_has_every_option() -> None:
     described = config.describe()
     assert Config(**described) == config
     assert set(described) == {field.name for field in dataclasses.fields(Config)}
-    assert {"levels", "bits", "block_size", "norm", "seed", "min_elements", "transport"} == set(
-        described
-    )
+    quantizers = {"levels", "bits", "block_size", "norm", "seed"}
+    plugins = {"min_elements", "transport", "timeout", "check_replicas"}
+    assert set(described) == quantizers | plugins
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -479,7 +502,7 @@ def test_a_transport_that_the_framework_does_not_have(plugin: Any) -> None:
 
 def test_the_signature_shows_the_options(plugin: Any) -> None:
     shown = set(inspect.signature(plugin.GlobalQSGD).parameters)
-    assert shown == {*(field.name for field in dataclasses.fields(Config)), "process_set"}
+    assert shown == {*(field.name for field in dataclasses.fields(Config)), "process_set", "stats"}
 
 
 def test_compress_has_to_be_called_by_horovod(plugin: Any) -> None:

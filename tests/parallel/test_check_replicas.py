@@ -1,0 +1,108 @@
+"""GlobalQSGD(check_replicas=k): ranks whose parameters drift apart are told, all in one step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import TRANSPORT
+
+from gq_horovod.replicas import ReplicaMismatchError
+from gq_horovod.torch import GlobalQSGD
+
+EVERY = 3
+
+
+def parameters() -> list[tuple[str, torch.nn.Parameter]]:
+    """Compressed, too small for that, of another dtype, and of other strides."""
+    torch.manual_seed(0)
+    return [
+        ("large", torch.nn.Parameter(torch.randn(100, 100))),
+        ("small", torch.nn.Parameter(torch.randn(3))),
+        ("half", torch.nn.Parameter(torch.randn(5000).bfloat16())),
+        ("transposed", torch.nn.Parameter(torch.randn(80, 90).t())),
+        ("scalar", torch.nn.Parameter(torch.tensor(2.0))),
+    ]
+
+
+def train(
+    name: str,
+    *,
+    steps: int = 8,
+    disturb: Callable[[int, dict[str, torch.nn.Parameter]], None] = lambda step, own: None,
+    **options: Any,
+) -> int:
+    """Number of steps that were done."""
+    named = [(f"{name}.{each}", parameter) for each, parameter in parameters()]
+    compression = GlobalQSGD(check_replicas=EVERY, transport=TRANSPORT, **options)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter for _, parameter in named], lr=0.1),
+        named_parameters=named,
+        compression=compression,
+    )
+    own = {full.rsplit(".", 1)[1]: parameter for full, parameter in named}
+    order = list(own.values())
+    for step in range(steps):
+        disturb(step, own)
+        optimizer.zero_grad()
+        # Ranks run their hooks in different orders.
+        turned = order[hvd.rank() % 5 :] + order[: hvd.rank() % 5]
+        for parameter in turned:
+            (parameter.float().square().sum() * (1 + hvd.rank())).backward()
+        optimizer.step()
+    return steps
+
+
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_replicas_that_stay_equal(levels: str, name: str) -> None:
+    assert train(name, levels=levels) == 8
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("which", ["large", "small", "transposed"])
+def test_one_rank_drifts(which: str, name: str) -> None:
+    """Every rank raises in the next step that is checked, and names the tensor and the ranks."""
+    last = hvd.size() - 1
+
+    def disturb(step: int, own: dict[str, torch.nn.Parameter]) -> None:
+        reached.append(step)
+        if step == EVERY + 1 and hvd.rank() == last:
+            with torch.no_grad():
+                own[which].add_(1.0)
+
+    reached: list[int] = []
+    with pytest.raises(ReplicaMismatchError) as raised:
+        train(name, disturb=disturb)
+    text = str(raised.value)
+    assert reached[-1] == 2 * EVERY
+    assert f"before step {2 * EVERY} the parameters differ" in text
+    assert re.search(rf"'{re.escape(name)}\.{which}' is \w{{16}} on ranks? .*rank {last}", text), (
+        text
+    )
+    for other in {"large", "small", "half", "transposed", "scalar"} - {which}:
+        assert f".{other}'" not in text
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_a_forgotten_broadcast_is_told_before_the_first_update(name: str) -> None:
+    def disturb(step: int, own: dict[str, torch.nn.Parameter]) -> None:
+        with torch.no_grad():
+            own["large"].add_(hvd.rank())
+
+    with pytest.raises(ReplicaMismatchError, match="before step 0 "):
+        train(name, disturb=disturb)
+
+
+def test_without_the_option_nothing_is_compared(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.full((5000,), float(hvd.rank())))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=0.1),
+        named_parameters=[(name, parameter)],
+        compression=GlobalQSGD(transport=TRANSPORT),
+    )
+    parameter.sum().backward()
+    optimizer.step()

@@ -1,0 +1,162 @@
+"""gq-horovod doctor and env: every breakage is named with its remedy, and nothing secret shows."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from gq_horovod import cli, doctor
+from gq_horovod.doctor import Facts, Finding, compare, diagnose, merge
+
+GOOD: Facts = {
+    "gq-horovod": "0.1.0",
+    "kernels": {"sources": "abc", "instruction set": "x86_64_v3"},
+    "python": "3.11.7",
+    "compiler": "/usr/bin/g++",
+    "mpirun": "mpirun (Open MPI) 4.1.8",
+    "horovod": {
+        "version": "0.28.1",
+        "torch": True,
+        "tensorflow": True,
+        "mpi": True,
+        "gloo": True,
+        "nccl": False,
+    },
+    "mpi": {"library": "Open MPI v4.1.8", "threads": "multiple"},
+    "gpu": [],
+    "cuda-aware MPI": None,
+    "variables": {},
+    "numpy": "2.0.2",
+    "torch": "2.13.0",
+    "tensorflow": "2.18.1",
+    "keras": "2.15.0",
+    "cupy": None,
+}
+GPU = {"gpu": ["H100"], "cupy": "14.2.0"}
+
+
+def broken(changes: dict[str, Any]) -> Facts:
+    """Good facts but for some; "horovod.mpi" is a fact inside another."""
+    found = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        outer, _, inner = key.partition(".")
+        if inner:
+            found[outer][inner] = value
+        else:
+            found[outer] = value
+    return found
+
+
+def test_nothing_is_wrong() -> None:
+    for changes in ({}, GPU):
+        assert {finding.status for finding in diagnose(broken(changes))} == {"ok"}
+
+
+ERROR = {"error": "ImportError: no such symbol"}
+BREAKAGES = [
+    ({"kernels": ERROR}, "kernels", "wrong", "`pip install .` (compiler: /usr/bin/g++)"),
+    ({"kernels": ERROR, "compiler": None}, "kernels", "wrong", "install g++ 11 or newer first"),
+    ({"horovod": ERROR}, "Horovod", "wrong", "HOROVOD_WITH_PYTORCH=1"),
+    ({"horovod.version": "0.27.0"}, "Horovod", "note", "only 0.28.1 was tested"),
+    (
+        {"horovod.torch": False, "horovod.tensorflow": False},
+        *("Horovod's frameworks", "wrong", "HOROVOD_WITH_PYTORCH=1"),
+    ),
+    (
+        {"horovod.mpi": False, "horovod.gloo": False},
+        *("Horovod's controllers", "wrong", "HOROVOD_WITH_MPI=1 or HOROVOD_WITH_GLOO=1"),
+    ),
+    ({"horovod.torch": False}, "Horovod for PyTorch", "note", "HOROVOD_WITH_PYTORCH=1"),
+    ({"mpi": ERROR}, "MPI", "note", "pip install gq-horovod[mpi]"),
+    ({"mpi.threads": "serialized"}, "threads of MPI", "wrong", "MPI_THREAD_MULTIPLE"),
+    (
+        {"variables": {"HOROVOD_MPI_THREADS_DISABLE": "1"}},
+        *("threads of Horovod", "wrong", "unset HOROVOD_MPI_THREADS_DISABLE"),
+    ),
+    ({"mpirun": None}, "mpirun", "note", "PATH"),
+    ({"mpirun": "mpirun (Open MPI) 5.0.1"}, "mpirun", "wrong", "put the mpirun of 4.1.8 first"),
+    ({"torch": None, "tensorflow": None}, "frameworks", "wrong", "pip install gq-horovod[torch]"),
+    ({"keras": "3.5.0"}, "Keras", "note", "TF_USE_LEGACY_KERAS=1"),
+    ({"gpu": ERROR}, "GPU", "wrong", "nvidia-smi"),
+    ({**GPU, "cupy": None}, "CuPy", "wrong", "pip install gq-horovod[cuda12]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "what", "status", "remedy"), BREAKAGES)
+def test_a_breakage(changes: dict[str, Any], what: str, status: str, remedy: str) -> None:
+    findings = [finding for finding in diagnose(broken(changes)) if finding.what == what]
+    assert [finding.status for finding in findings] == [status]
+    assert remedy in findings[0].remedy
+    assert findings[0].found
+
+
+def test_whatever_is_not_right_has_a_remedy() -> None:
+    for changes, *_ in BREAKAGES:
+        for finding in diagnose(broken(changes)):
+            assert (finding.status == "ok") == (finding.remedy == ""), finding
+
+
+def test_ranks_with_other_versions() -> None:
+    ranks = [broken({}), broken({"torch": "2.4.0"}), broken({})]
+    (finding,) = compare(ranks)
+    assert finding.status == "wrong"
+    assert finding.found == "'2.13.0' on ranks 0, 2; '2.4.0' on rank 1"
+    assert "every host" in finding.remedy
+
+
+def test_hosts_may_have_different_processors() -> None:
+    ranks = [broken({}), broken({"kernels.instruction set": "baseline"})]
+    assert [finding.status for finding in compare(ranks)] == ["ok"]
+    ranks[1]["kernels"]["sources"] = "other"
+    assert [finding.what for finding in compare(ranks)] == ["kernels on all ranks"]
+
+
+def test_what_one_rank_finds_names_it() -> None:
+    good, bad = Finding("CuPy", "ok", "14"), Finding("CuPy", "wrong", "not installed", "install it")
+    assert [finding.what for finding in merge([[good], [bad], [good]])] == [
+        "CuPy on ranks 0, 2",
+        "CuPy on rank 1",
+    ]
+    assert merge([[good], [good]]) == [good]
+
+
+def test_status_and_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "world", lambda: None)
+    for changes, status in (({}, 0), ({"kernels": ERROR}, 1)):
+        monkeypatch.setattr(doctor, "facts", lambda changes=changes: broken(changes))
+        assert cli.main(["doctor", "--json"]) == status
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["wrong"] == status
+        assert printed["facts"] == broken(changes)
+        assert cli.main(["doctor"]) == status
+        shown = capsys.readouterr().out
+        assert ("Nothing is wrong." in shown) == (status == 0)
+        assert ("pip install ." in shown) == (status == 1)
+
+
+def test_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_SECRET_KEY", "hush")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "hush")
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "10")
+    for name in ("_horovod", "_mpi", "_gpus"):  # slow, and starts MPI
+        monkeypatch.setattr(doctor, name, dict)
+    found = doctor.facts()
+    assert found["variables"]["HOROVOD_CYCLE_TIME"] == "10"
+    assert "hush" not in json.dumps(found)
+    assert found["kernels"]["sources"] != "unknown"
+
+
+def test_what_cannot_be_looked_at_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("undefined symbol")
+
+    for name in ("_kernels", "_horovod", "_mpi", "_gpus"):
+        monkeypatch.setattr(doctor, name, fail)
+    found = doctor.facts()
+    assert found["horovod"] == {"error": "OSError: undefined symbol"}
+    assert [f.what for f in diagnose(found) if f.status == "wrong"] == ["kernels", "Horovod", "GPU"]
