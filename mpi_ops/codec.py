@@ -251,6 +251,6 @@ def _shares(payload: Payload, plan: Plan, count: int) -> tuple[Payload, Norms, i
     number = _share_norms(count, plan)
     parts = payload.reshape(plan.world_size, reduced_size(count, plan))
     # With one norm for a share, a share is a block.
-    block_size = plan.block_size or share_elements(count, plan)
+    block_size = plan.block_size or max(share_elements(count, plan), lanes.ROW)  # of no elements
     norms = np.concatenate(parts[:, :number])[: lanes.blocks(count, block_size)]
     return np.concatenate(parts[:, number:]), norms, block_size
