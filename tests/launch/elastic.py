@@ -20,13 +20,13 @@ from gq_horovod.torch import GlobalQSGD
 STEPS = 40
 COMMIT_EVERY = 5
 KILL_AT = 13  # between two commits
-RATE = 0.05
+RATE = 0.01
 DIMENSION = 5000
 
 
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Linear(DIMENSION, 1)
+    return torch.nn.Linear(DIMENSION, 1, bias=False)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def undisturbed() -> float:
         optimizer.zero_grad()
         loss_of(net).backward()
         optimizer.step()
-    return float(loss_of(net))
+    return loss_of(net).item()
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             optimizer.step()
             (group,) = compression._groups.values()
-            say("STEP", state.step, hvd.size(), group.plan.level_count, float(loss))
+            say("STEP", state.step, hvd.size(), group.plan.level_count, loss.item())
             state.step += 1
             if state.step % COMMIT_EVERY == 0:
                 state.commit()
@@ -86,7 +86,7 @@ def main() -> None:
     watchdogs = [thread for thread in threading.enumerate() if "watchdog" in thread.name]
     left = (len(group.pipeline._in_flight), len(group.checks), len(watchdogs))
     say("LEFT", *left, len(hvd.mpi_ops._handle_map))
-    say("DONE", float(loss_of(net)), digest(iter(net.parameters())))
+    say("DONE", loss_of(net).item(), digest(iter(net.parameters())))
 
 
 if __name__ == "__main__":
