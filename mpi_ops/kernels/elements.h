@@ -282,7 +282,10 @@ GQ_HD int32_t quantize_standard(float value, Scale scale, float limit, uint32_t 
 GQ_HD int32_t lowest_lane(int32_t word, int bits) {
   return static_cast<int32_t>(static_cast<uint32_t>(word) << (32 - bits)) >> (32 - bits);
 }
-GQ_HD int32_t drop_lane(int32_t word, int32_t lane, int bits) { return (word - lane) >> bits; }
+// Unsigned, so that words that no rank has made wrap around as well on every backend.
+GQ_HD int32_t drop_lane(int32_t word, int32_t lane, int bits) {
+  return static_cast<int32_t>(static_cast<uint32_t>(word) - static_cast<uint32_t>(lane)) >> bits;
+}
 
 // |mean| <= norm holds exactly: rounding of the scale must not turn the largest float into Inf.
 GQ_HD float dequantize_standard(int32_t lane_sum, Scale scale, float norm) {
