@@ -201,7 +201,7 @@ def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
 
 
 def test_guards() -> None:
-    for option, default in (("timeout", 1800.0), ("check_replicas", None)):
+    for option, default in (("timeout", 1800.0), ("check_replicas", None), ("stats", False)):
         text = refused(ValueError, "eager", GlobalQSGD, **{option: 10})
         assert text == (
             f"GlobalQSGD: {option} must be {default!r} with horovod.tensorflow, got 10; "
