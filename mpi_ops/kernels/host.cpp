@@ -285,9 +285,9 @@ GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, in
   constexpr int kMostLanes = kBits > 0 ? 32 / kBits : 16;
   const int width = kBits > 0 ? kBits : bits;
   const int lanes = kBits > 0 ? kMostLanes : 32 / bits;
+  const float ranks_levels = static_cast<float>(divisor);
   const int64_t rows = rows_of(count);
   RowNorms row_norms{norms, block / kRow};
-  Scale scale = {1.0f, 0.0f};
   for (int64_t row = 0, at = 0; row < rows; at += kRow) {
     alignas(64) int32_t sums[kMostLanes][kRow] = {};
     for (int i = 0; i < inputs; ++i) {
@@ -301,10 +301,14 @@ GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, in
         }
     }
     for (int k = 0; k < lanes && row < rows; ++k, ++row) {
-      if (!row_norms.same_block()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
+      row_norms.same_block();
       const float norm = norm_of(row_norms.current);
       alignas(64) float values[kRow];
-      for (int j = 0; j < kRow; ++j) values[j] = dequantize_standard(sums[k][j], scale, norm);
+      for (int j = 0; j < kRow; ++j) {
+        // Divided first: where all ranks are at the largest level, the mean is the norm exactly.
+        const float mean = static_cast<float>(sums[k][j]) / ranks_levels * norm;
+        values[j] = smaller(larger(mean, -norm), norm);
+      }
       store_row(out, row, count, false, values);
     }
   }
