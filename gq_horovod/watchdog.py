@@ -56,7 +56,10 @@ def start(
         before = time.monotonic()
         while True:
             time.sleep(watchdog.pause)
-            under_way = waiting()
+            try:
+                under_way = waiting()
+            except RuntimeError:  # a dictionary that the main thread has changed meanwhile
+                continue
             if under_way is None:
                 return
             now = time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from helpers import TRANSPORT
 
 from gq_horovod.replicas import ReplicaMismatchError
-from gq_horovod.torch import GlobalQSGD
+from gq_horovod.torch import GlobalQSGD, allreduce
 
 EVERY = 3
 
@@ -106,3 +106,19 @@ def test_without_the_option_nothing_is_compared(name: str) -> None:
     )
     parameter.sum().backward()
     optimizer.step()
+
+
+def test_the_watchdog_sees_operations_of_every_kind(name: str) -> None:
+    compression = GlobalQSGD(min_elements=0)
+    allreduce(torch.ones(100), name, compression=compression)
+    x = torch.ones(2 * hvd.size())
+    handles = [
+        hvd.alltoall_async(x, name=f"{name}.alltoall"),
+        hvd.allgather_async(x, name=f"{name}.allgather"),
+        hvd.allreduce_async(x, name=f"{name}.allreduce"),
+        hvd.grouped_allreduce_async([x, x], name=f"{name}.grouped"),
+    ]
+    assert compression._waiting() == {}  # none of them is the instance's own
+    for handle in handles:
+        hvd.synchronize(handle)
+    assert compression._watchdog.is_alive()

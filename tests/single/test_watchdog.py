@@ -48,6 +48,20 @@ from gq_horovod import watchdog
 watchdog.start(0.2, lambda: 3, "GlobalQSGD", lambda: {1: "weight"})
 threading.Event().wait()
 """
+CHANGING = """
+import time
+from gq_horovod import watchdog
+looks = []
+def waiting():
+    looks.append(None)
+    if len(looks) < 3:
+        raise RuntimeError("dictionary changed size during iteration")
+    return {}
+thread = watchdog.start(0.2, lambda: 3, "GlobalQSGD", waiting)
+while len(looks) < 5:
+    time.sleep(0.01)
+print(thread.is_alive())
+"""
 GONE = """
 from gq_horovod import watchdog
 thread = watchdog.start(0.2, lambda: 3, "GlobalQSGD", lambda: None)
@@ -71,3 +85,7 @@ def test_the_process_ends_with_an_error_and_a_traceback() -> None:
 
 def test_it_ends_with_what_it_watches() -> None:
     assert python(GONE).stdout.strip() == "False"
+
+
+def test_it_looks_again_where_the_main_thread_was_faster() -> None:
+    assert python(CHANGING).stdout.strip() == "True"
