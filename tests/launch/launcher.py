@@ -127,6 +127,9 @@ def _environment(transport: str, directory: Path) -> dict[str, str]:
     environment["PYTEST_DEBUG_TEMPROOT"] = str(directory)
     environment["OMP_NUM_THREADS"] = "1"
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # horovodrun imports TensorFlow, which talks
+    # Every test has names of its own, more than the 1024 that Horovod remembers. One of its threads
+    # once ended with a segmentation fault in hvd.join() after it had begun to forget some.
+    environment["HOROVOD_CACHE_CAPACITY"] = "8192"
     environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(_STALL_SECONDS)
     if transport == "mpich":
         # mpi4py's wheel chooses its MPI at run time, and has a module for each.

@@ -116,7 +116,7 @@ def test_the_watchdog_sees_operations_of_every_kind(name: str) -> None:
         hvd.alltoall_async(x, name=f"{name}.alltoall"),
         hvd.allgather_async(x, name=f"{name}.allgather"),
         hvd.allreduce_async(x, name=f"{name}.allreduce"),
-        hvd.grouped_allreduce_async([x, x], name=f"{name}.grouped"),
+        hvd.grouped_allreduce_async([x, x.clone()], name=f"{name}.grouped"),
     ]
     assert compression._waiting() == {}  # none of them is the instance's own
     for handle in handles:
