@@ -8,15 +8,23 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mpi_ops.agreement import decode, encode, require_same
+from mpi_ops.kernels import host
 
-from .config import ConfigMismatchError
+from . import __version__
+from .config import Config, ConfigMismatchError
 from .pipeline import Handle
 
-__all__ = ["decode", "encode", "require_same", "wait"]
+__all__ = ["decode", "describe", "encode", "require_same", "wait"]
 
 _POLL_SECONDS = 1e-3
 # Ranks may be minutes apart at the first step (data loading, compilation); for ever is a bug.
 TIMEOUT_SECONDS = 600.0
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What has to be the same on every rank of any framework: the software, and the options."""
+    software = {"gq-horovod version": __version__, "kernels": host.fingerprint()}
+    return {**software, "compression": config.FUNCTION, **config.describe()}
 
 
 def wait(handle: Handle, function: str = "GlobalQSGD") -> NDArray[Any]:

@@ -102,8 +102,8 @@ class Compression(Frontend):
     # Those that the framework's class has.
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
-    GUARDS: ClassVar[bool] = False  # whether `timeout` and `check_replicas` work
-    STATS: ClassVar[bool] = False  # whether there are statistics
+    # Whether it has more than the defaults of `timeout`, `check_replicas` and `stats`.
+    WATCHES: ClassVar[bool] = False
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -169,34 +169,26 @@ class Compression(Frontend):
             timeout=timeout,
             check_replicas=check_replicas,
         )
-        for argument, value, choices in (
+        interval = statistics.check(config.FUNCTION, stats)
+        limited: list[tuple[str, Any, tuple[Any, ...]]] = [
             ("transport", transport, self.TRANSPORTS),
             ("levels", levels, self.LEVELS),
-            *self._further_choices(config),
-        ):
+        ]
+        if not self.WATCHES:
+            limited += [
+                ("timeout", timeout, (DEFAULT_TIMEOUT,)),
+                ("check_replicas", check_replicas, (None,)),
+                ("stats", stats, (False,)),
+            ]
+        for argument, value, choices in limited:
             if value not in choices:
                 raise ValueError(
                     f"GlobalQSGD: {argument} must be {one_of(choices)} with {self.HVD.__name__}, "
                     f"got {value!r}; leave it out."
                 )
-        interval = statistics.check(config.FUNCTION, stats)
-        if interval and not self.STATS:
-            raise ValueError(
-                f"GlobalQSGD: stats must be False with {self.HVD.__name__}, got {stats!r}; leave "
-                "it out."
-            )
         super().__init__(config, process_set)
         self.stats: dict[str, statistics.TensorStats] = {}
         self._stats_interval = interval
-
-    def _further_choices(self, config: Config) -> tuple[tuple[str, Any, tuple[Any, ...]], ...]:
-        """Arguments that the framework's class only has the defaults of: name, value, choices."""
-        if self.GUARDS:
-            return ()
-        return (
-            ("timeout", config.timeout, (DEFAULT_TIMEOUT,)),
-            ("check_replicas", config.check_replicas, (None,)),
-        )
 
 
 def require_name(name: str | None, function: str = "GlobalQSGD") -> str:

@@ -24,6 +24,7 @@ from mpi_ops.dither import Stage
 from mpi_ops.kernels.host import Buffer
 
 from . import theory
+from .config import Plan
 from .pipeline import Task
 
 __all__ = ["TensorStats", "check", "write"]
@@ -119,18 +120,8 @@ class Sample:
         self._to_zero += int(np.count_nonzero((decoded == 0) & (own != 0)))
         self._signal += _square(own)
         self._noise += _square(decoded - own.astype(np.float64))
-        signal = _square(result)
-        self._result += signal
-        if plan.world_size == 1:
-            pass  # what is rounded again lies on the levels
-        elif plan.levels == "exponential":
-            self._second += _OCTAVE_VARIANCE * signal
-        elif plan.levels == "two-hop":
-            # Its fractions of a level are uniform, of variance 1/6, in blocks of the mean's norms.
-            mean = np.ascontiguousarray(result, dtype=np.float32)
-            own_norms = codec.norms(Buffer.of(mean), plan).view(np.float32).astype(np.float64)
-            size = min(plan.block_for(own.size), own.size)
-            self._second += float(np.sum(own_norms**2)) * size / (6 * plan.level_count**2)
+        self._result += _square(result)
+        self._second += _second_rounding(plan, result)
 
     def stats(self, task: Task, transport: str) -> TensorStats:
         """The figures, after all chunks."""
@@ -145,6 +136,19 @@ class Sample:
             saturated=self._saturated,
             to_zero=self._to_zero,
         )
+
+
+def _second_rounding(plan: Plan, mean: NDArray[np.floating[Any]]) -> float:
+    """What rounding the mean once more is expected to add to ‖result - mean‖²."""
+    if plan.world_size == 1 or plan.in_flight:
+        return 0.0  # with one rank, what is rounded again lies on the levels
+    if plan.levels == "exponential":
+        return _OCTAVE_VARIANCE * _square(mean)
+    # Fractions of a level are uniform, of variance 1/6, in blocks of the mean's own norms.
+    values = np.ascontiguousarray(mean, dtype=np.float32)
+    norms = codec.norms(Buffer.of(values), plan).view(np.float32)
+    size = min(plan.block_for(values.size), values.size)
+    return _square(norms) * size / (6 * plan.level_count**2)
 
 
 def _square(values: NDArray[np.floating[Any]]) -> float:

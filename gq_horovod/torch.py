@@ -50,10 +50,9 @@ except ImportError as error:
     ) from error
 
 from mpi_ops.chunks import Chunk
-from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
-from . import __version__, agreement, replicas, token, watchdog
+from . import agreement, replicas, token, watchdog
 from .auto import Trials, Way
 from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
@@ -300,6 +299,7 @@ class TorchFrontend(Frontend):
         return handed, context
 
     def _start(self, tensor: torch.Tensor, caller: _Caller) -> tuple[torch.Tensor, Any]:
+        """What Horovod is to reduce in place of `tensor`, and what decompress() has to know."""
         function = self.config.FUNCTION
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
@@ -519,14 +519,7 @@ class TorchFrontend(Frontend):
 
     def _require_agreement(self, collectives: _Collectives, loaded: dict[str, Any]) -> None:
         function = self.config.FUNCTION
-        options = self.config.describe()
-        description = {
-            "gq-horovod version": __version__,
-            "kernels": host.fingerprint(),
-            "compression": function,
-            **options,
-            **loaded,
-        }
+        description = {**agreement.describe(self.config), **loaded}
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
@@ -554,8 +547,7 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
-    GUARDS = True
-    STATS = True
+    WATCHES = True
 
     def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
         if not self._stats_interval or step % self._stats_interval:

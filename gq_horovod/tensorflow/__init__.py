@@ -54,10 +54,9 @@ except ImportError as error:
 from mpi_ops import codec, lanes
 from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.dither import Stage, dither
-from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
-from .. import __version__, agreement, pipeline, token
+from .. import agreement, pipeline, token
 from ..config import Plan
 from ..frontend import ClassOrInstance, Compression, require_linear, require_name
 
@@ -516,11 +515,7 @@ class GlobalQSGD(Compression):
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
         if key not in self._plans:
             plan = self.config.plan(process_set.size())
-            description = {
-                "gq-horovod version": __version__,
-                "kernels": host.fingerprint(),
-                **self.config.describe(),
-            }
+            description = agreement.describe(self.config)
             with tf.init_scope():
                 handle = _Gathering(agreement.encode(description), process_set)
                 agreement.require_same(agreement.decode(agreement.wait(handle)))
