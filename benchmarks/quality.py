@@ -22,22 +22,22 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
 import torch
-import workloads  # beside this file
+import workloads  # beside this file; it finds examples/common
+from common.schedules import warm_linear
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gq_horovod import baselines, model, theory
-from gq_horovod.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config
-from gq_horovod.pipeline import Method
+from gq_horovod import model, theory
+from gq_horovod.baselines import PowerSGDConfig, QSGDConfig
 from gq_horovod.simulation import SimulatedRanks
-from gq_horovod.torch_baselines import power_sgd
+from gq_horovod.torch import GlobalQSGD, TorchFrontend
+from gq_horovod.torch_baselines import QSGD, PowerSGD
 from mpi_ops.kernels.host import Buffer
 
 EVALUATIONS = 12  # in a run
@@ -75,30 +75,20 @@ WORKLOADS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A method: options, and the way of its own if it has one."""
-
-    config: Config
-    method: Method | None = None
-    gathers: bool = False  # everybody's codes to everybody
-
-
-_LOW_RANK = baselines.PowerSGDConfig(rank=4)
-
-# None: float32 gradients, averaged exactly but for rounding.
-METHODS: dict[str, Callable[[], Contestant] | None] = {
+# Name -> what makes the `compression=` of a real job. None: float32 gradients, averaged exactly but
+# for rounding.
+METHODS: dict[str, Callable[[], TorchFrontend] | None] = {
     "none": None,
-    "standard": lambda: Contestant(Config()),
-    "exponential": lambda: Contestant(Config(levels="exponential")),
-    "two-hop": lambda: Contestant(Config(levels="two-hop")),
-    "standard-4": lambda: Contestant(Config(bits=4)),
-    "exponential-4": lambda: Contestant(Config(levels="exponential", bits=4)),
-    "two-hop-4": lambda: Contestant(Config(levels="two-hop", bits=4)),
-    "paper-standard": lambda: Contestant(PAPER_STANDARD),
-    "paper-exponential": lambda: Contestant(PAPER_EXPONENTIAL),
-    "qsgd-8": lambda: Contestant(baselines.QSGDConfig(), baselines.GATHER, gathers=True),
-    "powersgd-4": lambda: Contestant(_LOW_RANK, power_sgd(_LOW_RANK)),
+    "standard": GlobalQSGD,
+    "exponential": lambda: GlobalQSGD(levels="exponential"),
+    "two-hop": lambda: GlobalQSGD(levels="two-hop"),
+    "standard-4": lambda: GlobalQSGD(bits=4),
+    "exponential-4": lambda: GlobalQSGD(levels="exponential", bits=4),
+    "two-hop-4": lambda: GlobalQSGD(levels="two-hop", bits=4),
+    "paper-standard": lambda: GlobalQSGD.paper_standard,
+    "paper-exponential": lambda: GlobalQSGD.paper_exponential,
+    "qsgd-8": QSGD,
+    "powersgd-4": lambda: PowerSGD(rank=4),
 }
 
 
@@ -112,38 +102,29 @@ class Reducer:
         make = METHODS[name]
         self.ranks = ranks
         self._own = None if make is None else make()
-        self._simulated = (
-            None if self._own is None else SimulatedRanks(self._own.config, ranks, self._own.method)
-        )
-
-    def _compressed(self, shape: torch.Size) -> bool:
-        if self._own is None or shape.numel() < self._own.config.min_elements:
-            return False
-        config = self._own.config
-        return not isinstance(config, baselines.PowerSGDConfig) or bool(config.shape(tuple(shape)))
+        if self._own is not None:
+            self._simulated = SimulatedRanks(self._own.config, ranks, self._own._method())
 
     def mean(self, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The mean over ranks of one parameter's gradients."""
-        if not self._compressed(gradients[0].shape):
+        if self._own is None or not self._own._eligible(gradients[0]):
             return torch.stack(gradients).mean(dim=0)
-        assert self._simulated is not None
         out = torch.empty_like(gradients[0])
         own = [_buffer(gradient) for gradient in gradients]
         self._simulated.reduce(name, own, _buffer(out))
         return out
 
-    def sent(self, shape: torch.Size) -> float:
-        """Bytes that a rank sends for one parameter of that shape."""
-        count = shape.numel()
-        if not self._compressed(shape):
+    def sent(self, parameter: torch.Tensor) -> float:
+        """Bytes that a rank sends for the gradient of one parameter."""
+        count = parameter.numel()
+        if self._own is None or not self._own._eligible(parameter):
             return model.sent_bytes(FLOAT_BYTES * count, self.ranks)
-        assert self._own is not None
         config = self._own.config
-        if isinstance(config, baselines.PowerSGDConfig):
-            rows, columns = config.shape(tuple(shape)) or (0, 0)
+        if isinstance(config, PowerSGDConfig):
+            rows, columns = config.shape(tuple(parameter.shape)) or (0, 0)
             return model.sent_bytes(FLOAT_BYTES * config.rank * (rows + columns), self.ranks)
         wire = theory.wire(count, config.plan(self.ranks))
-        if self._own.gathers:
+        if isinstance(config, QSGDConfig):  # everybody's codes to everybody
             return (self.ranks - 1) * float(wire.payload + wire.norms)
         return wire.sent
 
@@ -155,23 +136,15 @@ def _buffer(tensor: torch.Tensor) -> Buffer:
 # ------------------------------------------------------------------------------------------- a run
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the learning rate: up in a tenth of the steps, and linearly down to nothing.
-
-    Without the one, runs of the same method end far apart; without the other, a run's end is one of
-    many noisy steps.
-    """
-    warm_up = max(steps // 10, 1)
-    return min((step + 1) / warm_up, (steps - step) / max(steps - warm_up, 1))
-
-
 def train(workload: Any, method: str, ranks: int, seed: int, steps: int, tick: Any) -> dict:
     """Train once; returns the held-out loss by step, and what a rank sends in a step."""
     torch.manual_seed(seed)
     workload.seed = seed
     net = workload.build()
     optimizer = torch.optim.Adam(net.parameters(), lr=workload.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    # Without the rise, runs of the same method end far apart; without the fall, a run's end is one
+    # of many noisy steps.
+    schedule = warm_linear(optimizer, max(steps // 10, 1), steps)
     reducer = Reducer(method, ranks)
     named = dict(net.named_parameters())
     losses = {}
@@ -193,7 +166,7 @@ def train(workload: Any, method: str, ranks: int, seed: int, steps: int, tick: A
     return {
         "losses": losses,
         "metric": workload.evaluate(net),
-        "sent": sum(reducer.sent(parameter.shape) for parameter in named.values()),
+        "sent": sum(reducer.sent(parameter) for parameter in named.values()),
         "parameters": sum(parameter.numel() for parameter in named.values()),
     }
 
