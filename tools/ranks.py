@@ -39,8 +39,11 @@ def mpirun(bed: Testbed | None, ranks: int) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return this process's environment, with what ranks that share few cores need."""
+    # Other hosts find mpirun's daemon by PATH, also where the environment is not activated.
+    tools = Path(sys.executable).parent
     variables = {
         **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "OMP_NUM_THREADS": "1",  # more ranks than cores already
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from needs import ROOT, needs_hosts
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from gq_horovod import calibrate, cli  # noqa: E402
-from tools import testbed  # noqa: E402
+from gq_horovod import calibrate, cli
+from tools import ranks, testbed
+
+pytestmark = needs_hosts
 
 LIMIT_SECONDS = 300
 HOSTS = 2
@@ -21,27 +21,13 @@ RATE = "200mbit"
 
 
 def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reason = testbed.unavailable()
-    if reason is None and os.geteuid() != 0:
-        reason = "not root"
-    if reason is not None:
-        pytest.skip(f"no hosts can be made here: {reason}")
-    tools = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
     path = tmp_path / "calibration.json"
+    calibrating = ["calibrate", "--output", str(path)]
     with testbed.Testbed(HOSTS, RATE, prefix="gqcal") as bed:
-        mpirun = [str(tools / "mpirun"), *bed.mpirun_args(), sys.executable]
         done = subprocess.run(
-            bed.command(0, [*mpirun, "-m", "gq_horovod", "calibrate", "--output", str(path)]),
+            [*ranks.mpirun(bed, HOSTS), sys.executable, "-m", "gq_horovod", *calibrating],
             cwd=ROOT,
-            env=environment,
+            env=ranks.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

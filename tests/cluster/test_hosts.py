@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from needs import ROOT, needs_hosts
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from tools import testbed  # noqa: E402
+from tools import ranks, testbed
+
+pytestmark = needs_hosts
 
 LIMIT_SECONDS = 300
 HOSTS = 3
@@ -20,32 +19,18 @@ HOSTS = 3
 
 @pytest.fixture(scope="module")
 def hosts() -> testbed.Testbed:
-    reason = testbed.unavailable()
-    if reason is None and os.geteuid() != 0:
-        reason = "not root"
-    if reason is not None:
-        pytest.skip(f"no hosts can be made here: {reason}")
     with testbed.Testbed(HOSTS, "1gbit", prefix="gqtest") as bed:
         yield bed
 
 
 def run(hosts: testbed.Testbed, *command: str) -> str:
     """Run a Python command in one rank on each host and return what all of them printed."""
-    tools = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    arguments = [*hosts.mpirun_args(), "--tag-output"]
+    mpirun = [*ranks.mpirun(hosts, HOSTS), "--tag-output"]
     try:
         done = subprocess.run(
-            hosts.command(0, [str(tools / "mpirun"), *arguments, sys.executable, *command]),
+            [*mpirun, sys.executable, *command],
             cwd=ROOT,
-            env=environment,
+            env=ranks.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

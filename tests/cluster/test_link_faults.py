@@ -13,13 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+from needs import ROOT, needs_hosts
+from seldom import EVERYWHERE, Record, cases
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from tools import testbed  # noqa: E402
+from tools import ranks, testbed
 
-REASON = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts can be made here: {REASON}")
+pytestmark = needs_hosts
 
 LIMIT_SECONDS = 240
 HOSTS = 2
@@ -38,12 +37,6 @@ KEEPALIVE = [
     *("--mca", "oob_tcp_keepalive_probes", "2"),
 ]
 
-Record = Callable[[str, object], None]
-
-rarely = pytest.mark.skipif(
-    "GQ_TEST_FAULTS" not in os.environ, reason="one case of each kind is enough; GQ_TEST_FAULTS=1"
-)
-
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[testbed.Testbed]:
@@ -55,16 +48,8 @@ class Job:
     """A training on all hosts whose output can be watched."""
 
     def __init__(self, hosts: testbed.Testbed, launcher: str, log: Path, *options: object) -> None:
-        tools = Path(sys.executable).parent
-        environment = {
-            **os.environ,
-            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        }
-        start = [str(tools / launcher)]
+        environment = ranks.environment()
+        start = [str(Path(sys.executable).with_name(launcher))]
         if launcher == "mpirun":
             start += [*hosts.mpirun_args(), "--tag-output", *KEEPALIVE]
         else:
@@ -137,14 +122,7 @@ def result(job: Job) -> str:
     return str(digests[0])
 
 
-@pytest.mark.parametrize(
-    ("launcher", "transport"),
-    [
-        ("mpirun", "mpi"),
-        pytest.param("mpirun", "horovod", marks=rarely),
-        pytest.param("horovodrun", "horovod", marks=rarely),
-    ],
-)
+@pytest.mark.parametrize(("launcher", "transport"), cases({("mpirun", "mpi")}, EVERYWHERE))
 def test_a_link_cut_for_seconds_and_a_slow_host(
     launcher: str,
     transport: str,
@@ -169,14 +147,7 @@ def test_a_link_cut_for_seconds_and_a_slow_host(
     record_property("job", f"{text}, same parameters")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "transport"),
-    [
-        ("mpirun", "horovod"),
-        pytest.param("mpirun", "mpi", marks=rarely),
-        pytest.param("horovodrun", "horovod", marks=rarely),
-    ],
-)
+@pytest.mark.parametrize(("launcher", "transport"), cases({("mpirun", "horovod")}, EVERYWHERE))
 def test_a_link_cut_for_ever(
     launcher: str,
     transport: str,

@@ -13,17 +13,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+from needs import ROOT, needs_hosts
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from tools import testbed  # noqa: E402
+from tools import testbed
 
 PREFIX = "gqleft"  # beside what else may be running
 MARK = "GQ_TESTBED_TEST"  # in the environment of everything that a test starts
 LIMIT_SECONDS = 120
-
-REASON = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
-hosts_needed = pytest.mark.skipif(REASON is not None, reason=f"no hosts can be made here: {REASON}")
 
 LAUNCHERS = ["{mpirun}", "{horovodrun}"]
 # Each rank is as if on a machine of its own.
@@ -147,7 +143,7 @@ def assert_nothing_left(started: Started, files_before: set[str]) -> None:
     assert files() == files_before
 
 
-@hosts_needed
+@needs_hosts
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_after_success(start, launcher: str) -> None:
     before = files()
@@ -161,7 +157,7 @@ def test_after_success(start, launcher: str) -> None:
     assert_nothing_left(started, before)
 
 
-@hosts_needed
+@needs_hosts
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_after_failure(start, launcher: str) -> None:
     before = files()
@@ -171,7 +167,7 @@ def test_after_failure(start, launcher: str) -> None:
     assert_nothing_left(started, before)
 
 
-@hosts_needed
+@needs_hosts
 def test_after_a_command_that_is_not_there(start) -> None:
     before = files()
     started = start("--hosts", "2", "--", "no-such-command")
@@ -180,7 +176,7 @@ def test_after_a_command_that_is_not_there(start) -> None:
     assert_nothing_left(started, before)
 
 
-@hosts_needed
+@needs_hosts
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_after_a_signal(start, launcher: str, number: signal.Signals) -> None:
@@ -195,7 +191,7 @@ def test_after_a_signal(start, launcher: str, number: signal.Signals) -> None:
     assert_nothing_left(started, before)
 
 
-@hosts_needed
+@needs_hosts
 def test_after_ctrl_c_twice(start) -> None:
     """To all processes of the terminal, and once more while they are being ended."""
     before = files()
@@ -209,7 +205,7 @@ def test_after_ctrl_c_twice(start) -> None:
     assert_nothing_left(started, before)
 
 
-@hosts_needed
+@needs_hosts
 def test_while_hosts_are_being_made(start) -> None:
     before = files()
     started = start("--hosts", "40", "--", "sleep", "600")
@@ -223,7 +219,7 @@ def test_while_hosts_are_being_made(start) -> None:
     assert_nothing_left(started, before)
 
 
-@hosts_needed
+@needs_hosts
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_next_one_removes_what_a_killed_one_left(start, launcher: str) -> None:
     before = files()
@@ -240,7 +236,7 @@ def test_the_next_one_removes_what_a_killed_one_left(start, launcher: str) -> No
     assert_nothing_left(following, before)
 
 
-@hosts_needed
+@needs_hosts
 def test_a_second_one_waits(start) -> None:
     before = files()
     first = start("--hosts", "1", "--", "sleep", "2")
@@ -278,7 +274,7 @@ else:
 """
 
 
-@hosts_needed
+@needs_hosts
 def test_links_have_rates_of_their_own() -> None:
     count = 2_000_000
     with testbed.Testbed(3, ["10mbit/80mbit", "80mbit", "80mbit"], PREFIX) as bed:

@@ -6,39 +6,21 @@ fault to the end of the job are printed at the end of the session.
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from launcher import Job, launch
+from seldom import EVERYWHERE, MPIRUN, Record, cases, rarely
 
 # A job of two ranks takes some six seconds on idle cores; faults.py itself ends a hang after 150.
 LIMIT_SECONDS = 180
 SCRIPT = Path(__file__).with_name("faults.py")
 RANKS = 2
 
-Record = Callable[[str, object], None]
-
-rarely = pytest.mark.skipif(
-    "GQ_TEST_FAULTS" not in os.environ, reason="one case of each kind is enough; GQ_TEST_FAULTS=1"
-)
-
-
-def cases(often: set[tuple[str, ...]], all_of: list[tuple[str, ...]]) -> list[object]:
-    """All combinations, of which some run only when they are asked for."""
-    return [
-        pytest.param(*case, id=" ".join(case), marks=() if case in often else (rarely,))
-        for case in all_of
-    ]
-
-
-MPIRUN = [("mpirun", "horovod"), ("mpirun", "mpi")]
-EVERYWHERE = [*MPIRUN, ("horovodrun", "horovod")]
 STAGES = ("norm", "codes", "decompress")
 
 
@@ -95,9 +77,7 @@ def test_a_killed_rank(
     record_property("job", f"{launcher}, {transport}, killed, {stage}: {seconds:.1f} s to the end")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "transport"), cases({("mpirun", "mpi")}, [(*where,) for where in EVERYWHERE])
-)
+@pytest.mark.parametrize(("launcher", "transport"), cases({("mpirun", "mpi")}, EVERYWHERE))
 def test_an_exception_between_backward_and_step(
     launcher: str, transport: str, tmp_path: Path, record_property: Record
 ) -> None:
@@ -109,9 +89,7 @@ def test_an_exception_between_backward_and_step(
     record_property("job", f"{launcher}, {transport}, exception: {seconds:.1f} s to the end")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "transport"), cases({("mpirun", "mpi")}, [(*where,) for where in EVERYWHERE])
-)
+@pytest.mark.parametrize(("launcher", "transport"), cases({("mpirun", "mpi")}, EVERYWHERE))
 def test_no_memory_for_codes(
     launcher: str, transport: str, tmp_path: Path, record_property: Record
 ) -> None:
@@ -125,9 +103,7 @@ def test_no_memory_for_codes(
 TIMEOUT_SECONDS = 6
 
 
-@pytest.mark.parametrize(
-    ("launcher", "transport"), cases({("mpirun", "horovod")}, [(*where,) for where in MPIRUN])
-)
+@pytest.mark.parametrize(("launcher", "transport"), cases({("mpirun", "horovod")}, MPIRUN))
 def test_a_rank_that_stays_stopped(
     launcher: str, transport: str, tmp_path: Path, record_property: Record
 ) -> None:

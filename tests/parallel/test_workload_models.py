@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import json
@@ -12,33 +11,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
+from example_scripts import EXAMPLES, script
 from torch.nn.functional import cross_entropy
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # After all others: the examples have modules of the same names (train).
 sys.path += [str(EXAMPLES / name) for name in ("", "transformer_xl", "wide_resnet")]
 
-from common import loop, methods  # noqa: E402
-from common.rejects import TooManyRejectedError  # noqa: E402
-
-
-def script(name: str) -> ModuleType:
-    """examples/NAME/train.py as a module of its own name."""
-    path = EXAMPLES / name / "train.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_train", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from common import loop, methods
+from common.rejects import TooManyRejectedError
 
 TRANSFORMER, RESNET = script("transformer_xl"), script("wide_resnet")
 LANGUAGE = ["--batch-size", "4", "--length", "24", "--warm-up", "2", "--lr", "0.004"]

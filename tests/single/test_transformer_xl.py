@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 import tempfile
@@ -12,10 +11,10 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from example_scripts import EXAMPLES, script
 from hypothesis import given
 from hypothesis import strategies as st
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # After all others: other examples have modules of the same names (train), imported by other tests.
 sys.path += [str(EXAMPLES), str(EXAMPLES / "transformer_xl")]
 
@@ -385,12 +384,7 @@ class TestStreams:
 def train() -> ModuleType:
     """examples/transformer_xl/train.py; `import train` would find another example's."""
     pytest.importorskip("horovod.torch", exc_type=ImportError)
-    spec = importlib.util.spec_from_file_location(
-        "transformer_xl_train", EXAMPLES / "transformer_xl" / "train.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("transformer_xl")
 
 
 class TestWorkload:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -11,10 +10,10 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from example_scripts import EXAMPLES, script
 from hypothesis import given
 from hypothesis import strategies as st
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # After all others: other examples have modules of the same names (train), imported by other tests.
 sys.path += [str(EXAMPLES), str(EXAMPLES / "wide_resnet")]
 
@@ -221,12 +220,7 @@ class TestBrokenImages:
 def train() -> ModuleType:
     """examples/wide_resnet/train.py; `import train` would find another example's."""
     pytest.importorskip("horovod.torch", exc_type=ImportError)
-    spec = importlib.util.spec_from_file_location(
-        "wide_resnet_train", EXAMPLES / "wide_resnet" / "train.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("wide_resnet")
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""Parameters of tests of which the default run has one case of each kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+Record = Callable[[str, object], None]  # the fixture record_property
+
+rarely = pytest.mark.skipif(
+    "GQ_TEST_FAULTS" not in os.environ, reason="one case of each kind is enough; GQ_TEST_FAULTS=1"
+)
+
+MPIRUN = [("mpirun", "horovod"), ("mpirun", "mpi")]  # launcher and transport
+EVERYWHERE = [*MPIRUN, ("horovodrun", "horovod")]
+
+
+def cases(often: set[tuple[str, ...]], all_of: list[tuple[str, ...]]) -> list[object]:
+    """All combinations, of which some run only when they are asked for."""
+    return [
+        pytest.param(*case, id=" ".join(case), marks=() if case in often else (rarely,))
+        for case in all_of
+    ]
