@@ -26,6 +26,9 @@ import torch
 
 from gq_horovod.torch import GlobalQSGD
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from common import loop
+
 SAMPLES = 200
 WARM_UP = 0.1  # share of the steps: allocators and caches fill
 LARGEST_SLOPE = 1.0  # MB in 1000 steps
@@ -67,9 +70,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         optimizer.step()
         if step % every == 0:
             samples.append(sample(step))
-    whole = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
-    every_rank = hvd.allgather(whole[None], name="replicas")
-    if not all(torch.equal(own, whole) for own in every_rank):
+    if not loop.replicas_equal(model):
         raise RuntimeError("long_run: the replicas differ at the end")
     return samples
 

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mpi_ops.agreement import by_value
+from mpi_ops.agreement import by_value, in_words
 
 from . import __version__, calibrate
 
@@ -321,7 +321,7 @@ def merge(every_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
     for finding, ranks in having.items():
         what = finding.what
         if len(ranks) < len(every_rank):
-            what += f" on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            what += f" on {in_words(ranks)}"
         merged.append(replace(finding, what=what))
     return merged
 

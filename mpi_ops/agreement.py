@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,12 @@ def require_same(descriptions: list[dict[str, Any]], function: str = "GlobalQSGD
 
 def by_value(values: dict[int, str]) -> dict[str, str]:
     """Each of the ranks' values, and "rank 1" or "ranks 0, 2" that have it."""
-    ranks: dict[str, list[str]] = {}
+    ranks: dict[str, list[int]] = {}
     for rank, value in values.items():
-        ranks.setdefault(value, []).append(str(rank))
-    return {
-        value: f"rank{'s' if len(having) > 1 else ''} {', '.join(having)}"
-        for value, having in ranks.items()
-    }
+        ranks.setdefault(value, []).append(rank)
+    return {value: in_words(having) for value, having in ranks.items()}
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """Ranks as messages name them: "rank 1" or "ranks 0, 2"."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
