@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from needs import ROOT, needs_hosts
 
-from tools import testbed
+from tools import ranks, testbed
 
 PREFIX = "gqleft"  # beside what else may be running
 MARK = "GQ_TESTBED_TEST"  # in the environment of everything that a test starts
@@ -61,16 +61,7 @@ class Started:
 
     def __init__(self, *arguments: str) -> None:
         self.mark = uuid.uuid4().hex
-        environment = {
-            **os.environ,
-            MARK: self.mark,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        }
+        environment = {**ranks.environment(), MARK: self.mark, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, str(ROOT / "tools" / "testbed.py"), "--prefix", PREFIX]
         with tempfile.TemporaryFile() as file:  # a pipe would have to be read all the time
             self.process = subprocess.Popen(
