@@ -4,6 +4,7 @@
     python benchmarks/training.py transformer --rates 1gbit,loopback
     python benchmarks/training.py convnet --ranks 2,4,8,16 --rates 1gbit --methods none,standard-8
     python benchmarks/training.py deeplight --rates loopback --rounds 1 --quality 64
+    python benchmarks/training.py transformer --rates 1gbit --replay 1
 
 Starts one job for each rate and number of ranks, on the hosts of tools/testbed.py where the machine
 allows it, else over loopback. In a job the methods take turns: in every round each trains a few
@@ -22,6 +23,9 @@ the bytes that the interface counted. All of it is a mean over the ranks, then a
 steps. Ranks share cores here, so waiting for the network includes waiting for slower ranks.
 
 "auto" takes its trial's steps before the rounds, so they show what it decided.
+
+With --replay F the model's computation only takes time, F times what one process alone takes for a
+rank's share, and leaves the cores to the reduction, as an accelerator would: see replay.py.
 
 With --quality N each method then trains N steps from the same initial state, and is evaluated.
 Prints tables, writes training-MODEL.json and training-MODEL.png.
@@ -51,6 +55,7 @@ from common import methods  # noqa: E402
 MODELS = ("deeplight", "transformer", "convnet")
 COMPUTE = "compute alone"  # the name of training without communication
 LOOPBACK = "loopback"
+RESULT = "RESULT "  # begins the line that a process prints for the one that started it
 PARTS = ("compute", "quantize", "communicate", "wait")
 
 Phases = dict[str, float]  # seconds of one step; see Contestant.step
@@ -139,8 +144,7 @@ class Contestant:
         self._workload, self._watch = workload, watch
         torch.manual_seed(0)
         self.model = workload.build()
-        # Fused: the plain one takes most of the step of a large embedding on a CPU.
-        inner = torch.optim.Adam(self.model.parameters(), lr=workload.learning_rate, fused=True)
+        inner = workload.optimizer(self.model.parameters())
         self._plain = name == COMPUTE
         if self._plain:
             self.optimizer: Any = inner
@@ -237,13 +241,16 @@ def run_rank(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     hvd.init()
     sys.path.insert(0, str(ROOT))
-    import workloads  # beside this file
+    import replay  # beside this file, as the next
+    import workloads
     from common import loop
 
     from mpi_ops import codec
     from tools import testbed
 
     workload = workloads.WORKLOADS[options.model](options.cache)
+    if options.times:
+        workload = replay.Replay(workload, options.times)
     watch = Stopwatch()
     for name in ("norms", "quantize", "reduce", "dequantize"):
         watch.watch(codec, name, name)
@@ -313,7 +320,22 @@ def run_rank(options: argparse.Namespace) -> None:
             "parameters": sum(parameter.numel() for parameter in shared.model.parameters()),
             "torch_threads": torch.get_num_threads(),
         }
-        print("RESULT " + json.dumps(result), flush=True)
+        print(RESULT + json.dumps(result), flush=True)
+    hvd.shutdown()
+
+
+def record(options: argparse.Namespace) -> None:
+    """Print what a rank's computation takes for one process that has the machine for itself."""
+    import horovod.torch as hvd
+    import torch
+
+    torch.set_num_threads(1)
+    hvd.init()  # of one rank: the workloads ask it
+    import replay  # beside this file, as the next
+    import workloads
+
+    workload = workloads.WORKLOADS[options.model](options.cache)
+    print(RESULT + json.dumps(replay.record(workload, options.record)))
     hvd.shutdown()
 
 
@@ -422,11 +444,18 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
     # A cycle is how often Horovod's own thread looks for work, on cores that the ranks need.
     environment["HOROVOD_CYCLE_TIME"] = str(options.cycle_time)
     environment["HOROVOD_CACHE_CAPACITY"] = "8192"  # names of all methods together
+    times: dict[str, float] = {}
+    if options.replay:
+        script = [sys.executable, str(Path(__file__).resolve()), options.model]
+        script += ["--cache", str(options.cache), "--record", str(ranks)]
+        times = result_in(subprocess.check_output(script, env=environment, text=True))
+        times = {name: options.replay * seconds for name, seconds in times.items()}
     loads = [os.getloadavg()[0]]
     with hosts(ranks, rate) as (bed, interface, where):
         print(f"{options.model}: {where}", flush=True)
         script = [sys.executable, str(Path(__file__).resolve()), options.model]
         script += ["--methods", ",".join(options.methods), "--interface", interface]
+        script += ["--times", json.dumps(times)]
         for name in ("rounds", "steps", "warm_up", "quality", "budget", "cache"):
             script += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         output = subprocess.run(
@@ -438,9 +467,15 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
             timeout=options.timeout,
         ).stdout
     loads.append(os.getloadavg()[0])
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return result | {"where": where, "rate": rate, "ranks": ranks, "load": loads}
+    facts = {"where": where, "rate": rate, "ranks": ranks, "load": loads, "replayed": times}
+    return result_in(output) | facts
+
+
+def result_in(output: str) -> dict[str, Any]:
+    """What a process of ours printed for the one that started it."""
+    line = next(line for line in output.splitlines() if line.startswith(RESULT))
+    found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+    return found
 
 
 def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -490,6 +525,8 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
         f"{result['torch_threads']} torch thread, Horovod cycle {options.cycle_time} ms.",
         highlight=False,
     )
+    if options.replay:
+        console.print(f"Computation replayed at {options.replay:g} times its recorded duration.")
     if options.quality:
         console.print(f"{result['metric']}: held out, after {options.quality} steps of each method")
     different = [name for name, equal in result["replicas_equal"].items() if not equal]
@@ -545,11 +582,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a method in a round")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--quality", type=int, default=0, help="steps to the evaluation (0: none)")
+    parser.add_argument("--replay", type=float, default=0, help="times its duration (0: compute)")
     parser.add_argument("--budget", type=float, default=0, help="seconds to the last round's start")
     parser.add_argument("--cycle-time", type=float, default=1, help="Horovod's, ms (default 1)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one job")
     parser.add_argument("--cache", type=Path, default=Path("results"), help="for prepared data")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument("--record", type=int, help=argparse.SUPPRESS)  # print what replay needs
+    parser.add_argument("--times", type=json.loads, help=argparse.SUPPRESS)  # replay them
     parser.add_argument("--interface", help=argparse.SUPPRESS)  # be a rank, that counts its bytes
     options = parser.parse_args()
     options.methods = options.methods.split(",")
@@ -558,6 +598,11 @@ def main() -> None:
         parser.error(f"--methods: expected some of {', '.join(METHODS)}; got {', '.join(unknown)}")
     if min(options.rounds, options.steps) < 1 or min(options.warm_up, options.quality) < 0:
         parser.error("--rounds and --steps must be at least 1, --warm-up and --quality at least 0")
+    if options.replay < 0 or (options.replay and options.quality):
+        parser.error("--replay must not be negative, and trains nothing for --quality to evaluate")
+    if options.record:
+        record(options)
+        return
     if options.interface:
         run_rank(options)
         return
@@ -581,6 +626,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"training-{options.model}"
     document = {"model": options.model, "cores": os.cpu_count(), "cycle_ms": options.cycle_time}
+    document["replay"] = options.replay
     stem.with_suffix(".json").write_text(json.dumps({**document, "jobs": results}, indent=2) + "\n")
     plot(results, options.model, stem.with_suffix(".png"))
     print(f"Wrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")

@@ -62,6 +62,27 @@ def test_training(tmp_path: Path) -> None:
     assert rows["exponential-4-mpi"]["phases"]["kernel:reduce"] > 0
 
 
+def test_training_with_replayed_computation(tmp_path: Path) -> None:
+    options = ["--rates", "loopback", "--ranks", "2", "--rounds", "2", "--steps", "1"]
+    options += ["--methods", "none,two-hop-8", "--replay", "0.5"]
+    printed = run("training.py", "convnet", *options, output=tmp_path)
+    assert "Computation replayed at 0.5 times its recorded duration" in printed
+    job = json.loads((tmp_path / "training-convnet.json").read_text())["jobs"][0]
+    times = job["replayed"]
+    names = [name for name in times if name not in ("forward", "rest", "update")]
+    # The last layer's gradients come first.
+    assert len(names) == 12
+    assert {names[0], names[1]} == {"14.weight", "14.bias"}
+    rows = job["rows"]
+    slept = sum(times.values())
+    assert slept <= rows["compute alone"]["step"]
+    for name in ("none", "two-hop-8"):
+        assert rows[name]["step"] >= slept
+        assert rows[name]["bytes"] > 1e6  # its hooks ran
+    size = 4 * job["parameters"]
+    assert size < rows["none"]["bytes"] < 1.2 * size
+
+
 def test_allreduce(tmp_path: Path) -> None:
     options = ["--rates", "loopback", "--ranks", "2", "--rounds", "2", "--elements", "100,5000"]
     printed = run("allreduce.py", *options, output=tmp_path)

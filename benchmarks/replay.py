@@ -1,0 +1,127 @@
+"""Training whose computation only takes time: what a host sees of an accelerator.
+
+Ranks that share a machine's cores cannot show how a reduction hides behind the computation, because
+the computation takes the cores that the reduction needs. A Replay is a workload that records what
+another's forward pass, every gradient and update take, and then sleeps for as long. Gradients come
+out of autograd one after the other, as recorded, so Horovod's hooks run as in any training.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from workloads import Batch, Workload
+
+WARM_UP_STEPS = 2
+RECORDED_STEPS = 5
+
+
+class _Layer(torch.autograd.Function):
+    """Passes a scalar on; its backward sleeps, then gives a parameter its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, scalar: Tensor, parameter: Any, gradient: Any, delay: float) -> Any:
+        ctx.gradient, ctx.delay = gradient, delay
+        return scalar.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        time.sleep(ctx.delay)
+        return gradients[0], ctx.gradient, None, None
+
+
+class Replay:
+    """A workload with the gradients of another's first step, which come when they came there.
+
+    `times` is what record() returned, or a multiple of it: a tenth is an accelerator ten times as
+    fast. Parameters never change, since the update only sleeps.
+    """
+
+    def __init__(self, workload: Workload, times: dict[str, float]) -> None:
+        self.metric = workload.metric
+        self._workload = workload
+        self._delays = dict(times)
+        self._forward, self._rest = self._delays.pop("forward"), self._delays.pop("rest")
+        self._update = self._delays.pop("update")
+        torch.manual_seed(0)
+        model = workload.build()
+        workload.loss(model, workload.batch(0)).backward()
+        self._gradients = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def build(self) -> nn.Module:
+        """A new model, as the other workload's."""
+        return self._workload.build()
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """One whose step() sleeps for as long as an update took."""
+        return _Sleeper(parameters, self._update)
+
+    def batch(self, step: int) -> Batch:
+        """Nothing: all steps have the gradients of the first."""
+        return torch.empty(0), torch.empty(0)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """A zero, behind which are the recorded gradients."""
+        time.sleep(self._forward)
+        parameters = dict(model.named_parameters())
+        scalar = torch.zeros((), requires_grad=True)
+        # What follows the last gradient comes first here, because backward goes the other way.
+        scalar = _Layer.apply(scalar, None, None, self._rest)
+        for name in reversed(self._delays):
+            delay = self._delays[name]
+            scalar = _Layer.apply(scalar, parameters[name], self._gradients[name], delay)
+        return scalar
+
+
+class _Sleeper(torch.optim.Optimizer):
+    # Horovod makes one of its own from the groups of parameters, which know the seconds.
+    def __init__(self, parameters: Any, seconds: float = 0.0) -> None:
+        super().__init__(parameters, {"seconds": seconds})
+
+    def step(self, closure: Any = None) -> None:
+        time.sleep(self.param_groups[0]["seconds"])
+
+
+def record(workload: Workload, ranks: int) -> dict[str, float]:
+    """Train a few steps in this process, with a rank's share of the batches.
+
+    Returns seconds of "forward", of each gradient by its parameter's name, in the order in which
+    they come, of the "rest" of backward, and of "update"; medians.
+    """
+    model = workload.build()
+    optimizer = workload.optimizer(model.parameters())
+    steps: list[dict[str, float]] = []
+    ready: dict[str, float] = {}
+
+    def note(name: str, gradient_of: Tensor) -> None:
+        ready[name] = time.perf_counter()
+
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(functools.partial(note, name))
+    for number in range(WARM_UP_STEPS + RECORDED_STEPS):
+        ready.clear()
+        optimizer.zero_grad()
+        batch = workload.batch(number, (0, ranks))
+        began = time.perf_counter()
+        loss = workload.loss(model, batch)
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        optimizer.step()
+        update = time.perf_counter()
+        own = {"forward": forward - began}
+        last = forward
+        for name, moment in ready.items():
+            own[name], last = moment - last, moment
+        steps.append(own | {"rest": backward - last, "update": update - backward})
+    counted = steps[WARM_UP_STEPS:]
+    return {name: statistics.median(step[name] for step in counted) for name in counted[0]}
