@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mpi_ops.chunks import Chunk
 from mpi_ops.codec import Payload
-from mpi_ops.dither import Stage
+from mpi_ops.dither import Dithers
 from mpi_ops.exchange import TAGS, Exchange
 from mpi_ops.kernels.host import Buffer
 
@@ -144,7 +144,7 @@ class Messages:
         x: Buffer,
         norms: NDArray[np.int32],
         plan: Plan,
-        dither: Callable[[int, Stage], NDArray[np.uint32]],
+        dither: Dithers,
         deliver: Callable[[Chunk, Payload], None],
     ) -> Running:
         """Reduce the codes of `x` over ranks."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpi_ops import codec
 from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.codec import Payload
-from mpi_ops.dither import Stage, dither
+from mpi_ops.dither import Dithers, Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .config import Plan
@@ -71,7 +71,7 @@ class Exchanges(Protocol):
         x: Buffer,
         norms: NDArray[np.int32],
         plan: Plan,
-        dither: Callable[[int, Stage], NDArray[np.uint32]],
+        dither: Dithers,
         deliver: Deliver,
     ) -> Handle:
         """Reduce `x`; `dither` gives the randomness of a chunk's stage, `deliver` takes codes."""
@@ -98,9 +98,9 @@ class Task:
     # Called with the chunk and the output as soon as a part of the mean is decoded.
     observe: Callable[[Task, Chunk, Buffer], None] | None = None
 
-    def dither(self, chunk: int, stage: Stage) -> NDArray[np.uint32]:
+    def dither(self, chunk: int, stage: Stage, strata: int = 0) -> NDArray[np.uint32]:
         """Randomness of one stage of a chunk on this rank."""
-        return dither(self.seed, f"{self.name}.{chunk}", self.step, self.rank, stage)
+        return dither(self.seed, f"{self.name}.{chunk}", self.step, self.rank, stage, strata)
 
     def chunks(self, norms: NDArray[np.int32]) -> list[Chunk]:
         """The chunks in which codes travel through `collectives`."""
@@ -136,7 +136,7 @@ def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
 
 def quantize(task: Task, chunk: Chunk) -> Payload:
     """This rank's codes of a chunk."""
-    random = task.dither(chunk.index, Stage.QUANTIZE)
+    random = task.dither(chunk.index, Stage.QUANTIZE, task.plan.strata)
     return codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random)
 
 
@@ -166,7 +166,7 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
         x = chunk.of(task.x)
         size = codec.shard_size(x.size, plan) * plan.world_size
         codes = np.empty(size, dtype=codec.payload_dtype(plan))
-        random = task.dither(chunk.index, Stage.QUANTIZE)
+        random = task.dither(chunk.index, Stage.QUANTIZE, plan.strata)
         codec.quantize(x, chunk.norms, plan, random, out=codes)
         name = f"{task.name}.codes.{chunk.index}"
         received.append((chunk, task.collectives.alltoall(codes, name)))

@@ -45,7 +45,8 @@ class TensorStats:
     bits: float  # of codes and norms, for each element on the wire
     # ‖Q(x) - x‖² / ‖x‖² of this rank's codes Q(x) of its gradient x; NaN where x is not finite.
     relative_error: float
-    # Expected ‖result - mean‖² / ‖result‖², if the other ranks' codes are as far off as these.
+    # Expected ‖result - mean‖² / ‖result‖², if the other ranks' codes are as far off as these, and
+    # where an element lies between two levels has nothing to do with where it lies on other ranks.
     mean_error: float
     saturated: int  # elements at the outermost level
     to_zero: int  # elements that are not zero, and whose code is
@@ -108,7 +109,8 @@ class Sample:
         plan = task.plan
         x = chunk.of(Buffer.of(self._x))
         own = self._x[chunk.start : chunk.stop]
-        payload = codec.quantize(x, chunk.norms, plan, task.dither(chunk.index, Stage.QUANTIZE))
+        random = task.dither(chunk.index, Stage.QUANTIZE, plan.strata)
+        payload = codec.quantize(x, chunk.norms, plan, random)
         # The codes of this rank alone: what the mean over one rank would be decoded from.
         alone = replace(plan, world_size=1)
         if plan.levels == "two-hop":
@@ -126,7 +128,8 @@ class Sample:
     def stats(self, task: Task, transport: str) -> TensorStats:
         """The figures, after all chunks."""
         plan, count = task.plan, task.x.size
-        error = self._noise / plan.world_size + self._second
+        gain = theory.repelled_factor(plan.world_size) if plan.strata else 1.0
+        error = gain * self._noise / plan.world_size + self._second
         return TensorStats(
             step=task.step,
             elements=count,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpi_ops import codec
+from mpi_ops.dither import MAXIMUM_STRATA, strata_for
 from mpi_ops.kernels.interface import Buffer
 from mpi_ops.scheme import Plan
 
@@ -27,6 +28,8 @@ Array = NDArray[np.float64]
 
 # Fractional bits of a standard position (mpi_ops/kernels/elements.h, quantize_standard).
 FIXED_POINT = 2**16
+# Ranks whose dithers repel each other (mpi_ops/kernels/elements.h, Dither).
+COHORT = 2**MAXIMUM_STRATA
 # Largest relative variance of rounding y to one of the powers of two around it (docs/theory.md).
 EXPONENTIAL_WORST = 1 / 8
 # The same on average over y that are uniform on a logarithmic scale: 3 / (4 ln 2) - 1.
@@ -45,8 +48,14 @@ def standard_variance(position: ArrayLike) -> Array:
     levels). The kernel has 16 fractional bits: f is that of rint(65536·position)/65536, whose
     distance from `position`, at most 2^-17 of a level, is all the bias there is.
     """
-    f = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT % 1.0
+    f = standard_share(position)
     result: Array = f * (1 - f)
+    return result
+
+
+def standard_share(position: ArrayLike) -> Array:
+    """Probability that an element at `position` is rounded up: the f of `standard_variance`."""
+    result: Array = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT % 1.0
     return result
 
 
@@ -90,6 +99,46 @@ def exponential_bound(second_moment: ArrayLike, magnitude: ArrayLike, smallest: 
 # ---------------------------------------------------------------------------- the mean over n ranks
 
 
+def repelled_covariance(shares: ArrayLike, strata: int) -> Array:
+    """Sum of the covariances of all ordered pairs of ranks' roundings, in squared levels. Exact.
+
+    Ranks stand in different ones of M = 2^strata equal parts of [0, 1), every pair of parts with
+    the same probability, and anywhere inside. Two ranks that round up with probabilities f and f'
+    have the covariance (M·f·f' - Σ_k a_k·a'_k) / (M·(M-1)), a_k = min(max(M·f - k, 0), 1) what is
+    below f of part k. Never positive: -f(1-f')/(M-1) where f < f' lie in different parts. Ranks of
+    different cohorts (of 256) have independent dithers.
+
+    Args:
+        shares: probabilities of rounding up, shape (ranks, ...).
+        strata: bits, as of `mpi_ops.dither`; 0 for independent dithers.
+
+    Returns: an array of the shape of one rank's, at most 0.
+    """
+    f = np.asarray(shares, dtype=np.float64)
+    total: Array = np.zeros(f.shape[1:])
+    if strata == 0:
+        return total
+    parts = 2**strata
+    for first in range(0, len(f), COHORT):
+        own = f[first : first + COHORT]
+        total += parts * (own.sum(axis=0) ** 2 - np.square(own).sum(axis=0))
+        for part in range(parts):
+            below = np.clip(parts * own - part, 0.0, 1.0)
+            total -= below.sum(axis=0) ** 2 - np.square(below).sum(axis=0)
+    return total / (parts * (parts - 1))
+
+
+def repelled_factor(ranks: int) -> float:
+    """What repelling dithers leave of the variance of a sum, for independent uniform fractions.
+
+    1 - (n-1)(M+1)/(2M²), from the mean of `repelled_covariance` over fractions that are independent
+    and uniform: 0.53 for 4 ranks and 0.50 for 64. M = 2^strata for n ranks; 1 for one rank.
+    """
+    n = min(ranks, COHORT)
+    parts = 2 ** strata_for(n)
+    return 1 - (n - 1) * (parts + 1) / (2 * parts**2)
+
+
 def _checked(function: str, gradients: ArrayLike, plan: Plan) -> NDArray[np.float32]:
     x = np.ascontiguousarray(gradients, dtype=np.float32)
     if x.ndim != 2 or len(x) != plan.world_size:
@@ -118,17 +167,20 @@ def _in_norms(x: NDArray[np.floating[Any]], norms: Array) -> Array:
     return y
 
 
-def quantization_variance(gradients: ArrayLike, plan: Plan) -> Array:
-    """Variance of each element of the mean of n independently quantized gradients. Exact.
+def quantization_variance(gradients: ArrayLike, plan: Plan, strata: int | None = None) -> Array:
+    """Variance of each element of the mean of n quantized gradients. Exact.
 
-    (norm/n)²·Σ_i v(x_i/norm), with v = f(1-f)/s² for standard levels and
-    v = (high-|y|)(|y|-low) for exponential ones. With standard levels this is all the error of the
-    mean, since their codes are added exactly; its sum over the elements is the expected squared
-    error, with one norm or with blocks. The others round once more: `mean_bound`.
+    (norm/n)²·(Σ_i v(x_i/norm) + C), with v = f(1-f)/s² for standard levels and
+    v = (high-|y|)(|y|-low) for exponential ones, and C ≤ 0 what the dithers of ranks gain by
+    repelling each other: `repelled_covariance`/s², and 0 for exponential levels. With standard
+    levels this is all the error of the mean, since their codes are added exactly; its sum over the
+    elements is the expected squared error, with one norm or with blocks. The others round once
+    more: `mean_bound`.
 
     Args:
         gradients: float32 of shape (ranks, elements), finite; not modified.
         plan: of a `Config` or `Scheme`, for as many ranks.
+        strata: of the dithers; by default the plan's. 0: independent ones, which is a bound.
 
     Returns: float64 of shape (elements,), in squared units of the gradients.
     Raises: ValueError if the shape does not fit the plan.
@@ -137,10 +189,14 @@ def quantization_variance(gradients: ArrayLike, plan: Plan) -> Array:
     norms = element_norms(x, plan)
     y = _in_norms(x, norms)
     if plan.levels != "exponential":
-        variance = standard_variance(y * plan.level_count) / plan.level_count**2
+        position = y * plan.level_count
+        variance = standard_variance(position).sum(axis=0)
+        strata = plan.strata if strata is None else strata
+        variance += repelled_covariance(standard_share(position), strata)
+        variance /= plan.level_count**2
     else:
-        variance = exponential_variance(y, plan.bits)
-    result: Array = variance.sum(axis=0) * (norms / plan.world_size) ** 2
+        variance = exponential_variance(y, plan.bits).sum(axis=0)
+    result: Array = variance * (norms / plan.world_size) ** 2
     return result
 
 
@@ -153,7 +209,7 @@ def standard_bound(norm: ArrayLike, levels: int, ranks: int) -> Array:
     return result
 
 
-def mean_bound(gradients: ArrayLike, plan: Plan) -> Array:
+def mean_bound(gradients: ArrayLike, plan: Plan, strata: int | None = None) -> Array:
     """Bound of the variance of each element of the mean that GlobalQSGD delivers.
 
     Standard levels: exact, `quantization_variance` V. Exponential levels: the n codes are averaged
@@ -162,7 +218,7 @@ def mean_bound(gradients: ArrayLike, plan: Plan) -> Array:
     the result is V. Two-hop levels: V + norm²/(4s²), since the mean's own norm is at most the
     norm. Arguments, result and errors as in `quantization_variance`.
     """
-    variance = quantization_variance(gradients, plan)
+    variance = quantization_variance(gradients, plan, strata)
     if plan.levels == "two-hop":
         return variance + standard_bound(element_norms(gradients, plan), plan.level_count, 1)
     if plan.levels == "standard" or plan.world_size == 1:
@@ -302,13 +358,14 @@ def rho(plan: Plan, count: int) -> float:
 
 
 def measured_theta(gradients: ArrayLike, plan: Plan) -> float:
-    """θ of given gradients: n·(Σ variance)/(Σ‖x_i‖²/n), of the quantizations alone. Exact.
+    """θ of given gradients: n·(Σ variance)/(Σ‖x_i‖²/n), of the quantizations alone.
 
-    Far below `theta` for real gradients. Zero if all gradients are zero.
+    Of independent dithers, as `theta` is; those that repel each other give less. Far below `theta`
+    for real gradients. Zero if all gradients are zero.
     """
     x = _checked("measured_theta", gradients, plan)
     energy = np.square(x, dtype=np.float64).sum() / plan.world_size
-    variance = quantization_variance(x, plan).sum()
+    variance = quantization_variance(x, plan, strata=0).sum()
     return float(plan.world_size * variance / energy) if energy > 0 else 0.0
 
 

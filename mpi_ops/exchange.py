@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from . import codec
 from .chunks import Chunk, chunks
-from .dither import Stage
+from .dither import Dithers, Stage
 from .kernels.host import Buffer
 from .scheme import Plan
 
@@ -48,7 +48,7 @@ class Exchange:
     x: Buffer  # must not change until the exchange is complete
     norms: NDArray[np.int32]  # of all ranks
     plan: Plan
-    dither: Callable[[int, Stage], NDArray[np.uint32]]  # of a chunk's stage
+    dither: Dithers
     deliver: Callable[[Chunk, codec.Payload], None]  # takes the reduced payload of a chunk
 
     def steps(self) -> Steps:
@@ -77,14 +77,14 @@ class Exchange:
         payload = reduced.reshape(-1)[: comm.size * size].reshape(comm.size, size)
         pieces = np.empty_like(payload)
         requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
-        random = self.dither(chunk.index, Stage.QUANTIZE)
+        random = self.dither(chunk.index, Stage.QUANTIZE, plan.strata)
         codec.quantize(x, chunk.norms, plan, random, out=payload.reshape(-1))
         requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
         pieces[comm.rank] = payload[comm.rank]
         yield from finish(requests)
 
         requests = [comm.Irecv(reduced[rank], rank, tag + 1) for rank in reversed(others)]
-        random = self.dither(chunk.index, Stage.REDUCE)
+        random = self.dither(chunk.index, Stage.REDUCE, 0)
         norms = codec.norms_of_share(chunk.norms, x.size, comm.rank, plan)
         codec.reduce(pieces, plan, random, out=reduced[comm.rank], norms=norms)
         del pieces

@@ -341,8 +341,9 @@ def _reduction(
     del local
     seed = prepared.scheme.seed
 
-    def random(chunk: int, stage: Stage) -> NDArray[np.uint32]:
-        return dither(seed, f"mpi_ops.allreduce.{chunk}", operation, channel.comm.rank, stage)
+    def random(chunk: int, stage: Stage, strata: int) -> NDArray[np.uint32]:
+        name = f"mpi_ops.allreduce.{chunk}"
+        return dither(seed, name, operation, channel.comm.rank, stage, strata)
 
     first_tag = operation % _TAG_SETS * TAGS
     x, out, plan = prepared.x, prepared.target, prepared.plan

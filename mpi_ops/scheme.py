@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from . import lanes
+from .dither import strata_for
 
 # One norm for 256 elements costs 4/256 bytes each and shrinks the error of heavy-tailed gradients
 # many times (docs/design.md, "Blocks").
@@ -147,6 +148,15 @@ class Plan:
     def in_flight(self) -> bool:
         """Whether codes are summed by Allreduce itself, and not by one rank for each share."""
         return self.levels == "standard"
+
+    @property
+    def strata(self) -> int:
+        """Of the dithers with which the ranks quantize (see `dither`).
+
+        Exponential levels round magnitudes, so dithers that repel would add errors up where signs
+        differ.
+        """
+        return 0 if self.levels == "exponential" else strata_for(self.world_size)
 
     def block_for(self, count: int) -> int:
         """Elements per norm in a tensor of `count` elements."""

@@ -184,7 +184,7 @@ class _Kernels:
         if not self.plan.in_flight:
             size = codec.shard_size(part.size, self.plan) * self.plan.world_size
         out = _aligned(size, codec.payload_dtype(self.plan))
-        random = self._dither(chunk_index, step, Stage.QUANTIZE)
+        random = self._dither(chunk_index, step, Stage.QUANTIZE, self.plan.strata)
         codec.quantize(part, chunk.norms, self.plan, random, out=out)
         return out
 
@@ -223,10 +223,12 @@ class _Kernels:
         wanted = max(count, 1) if self.chunk_count == 1 else pipeline.CHUNK_ELEMENTS
         return list(chunks(count, norms, self.plan, wanted)) or [Chunk(0, 0, 0, norms)]
 
-    def _dither(self, chunk_index: int, step: Array, stage: Stage) -> NDArray[np.uint32]:
+    def _dither(
+        self, chunk_index: int, step: Array, stage: Stage, strata: int = 0
+    ) -> NDArray[np.uint32]:
         # The names are those of the pipeline, so that all frameworks round alike.
         name = f"gq.{self.name}.{chunk_index}"
-        return dither(self.seed, name, int(step), self.rank, stage)
+        return dither(self.seed, name, int(step), self.rank, stage, strata)
 
 
 def _chunk_count(count: int | None, plan: Plan) -> int:

@@ -170,9 +170,12 @@ GQ_HD Random random_of(uint64_t key, uint64_t stream) {
           {static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)}};
 }
 
-GQ_HD void random_column(const Random& random, int64_t group, uint32_t words[4]) {
+// This thread's words of a group of rows, each XOR `mask`.
+GQ_HD void random_column(const Random& random, int64_t group, uint32_t mask, uint32_t words[4]) {
   random_block(random, static_cast<uint64_t>(group) * kRow + static_cast<uint64_t>(column()),
                words);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) words[w] ^= mask;
 }
 
 // ------------------------------------------------------------------------------------- quantizing
@@ -180,7 +183,7 @@ GQ_HD void random_column(const Random& random, int64_t group, uint32_t words[4])
 // kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere.
 template <int kLanes, typename T>
 GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, const int32_t* norms,
-                                  int bits, int levels, const Random& random, int32_t* payload) {
+                                  int bits, int levels, const Dither& dither, int32_t* payload) {
   const int lanes = kLanes > 0 ? kLanes : 32 / bits;
   const int walk = kLanes > 0 ? kGroupRows : walk_rows(lanes);
   const float limit = 65536.0f * static_cast<float>(levels);
@@ -196,7 +199,8 @@ GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, cons
       float values[kGroupRows];
       load_group(x, row, count, values);
       uint32_t words[4];
-      random_column(random, row / kGroupRows, words);
+      const int64_t group = row / kGroupRows;
+      random_column(dither.random, group, dither_mask(dither, static_cast<uint64_t>(group)), words);
 #pragma unroll
       for (int h = 0; h < kGroupRows; ++h) {
         if (kLanes > 0) lane = h % lanes;
@@ -231,7 +235,7 @@ GQ_HD void quantize_exponential_rows(const T* x, int64_t count, int64_t block, c
     float values[kGroupRows];
     load_group(x, row, count, values);
     uint32_t words[4];
-    random_column(random, row / kGroupRows, words);
+    random_column(random, row / kGroupRows, 0, words);
     RowNorms row_norms(norms, block, row);
     Scale scale = {1.0f, 0.0f};
     uint8_t* to = codes + row / kPerByte * kRow + column();
@@ -351,7 +355,7 @@ GQ_HD void store_rounded(const float sums[kGroupRows], float factor, const Rando
                          int64_t group, int64_t begin, int64_t bytes, uint8_t* out) {
   constexpr int kPerByte = 8 / kBits;
   uint32_t words[4];
-  random_column(random, group, words);
+  random_column(random, group, 0, words);
   const int64_t after = bytes - begin - column();
   uint32_t byte = 0;
 #pragma unroll
@@ -422,7 +426,7 @@ GQ_HD void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes, con
     load_bytes<kGroupRows>(in, begin, bytes, a);
     load_bytes<kGroupRows>(inout, begin, bytes, b);
     uint32_t words[4];
-    random_column(keyed<kGroupRows>(random, a, b), group, words);
+    random_column(keyed<kGroupRows>(random, a, b), group, 0, words);
     const int64_t after = bytes - begin - column();
 #pragma unroll 1  // and bytes read again: registers for all of them at once would spill
     for (int p = 0; p < kGroupRows; ++p) {
@@ -475,8 +479,8 @@ GQ_KERNEL gq_l2norm_of_partial(const double* partial, int64_t count, int64_t blo
 #define GQ_QUANTIZE_STANDARD(NAME, LANES)                                                        \
   GQ_KERNEL NAME(const Element* x, int64_t count, int64_t block, const int32_t* norms, int bits, \
                  int levels, uint64_t key, uint64_t stream, int32_t* payload) {                  \
-    quantize_standard_rows<LANES>(x, count, block, norms, bits, levels, random_of(key, stream),  \
-                                  payload);                                                      \
+    quantize_standard_rows<LANES>(x, count, block, norms, bits, levels,                          \
+                                  dither_of(random_of(key, stream)), payload);                   \
   }
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2)
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4)

@@ -176,7 +176,7 @@ constexpr uint32_t kPhiloxKeyStep1 = 0xBB67AE85u;
 
 struct Random {
   uint32_t key[2];     // identifies (seed, tensor)
-  uint32_t stream[2];  // (step, rank and stage)
+  uint32_t stream[2];  // (step, rank and stage); see mpi_ops/dither.py
 };
 
 template <int kRounds>
@@ -221,6 +221,76 @@ constexpr int kGroupRows = 8;
 GQ_HD uint32_t random_bits(uint32_t word, int h) {
   return h % 2 ? word : (word << 16) | (word >> 16);
 }
+
+// ------------------------------------------------------------------- dithers that repel each other
+
+// Where the roundings of n ranks are added up, their errors should cancel. So the ranks draw the
+// same random numbers, and each XORs a mask of its own to them: its upper bits, `strata` of them,
+// put the ranks into different ones of 2^strata equal parts of [0, 1) for every element, and its
+// lower bits move them about inside. Each rank's numbers are as uniform and independent as without
+// a mask; between two ranks no covariance of two roundings is positive (docs/theory.md; correlated
+// quantization, Suresh, Sun, Ro and Yu, ICML 2022). Cohorts of 256 ranks have numbers of their own.
+struct Dither {
+  Random random;    // the same for all ranks of a cohort
+  uint32_t rank;    // in the cohort
+  uint32_t strata;  // 0: no other rank has the same numbers, and there is no mask
+};
+
+constexpr uint32_t kMaximumStrata = 8;
+
+GQ_HD Dither dither_of(const Random& words) {
+  uint32_t strata = (words.stream[1] >> 4) & 15u;
+  if (strata == 0) return {words, 0, 0};
+  if (strata > kMaximumStrata) strata = kMaximumStrata;
+  const uint32_t shared = words.stream[1] & ~0xff00u;
+  return {{{words.key[0], words.key[1]}, {words.stream[0], shared}},
+          (words.stream[1] >> 8) & 0xffu,
+          strata};
+}
+
+// The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+// generators", OOPSLA 2014).
+GQ_HD uint64_t mix64(uint64_t value) {
+  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
+  value = (value ^ (value >> 27)) * 0x94D049BB133111EBu;
+  return value ^ (value >> 31);
+}
+
+// The product in the field of 2^degree elements, 1 <= degree <= 8; its polynomials, one to a byte,
+// are irreducible and lack their first term. For a random a that is not 0, the products a * i and
+// a * j of two ranks are each other's distance apart, which is any but 0 with the same probability.
+GQ_HD uint32_t field_product(uint32_t a, uint32_t b, uint32_t degree) {
+  const uint64_t polynomials = 0x1B03030503030301u;
+  const uint32_t polynomial = static_cast<uint32_t>(polynomials >> (8 * (degree - 1))) & 0xffu;
+  uint32_t product = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // it is short, and unrolled it takes registers
+#endif
+  for (uint32_t bit = 0; bit < degree; ++bit) {
+    product ^= (b >> bit & 1u) ? a : 0u;
+    const uint32_t carry = a >> (degree - 1) & 1u;
+    a = ((a << 1) & ((1u << degree) - 1u)) ^ (carry ? polynomial : 0u);
+  }
+  return product;
+}
+
+// What this rank XORs to both halves of the random words of a group of rows.
+GQ_HD uint32_t dither_mask(const Dither& dither, uint64_t group) {
+  if (dither.strata == 0) return 0;
+  const Random& random = dither.random;
+  const uint64_t key = static_cast<uint64_t>(random.key[1]) << 32 | random.key[0];
+  const uint64_t stream = static_cast<uint64_t>(random.stream[1]) << 32 | random.stream[0];
+  const uint64_t shared = mix64((key ^ mix64(stream)) + (group + 1) * 0x9E3779B97F4A7C15u);
+  const uint32_t others = (1u << dither.strata) - 1u;
+  const uint32_t factor = 1u + static_cast<uint32_t>(((shared >> 32) * others) >> 32);
+  const uint32_t stratum = field_product(factor, dither.rank, dither.strata);
+  const uint64_t own = mix64(shared + (dither.rank + 1u) * 0xD1342543DE82EF95u);
+  const uint32_t inside = (0xffffu >> dither.strata) * 0x00010001u;
+  return (stratum << (16 - dither.strata)) * 0x00010001u |
+         (static_cast<uint32_t>(own >> 32) & inside);
+}
+
+// ------------------------------------------------------------------------------ keyed by contents
 
 // One term of the hash that keys a reduction by its contents: a sum of products with odd constants
 // that differ from word to word (multilinear hashing; the constants are a Weyl sequence of the

@@ -144,7 +144,7 @@ GQ_INLINE int32_t standard_code(const T* x, const uint32_t (*words)[kRow], const
 template <typename T, int kLanes>
 GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
                                       const int32_t* norms, int bits, int levels,
-                                      const Random& random, int32_t* payload) {
+                                      const Dither& dither, int32_t* payload) {
   const int lanes = 32 / bits;
   const float limit = 65536.0f * static_cast<float>(levels);
   RowNorms row_norms{norms, block / kRow};
@@ -155,7 +155,8 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, limit, scale, scales);
     alignas(64) uint32_t words[4][kRow];
-    random_group(random, static_cast<uint64_t>(group), words);
+    const uint64_t number = static_cast<uint64_t>(group);
+    random_group(dither.random, number, dither_mask(dither, number), words);
     T buffer[kGroup];
     prefetch<kGroup * sizeof(T)>(x + begin);
     const T* values = padded_group<kGroup>(x + begin, count - begin, buffer);
@@ -203,7 +204,7 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, 1.0f, scale, scales);
     alignas(64) uint32_t words[4][kRow];
-    random_group(random, static_cast<uint64_t>(group), words);
+    random_group(random, static_cast<uint64_t>(group), 0, words);
     T buffer[kGroup];
     prefetch<kGroup * sizeof(T)>(x + begin);
     const T* values = padded_group<kGroup>(x + begin, count - begin, buffer);
@@ -379,7 +380,7 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
       stream = keyed(random, padded_group<kGroupBytes>(codes[0] + begin, left, padded[0]),
                      padded_group<kGroupBytes>(codes[1] + begin, left, padded[1]), kGroupBytes);
     alignas(64) uint32_t words[4][kRow];
-    random_group(stream, static_cast<uint64_t>(group), words);
+    random_group(stream, static_cast<uint64_t>(group), 0, words);
     alignas(64) float sums[kGroupRows][kRow];
 #pragma GCC unroll 2
     for (int i = 0; i < n; ++i) {
@@ -450,7 +451,7 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64
       }
     }
     alignas(64) uint32_t words[4][kRow];
-    random_group(random, static_cast<uint64_t>(group), words);
+    random_group(random, static_cast<uint64_t>(group), 0, words);
     uint8_t* to = left < kGroupBytes ? padded : out + begin;
 #pragma GCC unroll 4
     for (int p = 0; p < kByteRows; ++p) {
@@ -490,7 +491,7 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
     const uint8_t* a = padded_group<kBytes>(in + begin, left, padded[0]);
     const uint8_t* b = padded_group<kBytes>(inout + begin, left, padded[1]);
     alignas(64) uint32_t words[4][kRow];
-    random_group(keyed(random, a, b, kBytes), static_cast<uint64_t>(group), words);
+    random_group(keyed(random, a, b, kBytes), static_cast<uint64_t>(group), 0, words);
     alignas(64) uint8_t sums[kBytes], limits[kBytes];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -554,20 +555,20 @@ GQ_EXPORT(gq_l2norm)(int dtype, const void* x, int64_t count, int64_t block, int
 GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
                                 const int32_t* norms, int bits, int levels, const uint32_t* random,
                                 int32_t* payload) {
-  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
+  const Dither dither = dither_of({{random[0], random[1]}, {random[2], random[3]}});
   switch (32 / bits) {
     case 2:
       GQ_DISPATCH(dtype, (quantize_standard_rows<T, 2>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, generator, payload)));
+                                                       norms, bits, levels, dither, payload)));
     case 4:
       GQ_DISPATCH(dtype, (quantize_standard_rows<T, 4>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, generator, payload)));
+                                                       norms, bits, levels, dither, payload)));
     case 8:
       GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, generator, payload)));
+                                                       norms, bits, levels, dither, payload)));
     default:
       GQ_DISPATCH(dtype, (quantize_standard_rows<T, 0>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, generator, payload)));
+                                                       norms, bits, levels, dither, payload)));
   }
 }
 

@@ -108,7 +108,10 @@ GQ_HD Wide multiply_low32(Wide a, Wide b) {
 // Even columns in one vector, odd columns in another: joining them takes no shuffle.
 GQ_HD Wide interleave(Wide even, Wide odd) { return (even & 0xffffffffu) | (odd << 32); }
 
-GQ_HD void random_group(const Random& random, uint64_t group, uint32_t (*words)[kRow]) {
+// The words of a group of rows, each XOR `mask`.
+GQ_HD void random_group(const Random& random, uint64_t group, uint32_t mask,
+                        uint32_t (*words)[kRow]) {
+  const Wide both_masks = broadcast64(static_cast<uint64_t>(mask) << 32 | mask);
   // In flight together, in pairs of even and odd columns: as many as the registers hold.
 #if defined(__AVX512F__)
   constexpr int kVectors = 4;
@@ -150,7 +153,10 @@ GQ_HD void random_group(const Random& random, uint64_t group, uint32_t (*words)[
       const int start = column + v * kLanes64;
       const Wide joined[4] = {interleave(c0[v], c0[v + 1]), interleave(c1[v], c1[v + 1]),
                               interleave(c2[v], c2[v + 1]), interleave(c3[v], c3[v + 1])};
-      for (int w = 0; w < 4; ++w) __builtin_memcpy(&words[w][start], &joined[w], sizeof(Wide));
+      for (int w = 0; w < 4; ++w) {
+        const Wide masked = joined[w] ^ both_masks;
+        __builtin_memcpy(&words[w][start], &masked, sizeof(Wide));
+      }
     }
   }
 }
@@ -174,12 +180,13 @@ GQ_HD void look_up(const uint8_t* table, uint8_t* bytes, int count) {
   for (int i = 0; i < count; ++i) bytes[i] = table[bytes[i]];
 }
 
-GQ_HD void random_group(const Random& random, uint64_t group, uint32_t (*words)[kRow]) {
+GQ_HD void random_group(const Random& random, uint64_t group, uint32_t mask,
+                        uint32_t (*words)[kRow]) {
   const uint64_t first = group * kRow;
   for (int j = 0; j < kRow; ++j) {
     uint32_t word[4];
     random_block(random, first + static_cast<uint64_t>(j), word);
-    for (int w = 0; w < 4; ++w) words[w][j] = word[w];
+    for (int w = 0; w < 4; ++w) words[w][j] = word[w] ^ mask;
   }
 }
 

@@ -297,7 +297,7 @@ def test_repetitions_average_to_the_true_mean(levels: str, bits: int | None, nam
 
 
 @EVERY
-def test_ranks_round_independently(levels: str, bits: int | None, name: str) -> None:
+def test_ranks_do_not_share_their_errors(levels: str, bits: int | None, name: str) -> None:
     """With the same values on every rank, a shared dither would leave n times the variance."""
     compression = compressor(levels, bits)
     inputs = [gradients(4097, tag=15)[0]] * hvd.size()

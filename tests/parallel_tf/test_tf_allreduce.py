@@ -410,7 +410,7 @@ def test_a_constant_in_a_graph_is_reduced_in_every_run(name: str) -> None:
 
 
 @EVERY
-def test_ranks_round_independently(levels: str, bits: int | None, name: str) -> None:
+def test_ranks_do_not_share_their_errors(levels: str, bits: int | None, name: str) -> None:
     """With the same values on every rank, a shared dither would leave n times the variance."""
     compression = compressor(levels, bits)
     inputs = [gradients(4097, tag=15)[0]] * hvd.size()

@@ -21,6 +21,8 @@ from mpi_ops.kernels.interface import Buffer
 from mpi_ops.scheme import Scheme
 
 KEY = dither(7, "layer.weight", step=2**31 + 5, rank=3, stage=Stage.QUANTIZE)
+# Of a rank whose dither repels those of others, at whatever index of the strata.
+REPELLING = dither(7, "layer.weight", 5, 300, Stage.QUANTIZE, strata=8)
 SIZES = [0, 1, 31, 32, 33, 255, 256, 257, 1000, 9001]
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -137,7 +139,7 @@ def test_quantize_standard(bits: int, dtype: str, device: Any) -> None:
     top = 2 ** (bits - 1) - 1
     for count, block, x in shapes(dtype):
         norms = norms_of(count, block)
-        args = {"block_size": block, "bits": bits, "dither": KEY}
+        args = {"block_size": block, "bits": bits, "dither": REPELLING if count % 2 else KEY}
         args["levels"] = 1 if block == 32 else top
         got = device.quantize_standard(on_device(device, x)[1], asarray(norms), **args)
         same(got, host.quantize_standard(buffer(x), norms, **args))
@@ -230,7 +232,7 @@ def test_codec_gives_the_same_payloads(
         size = codec.payload_size(x.size, plan)
         pieces = []
         for rank in range(world_size):
-            random = dither(0, "w", 0, rank, Stage.QUANTIZE)
+            random = dither(0, "w", 0, rank, Stage.QUANTIZE, plan.strata)
             pieces.append(np.full(size + 64, 77, dtype=codec.payload_dtype(plan)))
             codec.quantize(buffer(x), norms, plan, random, out=pieces[-1])
             other = np.full_like(pieces[-1], 78)

@@ -44,19 +44,70 @@ def philox4x32(counter: Any, key: Any, rounds: int) -> tuple[Any, Any, Any, Any]
     return c0, c1, c2, c3
 
 
+def mix64(value: int) -> int:
+    """SplitMix64's finalizer, on a Python integer taken modulo 2**64."""
+    value %= 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
+
+
+# Irreducible polynomials over GF(2), by degree, as lists of exponents.
+POLYNOMIALS = {
+    1: (1, 0),
+    2: (2, 1, 0),
+    3: (3, 1, 0),
+    4: (4, 1, 0),
+    5: (5, 2, 0),
+    6: (6, 1, 0),
+    7: (7, 1, 0),
+    8: (8, 4, 3, 1, 0),
+}
+
+
+def field_product(a: int, b: int, degree: int) -> int:
+    """The product in GF(2**degree): that of the polynomials, then the remainder of the division."""
+    product = 0
+    for bit in range(degree):
+        product ^= (a << bit) * (b >> bit & 1)
+    polynomial = sum(1 << exponent for exponent in POLYNOMIALS[degree])
+    for bit in range(2 * degree, degree - 1, -1):
+        if product >> bit & 1:
+            product ^= polynomial << (bit - degree)
+    return product
+
+
+def dither_mask(group: int, dither: Array) -> int:
+    """What a rank XORs to both halves of the words of a group, 32 bits; 0 without strata."""
+    k0, k1, s0, s1 = (int(word) for word in dither)
+    strata, rank = s1 >> 4 & 15, s1 >> 8 & 255
+    if strata == 0:
+        return 0
+    key, stream = k1 << 32 | k0, (s1 - (rank << 8)) << 32 | s0
+    shared = mix64((key ^ mix64(stream)) + (group + 1) * 0x9E3779B97F4A7C15)
+    factor = 1 + ((shared >> 32) * (2**strata - 1) >> 32)
+    own = mix64(shared + (rank + 1) * 0xD1342543DE82EF95) >> 32
+    stratum = field_product(factor, rank, strata)
+    halves = [stratum << (16 - strata) | own >> shift & 0xFFFF >> strata for shift in (16, 0)]
+    return halves[0] << 16 | halves[1]
+
+
 def random_bits(count: int, dither: Array) -> Array:
     """The 32 random bits of each element, as int64: its own half of a word, then the other half.
 
     Eight rows of 32 elements form a group. The elements of one column of a group share the block
-    with counter group * 32 + column; row h takes half h of its eight.
+    with counter group * 32 + column; row h takes half h of its eight. With strata the ranks of a
+    cohort draw the same words, and each XORs its masks to them.
     """
     row, column = np.divmod(np.arange(count), ROW)
     group, half = np.divmod(row, 8)
     counter = (group * ROW + column).astype(np.uint64)
+    masks = np.array([dither_mask(number, dither) for number in range(-(-count // 256))], np.uint64)
     k0, k1, s0, s1 = (int(word) for word in dither)
+    s1 -= (s1 >> 8 & 255) << 8 if s1 >> 4 & 15 else 0
     constant = [np.full(count, word, dtype=np.uint64) for word in (s0, s1)]
     blocks = philox4x32([counter & MASK, counter >> 32, *constant], [k0, k1], 7)
-    word = np.stack(blocks)[half // 2, np.arange(count)]
+    word = np.stack(blocks)[half // 2, np.arange(count)] ^ masks[group]
     swapped = (word << 16 | word >> 16) & MASK
     return np.where(half % 2, word, swapped).astype(np.int64)
 

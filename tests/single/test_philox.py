@@ -13,6 +13,7 @@ from reference import (
     Array,
     allowance,
     buffer,
+    dither_mask,
     float_bits,
     pack_lanes,
     philox4x32,
@@ -61,21 +62,25 @@ def test_other_numbers_of_rounds_are_refused() -> None:
 def halves_by_hand(count: int, key: Array) -> list[int]:
     """The 16 bits that standard dithering adds to each element, one element at a time."""
     halves = []
+    stage = int(key[3])
+    if stage >> 4 & 15:  # with strata the ranks of a cohort have the same stream
+        stage &= ~0xFF00
     for element in range(count):
         row, column = element // 32, element % 32
         group, h = row // 8, row % 8
         block = philox4x32(
-            (group * 32 + column, 0, int(key[2]), int(key[3])), (int(key[0]), int(key[1])), 7
+            (group * 32 + column, 0, int(key[2]), stage), (int(key[0]), int(key[1])), 7
         )
-        word = block[h // 2]
+        word = block[h // 2] ^ dither_mask(group, key)
         halves.append(word >> 16 if h % 2 else word & 0xFFFF)
     return halves
 
 
+@pytest.mark.parametrize("strata", [0, 2, 8])
 @pytest.mark.parametrize("count", [1, 32, 33, 255, 256, 257, 1000])
 @pytest.mark.parametrize("bits", [2, 3, 8, 10, 16])
-def test_which_random_bits_an_element_draws(count: int, bits: int) -> None:
-    key = dither(5, "layer.weight", step=3, rank=2, stage=Stage.QUANTIZE)
+def test_which_random_bits_an_element_draws(count: int, bits: int, strata: int) -> None:
+    key = dither(5, "layer.weight", step=3, rank=2, stage=Stage.QUANTIZE, strata=strata)
     halves = halves_by_hand(count, key)
     assert [bit >> 16 for bit in random_bits(count, key).tolist()] == halves
     # With levels = norm, x is in units of a level. Some elements just reach the next level with
@@ -123,6 +128,7 @@ def test_dither_is_reproducible_and_its_ranges_hold() -> None:
     np.testing.assert_array_equal(key, dither(1, "w", 2 + 2**32, 3, Stage.REDUCE))
     last = dither(1, "w", 2, MAXIMUM_RANK, Stage.REDUCE)
     assert last[3] == MAXIMUM_RANK << 8 | Stage.REDUCE
+    assert dither(1, "w", 2, 3, Stage.REDUCE, strata=8)[3] == 3 << 8 | 8 << 4 | Stage.REDUCE
     np.testing.assert_array_equal(last[:3], key[:3])
 
 

@@ -38,6 +38,8 @@ from mpi_ops.kernels import host
 
 BLOCK = 96
 KEY = dither(3, "layer.weight", step=4, rank=5, stage=Stage.QUANTIZE)
+# The ranks' numbers are independent, or repel each other.
+KEYS = [KEY, dither(3, "layer.weight", 4, 5, Stage.QUANTIZE, strata=3)]
 SIZES = [1, 31, 32, 33, 255, 256, 257, 1000, 4095, 4096, 4097]
 # What a failed check says.
 FAILED = r"biased: mean is off|variance is off"
@@ -56,9 +58,10 @@ def random_norms(count: int, rng: np.random.Generator) -> Array:
 # ------------------------------------------------------------------------- bit for bit: quantizing
 
 
+@pytest.mark.parametrize("key", KEYS, ids=["independent", "repelling"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", lanes.STANDARD_BITS)
-def test_standard_codes_bit_for_bit(bits: int, dtype: str) -> None:
+def test_standard_codes_bit_for_bit(bits: int, dtype: str, key: Array) -> None:
     """Where nothing has to be rounded the codes are exactly floor(levels * x / norm + u)."""
     for levels in {1, 2 ** (bits - 1) - 1}:
         for count in SIZES:
@@ -71,9 +74,9 @@ def test_standard_codes_bit_for_bit(bits: int, dtype: str) -> None:
                 block_size=BLOCK,
                 bits=bits,
                 levels=levels,
-                dither=KEY,
+                dither=key,
             )
-            codes = standard_codes(x, spread(norms, count), levels, random_bits(count, KEY))
+            codes = standard_codes(x, spread(norms, count), levels, random_bits(count, key))
             np.testing.assert_array_equal(payload, pack_lanes(codes, bits))
 
 
