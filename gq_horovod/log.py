@@ -78,7 +78,7 @@ class Log:
             fields: for programs, plain data.
         """
         extra = {**_identity._asdict(), "host": _host(), "event": event, "fields": fields}
-        self.logger.log(level, "%s %s", _identity, text, extra=extra, stacklevel=2)
+        self.logger.log(level, "%s %s", str(_identity), text, extra=extra, stacklevel=2)
 
 
 class Json(logging.Formatter):
@@ -120,7 +120,7 @@ def configure(environment: Mapping[str, str] = os.environ) -> None:
     _PACKAGE.propagate = False
 
 
-class _Stderr(logging.StreamHandler[Any]):
+class _Stderr(logging.StreamHandler):
     """Ours, to be told from a handler that the user has put there."""
 
 
