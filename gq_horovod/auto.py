@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import Config, Plan
+from .log import Log
 
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 WARM_UP_STEPS = 3  # connections and caches are made, by the user's script as well
 # Steps of a setting before another has its turn, with all settings and with the finalists. The
@@ -104,6 +105,7 @@ class Trials:
         world_size: int,
         agree: Callable[[NDArray[np.int32], str], NDArray[np.int32]],
         clock: Callable[[], float] = time.perf_counter,
+        speaks: bool = True,
     ) -> None:
         """Begin.
 
@@ -112,11 +114,13 @@ class Trials:
             world_size: ranks of the group.
             agree: the element-wise maximum over ranks of an int32 array, under a name; blocks.
             clock: seconds.
+            speaks: whether to log what all ranks decide; one of them does.
         """
         self.decision: Way | None = None
         self.seconds: dict[str, float] = {}  # of a step in the last trial, on the slowest rank
         self._agree = agree
         self._clock = clock
+        self._speaks = speaks
         self._began: dict[int, float] = {}
         self._latest = -1
         self._trials = [_Trial(WARM_UP_STEPS, STEPS[0], settings(config, world_size))]
@@ -173,16 +177,28 @@ class Trials:
         agreed = self._agree(np.array(micros, dtype=np.int32), f"gq.auto.{len(self._trials)}")
         seconds = [float(own) / 1e6 for own in agreed]
         self.seconds = dict(zip(map(str, trial.settings), seconds, strict=True))
-        listed = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in self.seconds.items())
         if len(self._trials) < len(STEPS):
-            _log.info("GlobalQSGD: a step took, with %s", listed)
+            self._say("trial")
             others = sorted(range(1, len(seconds)), key=seconds.__getitem__)[:FINALISTS]
             finalists = [trial.settings[place] for place in (0, *sorted(others))]
             self._trials.append(_Trial(trial.end, STEPS[len(self._trials)], finalists))
         else:
             self.decision = trial.settings[first_of_the_fastest(seconds)]
             self._began.clear()
-            _log.info("GlobalQSGD: a step took, with %s; decided: %s", listed, self.decision)
+            self._say("decision", f"; decided: {self.decision}")
+
+    def _say(self, event: str, outcome: str = "") -> None:
+        """Log what a trial measured."""
+        if not self._speaks:
+            return
+        listed = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in self.seconds.items())
+        _log.say(
+            logging.INFO,
+            event,
+            f"GlobalQSGD: a step took, with {listed}{outcome}",
+            seconds=self.seconds,
+            decision=None if self.decision is None else str(self.decision),
+        )
 
 
 def first_of_the_fastest(seconds: Sequence[float]) -> int:

@@ -30,7 +30,9 @@ Facts = dict[str, Any]
 
 HOROVOD_VERSION = "0.28.1"
 # Variables that say how a job runs. Values of others, and of these, may be secrets.
-_VARIABLES = re.compile(r"(HOROVOD|OMPI_MCA|NCCL|UCX|MPIR_CVAR)_\w+|OMP_NUM_THREADS|TF_USE_\w+")
+_VARIABLES = re.compile(
+    r"((GQ_)?HOROVOD|OMPI_MCA|NCCL|UCX|MPIR_CVAR)_\w+|OMP_NUM_THREADS|TF_USE_\w+"
+)
 _SECRETS = re.compile(r"SECRET|KEY|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
 # What has to be the same on all ranks.
 COMPARED = ("gq-horovod", "kernels", "python", "numpy", "horovod", "torch", "tensorflow", "mpi")

@@ -5,12 +5,15 @@ It knows no framework. `hvd` stands for horovod.torch or horovod.tensorflow.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar, Literal
 
+from mpi_ops.kernels import host
 from mpi_ops.scheme import Scheme, one_of
 
+from . import __version__, log, theory
 from . import stats as statistics
 from .config import (
     AUTO,
@@ -19,6 +22,7 @@ from .config import (
     PAPER_EXPONENTIAL,
     PAPER_STANDARD,
     Config,
+    Plan,
 )
 
 __all__ = [
@@ -29,6 +33,12 @@ __all__ = [
     "require_linear",
     "require_name",
 ]
+
+_log = log.Log(__name__)
+
+# Here, because all that a training imports begins with this module: a variable that is wrong ends a
+# rank before it has begun.
+log.configure()
 
 
 class ClassOrInstance:
@@ -82,6 +92,50 @@ class Frontend:
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
         return f"{type(self).__name__}({options})"
+
+    def begin_log(self, process_set: Any, plan: Plan) -> log.Census | None:
+        """Log what the ranks of a process set have agreed on; None on all ranks but its first.
+
+        The census of their tensors is for the others to see.
+        """
+        if process_set.rank() != 0:
+            return None
+        options = self.config.describe()
+        known = {"bits": plan.bits, "block_size": plan.block_size}
+        if options.get("levels") != "auto":
+            options |= {key: value for key, value in known.items() if key in options}
+            if "levels" in options:
+                options["levels_per_side"] = plan.level_count
+        listed = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        number = process_set.process_set_id
+        kernels, instructions = host.fingerprint(), host.best_instruction_set()
+        _log.say(
+            logging.INFO,
+            "plan",
+            f"{self.config.FUNCTION}: {plan.world_size} ranks, process set {number}, agreed on "
+            f"{listed}; gq-horovod {__version__}, kernels {kernels}, instruction set "
+            f"{instructions} on this rank",
+            function=self.config.FUNCTION,
+            world_size=plan.world_size,
+            process_set=number,
+            options=options,
+            version=__version__,
+            kernels=kernels,
+            instruction_set=instructions,
+        )
+        return log.Census(_log, self.config.FUNCTION)
+
+    def reason(self, elements: int, dtype: str, supported: bool) -> str:
+        """Why a tensor is left to Horovod, for the log; `supported` says whether its dtype is."""
+        if not supported:
+            return f"the dtype {dtype}"
+        if elements < max(self.config.min_elements, 1):
+            return f"fewer than min_elements={self.config.min_elements}"
+        return "a shape in which there is nothing to save"
+
+    def wire_bytes(self, elements: int, plan: Plan) -> float | None:
+        """What a rank sends for a tensor, for the log; None where it is not known."""
+        return None
 
     def require_process_set(self, callers: Any) -> None:
         """Raise ValueError if Horovod reduces over other ranks than `process_set`."""
@@ -189,6 +243,12 @@ class Compression(Frontend):
         super().__init__(config, process_set)
         self.stats: dict[str, statistics.TensorStats] = {}
         self._stats_interval = interval
+
+    def wire_bytes(self, elements: int, plan: Plan) -> float | None:
+        """Codes and norms; None with levels="auto", which tries several ways."""
+        if self.config.levels == "auto":
+            return None
+        return theory.wire(elements, plan, self.config.transport).sent
 
 
 def require_name(name: str | None, function: str = "GlobalQSGD") -> str:

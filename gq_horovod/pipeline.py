@@ -7,6 +7,7 @@ backward hook ever waits for a round trip.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -22,12 +23,18 @@ from mpi_ops.dither import Dithers, Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .config import Plan
+from .log import Log, Rarely
+
+_log = Log(__name__)
+_not_finite = Rarely()
 
 Array = NDArray[Any]
 
 # A large tensor's codes travel in chunks: while some do, the next are computed. Chunks this large
 # still fill the network.
 CHUNK_ELEMENTS = 1 << 21
+
+_INFINITY = 0x7F800000  # bits of a norm; those of NaN are larger
 
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
 _POLL_SECONDS = 50e-6
@@ -126,10 +133,37 @@ class Method:
     decode: Callable[[Task, Chunk, Any, Buffer], None] = dequantize
 
 
+def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
+    """Log if a rank's own norms of a tensor, as bit patterns, say that it has NaN or Inf.
+
+    Now and then: where losses are scaled it may be ordinary, and where a model has diverged it is
+    so for every tensor.
+    """
+    if not (_log.on(logging.WARNING) and norms.size and norms.max() >= _INFINITY):
+        return
+    if (count := _not_finite.count()) is not None:
+        _log.say(
+            logging.WARNING,
+            "not-finite",
+            f"tensor {name!r} has a norm that is NaN or Inf on this rank in its reduction {step}, "
+            f"and becomes NaN there on every rank; seen {count} times on this rank",
+            tensor=name,
+            step=step,
+            count=count,
+        )
+
+
+def own_norms(task: Task) -> NDArray[np.int32]:
+    """Norm of each block on this rank, as bit patterns."""
+    norms = codec.norms(task.x, task.plan)
+    warn_unless_finite(norms, task.name.removeprefix("gq."), task.step)
+    return norms
+
+
 def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
     """Norm of each block over all ranks, as bit patterns; NaN and Inf of one rank reach all."""
     norms: NDArray[np.int32] = yield task.collectives.allreduce_max(
-        codec.norms(task.x, task.plan), f"{task.name}.norm"
+        own_norms(task), f"{task.name}.norm"
     )
     return norms
 
@@ -185,7 +219,7 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
 def exchange(task: Task, deliver: Deliver) -> Reduction:
     """Codes of either kind, in messages between ranks (`mpi_ops.exchange`)."""
     assert task.exchanges is not None
-    own = codec.norms(task.x, task.plan)
+    own = own_norms(task)
     # Every rank's proposal comes back with the norms. A rank that has called hvd.join() takes part
     # in Horovod's operations with zeros, and in no exchange.
     proposals = np.zeros(task.plan.world_size, dtype=np.int32)

@@ -52,7 +52,7 @@ except ImportError as error:
 from mpi_ops.chunks import Chunk
 from mpi_ops.kernels.host import Buffer
 
-from . import agreement, replicas, token, watchdog
+from . import agreement, log, replicas, token, watchdog
 from .auto import Trials, Way
 from .config import Config, ConfigMismatchError, Plan
 from .frontend import ClassOrInstance, Compression, Frontend, require_linear, require_name
@@ -198,6 +198,7 @@ class _Group:
     exchanges: Exchanges | None
     pipeline: Pipeline
     trials: Trials | None  # where levels="auto"
+    census: log.Census | None  # of its tensors, on the rank that logs them
     steps: dict[str, int] = field(default_factory=dict)  # reductions so far, by tensor name
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor name
     # Steps of the optimizers, where their parameters are compared between ranks.
@@ -310,6 +311,8 @@ class TorchFrontend(Frontend):
         group = self._group(caller.process_set)
         if self.config.check_replicas is not None and caller.optimizer is not None:
             self._compare_replicas(group, caller, self.config.check_replicas)
+        if group.census is not None and group.census.wanted:
+            self._see(group.census, tensor, caller.name, eligible, group.plan)
         if not eligible:
             return _left_to_horovod(tensor)
         step = group.next_step(caller.name)
@@ -383,6 +386,19 @@ class TorchFrontend(Frontend):
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
+
+    def _see(
+        self, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool, plan: Plan
+    ) -> None:
+        """Log a tensor that comes by for the first time."""
+        count, dtype = tensor.numel(), str(tensor.dtype).removeprefix("torch.")
+        census.see(
+            name,
+            count,
+            dtype,
+            reason=None if eligible else self.reason(count, dtype, tensor.dtype in _DTYPES),
+            wire_bytes=self.wire_bytes(count, plan) if eligible else None,
+        )
 
     # --------------------------------------------------------------------------------------- guards
 
@@ -493,6 +509,7 @@ class TorchFrontend(Frontend):
         fixed = replace(self.config, levels="standard") if trying else self.config
         plan = fixed.plan(process_set.size())
         collectives = _Collectives(process_set)
+        log.identify(hvd.rank(), hvd.size())
         loaded = self._loaded.get(number)
         self._require_agreement(collectives, _describe_loaded(loaded, process_set))
         exchanges = None
@@ -508,8 +525,12 @@ class TorchFrontend(Frontend):
             def agree(own: NDArray[np.int32], name: str) -> NDArray[np.int32]:
                 return agreement.wait(collectives.allreduce_max(own, name))
 
-            trials = Trials(self.config, plan.world_size, agree)
-        group = _Group(session, process_set.rank(), plan, collectives, exchanges, pipeline, trials)
+            speaks = process_set.rank() == 0
+            trials = Trials(self.config, plan.world_size, agree, speaks=speaks)
+        census = self.begin_log(process_set, plan)
+        group = _Group(
+            session, process_set.rank(), plan, collectives, exchanges, pipeline, trials, census
+        )
         if loaded is not None:
             group.load_state_dict(loaded)
             del self._loaded[number]

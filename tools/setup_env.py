@@ -11,6 +11,7 @@ Environment variables (all optional):
     GQ_HOROVOD_CACHE   directory for the built Horovod wheel (default: XDG cache directory)
     GQ_HOROVOD_JOBS    parallel compile jobs (default: one per core, fewer when memory is short)
     CXX                the C++ compiler
+    GQ_HOROVOD_HASHES  0: take packages whose hashes are not those of requirements.lock
     HOROVOD_GPU_*, HOROVOD_CUDA_*, HOROVOD_NCCL_*
                        Horovod's own build switches, such as HOROVOD_GPU_OPERATIONS=NCCL
 """
@@ -39,6 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements.txt"
+LOCK = ROOT / "requirements.lock"  # the same versions with hashes, by tools/lock.py
+# The line of LOCK before the packages that only torch's CUDA wheel needs.
+OF_TORCH = "# Only torch's CUDA wheel needs these."
 STAMP = VENV / ".gq-horovod-setup"  # hash of the inputs of the last set-up that passed its checks
 INSTALLING = VENV / ".gq-horovod-installing"  # there while pip installs: a sign of a broken run
 HOROVOD_STAMP = VENV / ".gq-horovod-wheel"  # cache key of the Horovod wheel installed in .venv
@@ -196,8 +200,15 @@ REMEDIES = (
     ),
     (
         r"DO NOT MATCH THE HASHES",
-        "The downloaded Horovod archive is not the one this project was tested with. Retry once;\n"
-        "if it stays, the index that pip uses serves a changed file.",
+        "A downloaded file is not the one this project was tested with. Retry once; if it stays,\n"
+        "the index that pip uses serves another file: a mirror with builds of its own, or one\n"
+        "that was changed. `python3 -m pip config list` shows what pip uses. To take packages as\n"
+        "they come, if you trust it: `GQ_HOROVOD_HASHES=0 make setup` (not for Horovod's archive).",
+    ),
+    (
+        r"[Ii]n --require-hashes mode|Hashes are required",
+        "requirements.lock does not list all that requirements.txt needs: make it anew\n"
+        "(`.venv/bin/python tools/lock.py`), or run `GQ_HOROVOD_HASHES=0 make setup` meanwhile.",
     ),
     (
         r"Could not find a version|No matching distribution",
@@ -410,10 +421,65 @@ def importable(module: str) -> bool:
 
 
 def install_pins() -> None:
+    install = [VENV_PYTHON, "-m", "pip", "install"]
+    others = other_sources(VENV_PYTHON)
+    checked = hashes_are_checked()
     # Packages that pip was killed over can look complete to the next pip: hence the mark.
     INSTALLING.touch()
-    run([VENV_PYTHON, "-m", "pip", "install", "-r", REQUIREMENTS])
+    if checked:
+        listed = ROOT / "build" / "requirements.lock"
+        listed.write_text(hashed_pins(REQUIREMENTS.read_text(), LOCK.read_text(), not others))
+        run([*install, "--require-hashes", "-r", listed])
+    if others and checked:
+        say(f"      pip also takes packages from {others}: torch and what only its CUDA wheel")
+        say("      needs are not checked against requirements.lock; everything else was")
+    elif not checked:
+        say("      GQ_HOROVOD_HASHES=0: packages are not checked against requirements.lock")
+    if others or not checked:
+        run([*install, "-r", REQUIREMENTS])
     INSTALLING.unlink()
+
+
+def hashes_are_checked() -> bool:
+    chosen = os.environ.get("GQ_HOROVOD_HASHES", "1")
+    if chosen not in ("0", "1"):
+        raise SetupError(
+            f"GQ_HOROVOD_HASHES must be 0 or 1, got {chosen!r}.",
+            "Unset it to check packages against requirements.lock, or set it to 0.",
+        )
+    return chosen == "1"
+
+
+def other_sources(python: str | Path) -> str:
+    """The names of pip's settings by which packages come from elsewhere than its index."""
+    settings = output_of([python, "-m", "pip", "config", "list"], env=child_environment())
+    return ", ".join(sorted(set(re.findall(r"\.(extra-index-url|find-links)=", settings))))
+
+
+def normalized(name: str) -> str:
+    """A package's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(text: str) -> dict[str, tuple[str, str]]:
+    """Names and versions in a requirements file, by normalized name."""
+    found = re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.M)
+    return {normalized(name): (name, version) for name, version in found}
+
+
+def hashed_pins(requirements: str, lock: str, torch: bool) -> str:
+    """What pip shall install and check: the lock's entries for `requirements`, which may be a part.
+
+    Without `torch` those of torch and of its CUDA packages are left out. PyTorch's other indexes
+    have other builds of the same version, and pip would not take them where it knows hashes.
+    """
+    ours, _, of_torch = lock.partition(OF_TORCH)
+    wanted = pins(requirements)
+    if not torch:
+        wanted.pop("torch", None)
+    entries = re.findall(r"^[\w.-]+==(?:.*\\\n)*.*\n", ours, re.M)
+    chosen = [own for own in entries if pins(own).keys() & wanted.keys()]
+    return "".join(chosen) + (of_torch if torch else "")
 
 
 # ------------------------------------------------------------------------------- stage 4: Horovod
@@ -537,7 +603,7 @@ def build_horovod(scratch: Path, compiler: str) -> Path:
         if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
             archive.extractall(scratch, filter="data")
         else:
-            archive.extractall(scratch)
+            archive.extractall(scratch)  # noqa: S202, its hash was checked
     source = scratch / f"horovod-{HOROVOD}"
     for name, old, new in HOROVOD_PATCH:
         text = (source / name).read_text()
@@ -645,6 +711,7 @@ def inputs_hash() -> str:
     inputs = (
         Path(__file__).read_text(),
         REQUIREMENTS.read_text(),
+        LOCK.read_text(),
         # Not the settings of linters: they change nothing in .venv.
         (config["build-system"], config["project"], config["tool"]["setuptools"]),
         (str(ROOT), sys.version, sorted(horovod_switches().items())),

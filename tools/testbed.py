@@ -166,6 +166,11 @@ class Testbed:
     ) -> None:
         if not 1 <= hosts <= 250:
             raise ValueError(f"Testbed: expected 1 to 250 hosts, got {hosts}")
+        if not re.fullmatch("[a-z][a-z0-9]*", prefix):  # it becomes part of shell scripts and paths
+            raise ValueError(
+                f"Testbed: prefix must be small letters and digits that begin with a letter, got "
+                f"{prefix!r}"
+            )
         self.hosts = hosts
         self.rates = link_rates(rate, hosts)
         self.names = [f"{prefix}{i}" for i in range(hosts)]

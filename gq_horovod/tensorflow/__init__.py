@@ -56,7 +56,7 @@ from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
-from .. import agreement, pipeline, token
+from .. import agreement, log, pipeline, token
 from ..config import Plan
 from ..frontend import ClassOrInstance, Compression, require_linear, require_name
 
@@ -82,6 +82,7 @@ class _Caller(NamedTuple):
     ignore_name_scope: bool  # of the names of Horovod's operations
     scaling: float  # of the result, beside what op does
     siblings: tuple[Any, ...]  # the tensors of its group, itself among them
+    expected: int | None  # gradients of the step, if that is known
 
 
 def _callers(frame: FrameType | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,12 +121,14 @@ def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
         name = None if name is None else f"{name}.{_position(tensor, siblings)}"
     op = hvd_ops.handle_average_backwards_compatibility(variables["op"], variables["average"])
     scaling = variables["prescale_factor"] * variables["postscale_factor"]
+    expected = None
     for function, outer in callers:
         if function == "allreduce_grads":
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
             scaling = 1.0
             # Like Horovod's own names, which come from the graph, this one has no counter in it.
             name = name or f"{outer['name']}.{_position(tensor, outer['grads'])}"
+            expected = sum(_is_dense(gradient) for gradient in outer["grads"])
             break
     require_linear(hvd, op, name)
     return _Caller(
@@ -135,7 +138,13 @@ def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
         ignore_name_scope=variables["ignore_name_scope"],
         scaling=scaling,
         siblings=siblings,
+        expected=expected,
     )
+
+
+def _is_dense(gradient: Any) -> bool:
+    """Whether Horovod asks compress() about a gradient."""
+    return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
 
 
 def _position(tensor: Any, tensors: Any) -> int:
@@ -174,7 +183,9 @@ class _Kernels:
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
         """This rank's norms, and the token; `step` says that they belong to one run."""
         mark = token.make(self.name, x.size, x.dtype.name)
-        return codec.norms(Buffer.of(x), self.plan), np.array(mark)
+        norms = codec.norms(Buffer.of(x), self.plan)
+        pipeline.warn_unless_finite(norms, self.name, int(step))
+        return norms, np.array(mark)
 
     def quantize(self, chunk_index: int, x: Array, norms: Array, step: Array) -> Array:
         """The payload of one chunk, in as many equal parts as there are ranks if it is codes."""
@@ -355,6 +366,13 @@ class _Counter:
         return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=tf.int64)
 
 
+class _Group(NamedTuple):
+    """What belongs to one process set."""
+
+    plan: Plan
+    census: log.Census | None  # of its tensors, on the rank that logs them
+
+
 class _Context(NamedTuple):
     """What decompress() has to know about a tensor."""
 
@@ -438,8 +456,8 @@ class GlobalQSGD(Compression):
     HVD = hvd
 
     @cached_property
-    def _plans(self) -> dict[Any, Plan]:
-        """The settings for the process sets that have agreed on them."""
+    def _groups(self) -> dict[Any, _Group]:
+        """What belongs to the process sets that have agreed on their settings."""
         return {}
 
     @cached_property
@@ -457,7 +475,9 @@ class GlobalQSGD(Compression):
         if not caller.process_set.included():
             # Horovod builds the graph on all ranks, and runs it on those of the process set.
             return tensor, None
-        plan = self._plan(caller.process_set)
+        plan, census = self._group(caller.process_set)
+        if census is not None and census.wanted:
+            self._see(census, tensor, caller, eligible, plan)
         if not eligible:
             return _left_to_horovod(tensor)
         x = tf.convert_to_tensor(tensor)
@@ -506,7 +526,23 @@ class GlobalQSGD(Compression):
             self._counters[name] = _Counter()
         return self._counters[name]
 
-    def _plan(self, process_set: Any) -> Plan:
+    def _see(
+        self, census: log.Census, tensor: Any, caller: _Caller, eligible: bool, plan: Plan
+    ) -> None:
+        """Log a tensor that comes by for the first time."""
+        count, dtype = tensor.shape.num_elements(), tensor.dtype.name
+        supported = tensor.dtype in _DTYPES
+        known = eligible and count is not None
+        census.see(
+            caller.name,
+            count,
+            dtype,
+            reason=None if eligible else self.reason(count or 0, dtype, supported),
+            wire_bytes=self.wire_bytes(count, plan) if known else None,
+            expected=caller.expected,
+        )
+
+    def _group(self, process_set: Any) -> _Group:
         """The settings for a process set; on first use, checks that its ranks have the same."""
         self.require_process_set(process_set)
         if os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0"):
@@ -515,14 +551,15 @@ class GlobalQSGD(Compression):
                 "built for it, got an elastic job; start it without elastic mode."
             )
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
-        if key not in self._plans:
+        if key not in self._groups:
+            log.identify(hvd.rank(), hvd.size())
             plan = self.config.plan(process_set.size())
             description = agreement.describe(self.config)
             with tf.init_scope():
                 handle = _Gathering(agreement.encode(description), process_set)
                 agreement.require_same(agreement.decode(agreement.wait(handle)))
-            self._plans[key] = plan
-        return self._plans[key]
+            self._groups[key] = _Group(plan, self.begin_log(process_set, plan))
+        return self._groups[key]
 
 
 def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:

@@ -303,6 +303,12 @@ def test_rates_that_cannot_be(hosts: int, rate, message: str) -> None:
         testbed.Testbed(hosts, rate)
 
 
+@pytest.mark.parametrize("prefix", ["", "a b", "gq;reboot", "../gq", "$(id)", "gq\n"])
+def test_a_prefix_is_nothing_to_a_shell(prefix: str) -> None:
+    with pytest.raises(ValueError, match="prefix must be small letters and digits"):
+        testbed.Testbed(2, prefix=prefix)
+
+
 def test_rates_of_all_hosts() -> None:
     assert testbed.link_rates("200mbit", 2) == [("200mbit", "200mbit")] * 2
     rates = ["1.5gbit", "200mbit/1gbit"]

@@ -23,6 +23,7 @@ LIGHT = [
     "gq_horovod.config",
     "gq_horovod.doctor",
     "gq_horovod.frontend",
+    "gq_horovod.log",
     "gq_horovod.model",
     "gq_horovod.pipeline",
     "gq_horovod.replicas",
@@ -103,7 +104,7 @@ def test_mpi_ops_knows_no_framework(path: Path) -> None:
     "name",
     [
         *("__init__", "agreement", "auto", "baselines", "cli", "code_length", "config"),
-        *("frontend", "model", "mpi", "pipeline", "theory", "token"),
+        *("frontend", "log", "model", "mpi", "pipeline", "theory", "token"),
     ],
 )
 def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:

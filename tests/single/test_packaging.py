@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import hashlib
 import importlib.util
 import os
 import re
@@ -65,7 +66,8 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(artifacts: Path) -> None:
     (path,) = artifacts.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "pyproject.toml", "setup.py", "Makefile", "requirements.txt"} <= names
+    assert {"LICENSE", "pyproject.toml", "setup.py", "Makefile"} <= names
+    assert {"requirements.txt", "requirements.lock"} <= names
     assert {"tools/setup_env.py", "tests/single/test_packaging.py"} <= names
     assert {name.split("/")[0] for name in names} >= {"benchmarks", "examples", "tests", "tools"}
     kernels = ROOT / "mpi_ops" / "kernels"
@@ -150,10 +152,101 @@ def test_requirements_are_exact_pins_from_the_index() -> None:
     assert len(names) == len(set(names))
 
 
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+def test_every_pin_has_hashes_in_the_lock_file(setup_env: types.ModuleType) -> None:
+    ours, line, of_torch = LOCK.partition(f"{setup_env.OF_TORCH}\n")
+    assert line
+    assert setup_env.pins(ours) == setup_env.pins((ROOT / "requirements.txt").read_text())
+    extra = setup_env.pins(of_torch)
+    assert {"triton", "nvidia-nccl-cu13"} <= set(extra)
+    assert not extra.keys() & setup_env.pins(ours).keys()
+    entries = re.split(r"^(?=\w)", re.sub("^#.*\n", "", ours + of_torch, flags=re.M), flags=re.M)[
+        1:
+    ]
+    assert len(entries) == len(setup_env.pins(LOCK))
+    for entry in entries:
+        pin = r"[A-Za-z0-9._-]+==[0-9a-z.]+"
+        hashes = r"(?: \\\n    --hash=sha256:[0-9a-f]{64})+"
+        assert re.fullmatch(pin + hashes + r"\n+", entry), entry
+
+
+def test_what_is_checked(setup_env: types.ModuleType) -> None:
+    """An image leaves the linters out; where there are other indexes, torch is left out."""
+    some = "# only these\nnumpy==2.0.2\ntorch==2.13.0\nml_dtypes==0.6.0\n"
+    whole = setup_env.pins(setup_env.hashed_pins(some, LOCK, torch=True)).keys()
+    assert whole >= {"numpy", "torch", "ml-dtypes", "triton", "nvidia-nccl-cu13"}
+    assert "pytest" not in whole
+    part = setup_env.hashed_pins(some, LOCK, torch=False)
+    assert setup_env.pins(part).keys() == {"numpy", "ml-dtypes"}
+    everything = setup_env.hashed_pins((ROOT / "requirements.txt").read_text(), LOCK, torch=True)
+    assert setup_env.pins(everything) == setup_env.pins(LOCK)
+    assert everything.count("--hash") == LOCK.count("--hash")
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, ""),
+        ({"PIP_EXTRA_INDEX_URL": "file:///wheels"}, "extra-index-url"),
+        (
+            {"PIP_FIND_LINKS": "/w", "PIP_EXTRA_INDEX_URL": "file:///w"},
+            "extra-index-url, find-links",
+        ),
+        ({"PIP_INDEX_URL": "file:///mirror"}, ""),
+    ],
+)
+def test_other_sources_of_packages_are_seen(
+    settings: dict[str, str],
+    found: str,
+    setup_env: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert setup_env.other_sources(sys.executable) == found
+
+
+def test_the_variable_for_hashes(
+    setup_env: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GQ_HOROVOD_HASHES", raising=False)
+    assert setup_env.hashes_are_checked()
+    monkeypatch.setenv("GQ_HOROVOD_HASHES", "0")
+    assert not setup_env.hashes_are_checked()
+    monkeypatch.setenv("GQ_HOROVOD_HASHES", "no")
+    with pytest.raises(setup_env.SetupError, match="must be 0 or 1, got 'no'"):
+        setup_env.hashes_are_checked()
+
+
+def test_pip_refuses_another_file(tmp_path: Path, setup_env: types.ModuleType) -> None:
+    """A wheel that is not the one whose hash is listed; no network."""
+    name = "example-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("example.py", "")
+        metadata = "Metadata-Version: 2.1\nName: example\nVersion: 1.0\n"
+        archive.writestr("example-1.0.dist-info/METADATA", metadata)
+        archive.writestr("example-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("example-1.0.dist-info/RECORD", "")
+    right = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", tmp_path]
+    pip += ["--require-hashes", "--target", tmp_path / "site", "-r", tmp_path / "lock"]
+    (tmp_path / "lock").write_text(f"example==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    refused = subprocess.run(pip, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0
+    assert "builds of its own" in setup_env.remedy_for(refused.stdout + refused.stderr)
+    (tmp_path / "lock").write_text(f"example==1.0 \\\n    --hash=sha256:{right}\n")
+    run(*pip)
+
+
 @pytest.fixture
 def bare_checkout(tmp_path: Path) -> Path:
     """A checkout without .venv, just enough for the set-up script to start."""
-    for name in ("tools/setup_env.py", "requirements.txt", "pyproject.toml"):
+    for name in ("tools/setup_env.py", "requirements.txt", "requirements.lock", "pyproject.toml"):
         target = tmp_path / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
@@ -268,6 +361,7 @@ def test_cache_key_follows_what_horovod_is_built_against(
         ("ConnectTimeoutError('Connection to x timed out')", "Check the network connection"),
         ("No matching distribution (from versions: none)", "Check the network connection"),
         ("THESE PACKAGES DO NOT MATCH THE HASHES", "not the one this project was tested with"),
+        ("Hashes are required in --require-hashes mode", "tools/lock.py"),
         ("something else", "The last lines above say why"),
     ],
 )
@@ -279,5 +373,7 @@ def test_setup_advice_follows_the_failure(
 
 def test_setup_is_silent_about_hosts() -> None:
     """No file of the set-up may tie users to one package index."""
-    for name in ("tools/setup_env.py", "requirements.txt", "pyproject.toml", "Makefile"):
+    files = ("setup_env.py", "lock.py")
+    names = [f"tools/{name}" for name in files]
+    for name in (*names, "requirements.txt", "requirements.lock", "pyproject.toml", "Makefile"):
         assert "://" not in (ROOT / name).read_text(), name
