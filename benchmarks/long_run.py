@@ -88,7 +88,7 @@ def summary(samples: list[dict[str, float]], steps: int) -> dict[str, Any]:
 
 def plot(documents: list[dict[str, Any]], path: Path) -> None:
     """One panel for each run."""
-    figure = matplotlib.figure.Figure(figsize=(8, 1.5 + 3 * len(documents)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 1 + 2.5 * len(documents)), layout="constrained")
     panels = figure.subplots(len(documents), sharex=True, squeeze=False)[:, 0]
     for axes, document in zip(panels, documents, strict=True):
         for rank, samples in enumerate(document["samples"]):

@@ -1,10 +1,10 @@
 """Elastic training of which one worker is killed. Run by test_elastic.py in every worker:
 
-    python elastic.py [--levels two-hop] [--steps 40] [--ask FILE]
+    python elastic.py [--levels two-hop] [--steps 40] [--timeout 60] [--ask FILE] [--last-word FILE]
 
-With --ask, the workers that are left ask for another host by making the file, which the script
-that discovers hosts looks at, and wait until Horovod has told them of it. So the newcomer always
-joins at the same commit.
+FILE is one that the script that discovers hosts looks at. The worker that is killed makes that of
+--last-word. The ones that are left make that of --ask, and wait until Horovod has told them of the
+new host, so that the newcomer always joins at the same commit.
 
 Workers print "START <host> <step> <world size> <first dither step> <digest of the state>" when they
 begin to train and after each change, "STEP <host> <step> <world size> <levels> <loss>", "LEFT ..."
@@ -26,6 +26,7 @@ import horovod.torch as hvd
 import torch
 from faults import digest, say
 
+from gq_horovod.config import DEFAULT_TIMEOUT
 from gq_horovod.torch import GlobalQSGD
 
 STEPS = 40
@@ -91,7 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--levels", default="standard")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT)
     parser.add_argument("--ask", type=Path)
+    parser.add_argument("--last-word", type=Path)
     options = parser.parse_args()
     faulthandler.dump_traceback_later(250, exit=True)
     torch.set_num_threads(1)
@@ -99,7 +102,9 @@ def main() -> None:
     hvd.init()
     net = model()
     bits = None if options.levels == "auto" else 8
-    compression = GlobalQSGD(levels=options.levels, bits=bits, check_replicas=1)
+    compression = GlobalQSGD(
+        levels=options.levels, bits=bits, check_replicas=1, timeout=options.timeout
+    )
     optimizer = hvd.DistributedOptimizer(
         sgd(net), named_parameters=net.named_parameters(), compression=compression
     )
@@ -118,6 +123,8 @@ def main() -> None:
                 say("START", host, state.step, hvd.size(), group.first_step, same)
             if state.step == KILL_AT and host == "127.0.0.1":
                 say("KILLED", state.step)
+                if options.last_word:
+                    options.last_word.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             optimizer.step()
             say("STEP", host, state.step, hvd.size(), group.plan.level_count, loss.item())

@@ -7,6 +7,7 @@ that replaces it comes from another. All of them are names of this machine.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,22 @@ JOINED = (ASK_AT // COMMIT_EVERY + 1) * COMMIT_EVERY  # the commit after the new
 OTHER_HOST = "127.1"  # a third name of the same address
 
 
-def let_it_find_hosts(directory: Path, wanted: Path | None = None) -> None:
-    """Write the script that discovers hosts."""
+def let_it_find_hosts(directory: Path, condition: str = "false") -> None:
+    """Write the script that discovers two hosts, and a third one if a command of sh succeeds."""
     discovery = directory / "hosts.sh"
-    more = "" if wanted is None else f"[ ! -e {wanted} ] || echo {OTHER_HOST}:1\n"
-    discovery.write_text(f"#!/bin/sh\necho localhost:2\necho 127.0.0.1:1\n{more}")
+    lines = ["#!/bin/sh", "echo localhost:2", "echo 127.0.0.1:1"]
+    lines += [f"if {condition}; then echo {OTHER_HOST}:1; fi", ""]
+    discovery.write_text("\n".join(lines))
     discovery.chmod(0o755)
 
 
-def run(directory: Path, *options: object, wanted: Path | None = None) -> Job:
-    """Train on two hosts, of which one is lost; a third one is there if `wanted` is."""
-    let_it_find_hosts(directory, wanted)
-    job = launch("elastic", 3, [SCRIPT, *options], LIMIT_SECONDS, directory)
+def run(
+    directory: Path, *options: object, condition: str = "false", fewest: int | None = None
+) -> Job:
+    """Train on two hosts, of which one is lost; a third one is there on a condition."""
+    let_it_find_hosts(directory, condition)
+    command = [SCRIPT, *options]
+    job = launch("elastic", 3, command, LIMIT_SECONDS, directory, fewest=fewest)
     assert not job.timed_out, job.report()
     assert job.status == 0, job.report()
     assert re.search(rf"KILLED {KILL_AT}\b", job.output), job.report()
@@ -68,8 +73,7 @@ def test_a_killed_worker(tmp_path: Path, record_property: Record) -> None:
     record_property("job", f"elastic: from 3 workers to 2, final loss {ratio:.4f} of exact steps'")
 
 
-# With "auto" long enough for all its trials after the newcomer has joined. Its loss is nearly all
-# noise by then.
+# With "auto" long enough for all its trials after the newcomer has joined.
 LENGTHS = {"standard": STEPS, "two-hop": STEPS, "exponential": STEPS, "auto": 140}
 
 
@@ -78,7 +82,8 @@ def test_a_killed_worker_is_replaced(levels: str, tmp_path: Path, record_propert
     """By one on another host, which joins at a commit: three workers, two, three."""
     wanted = tmp_path / "wanted"
     last = LENGTHS[levels]
-    job = run(tmp_path, "--levels", levels, "--steps", last, "--ask", wanted, wanted=wanted)
+    options = ("--levels", levels, "--steps", last, "--ask", wanted)
+    job = run(tmp_path, *options, condition=f"[ -e {wanted} ]")
     steps = steps_of(job)
     if levels == "standard":  # the headroom is that of the workers who are there
         assert {(size, levels) for *_, size, levels in steps} == {(3, 42), (2, 63)}
@@ -88,24 +93,51 @@ def test_a_killed_worker_is_replaced(levels: str, tmp_path: Path, record_propert
     after = sorted((step, host) for host, step, size, _ in steps if size == 3 and step >= JOINED)
     hosts = [OTHER_HOST, "localhost", "localhost"]
     assert after == [(step, host) for step in range(JOINED, last) for host in hosts], job.report()
-    # All begin with the same state, the newcomer too, and with dither that was not used before.
-    found = re.findall(r"START \S+ (\d+) (\d+) (\d+) (\w+)", job.output)
-    starts = {(int(step), int(size), int(first), digest) for step, size, first, digest in found}
-    assert len(found) == 3 + 2 + 3, job.report()
-    assert len(starts) == 3, job.report()
-    begun = sorted((step, size) for step, size, *_ in starts)
-    assert begun == [(0, 3), (COMMITTED, 2), (JOINED, 3)], job.report()
-    dither = sorted(first for *_, first, _ in starts)
-    assert dither[1] >= KILL_AT, job.report()
-    assert dither[2] == dither[1] + JOINED - COMMITTED, job.report()
+    check_starts(job, [(0, 3), (COMMITTED, 2), (JOINED, 3)])
     ratio = final_loss(job, 3) / undisturbed(last)
-    if levels == "auto":
-        (decided,) = set(re.findall(r"DONE \S+ \w+ (.*)", job.output))
-        assert decided != "None"
-    else:
-        assert ratio == pytest.approx(1, rel=0.05)
+    assert ratio == pytest.approx(1, rel=0.05)
+    (decided,) = set(re.findall(r"DONE \S+ \w+ (.*)", job.output))
+    assert (levels == "auto") == (decided != "None"), job.report()
     text = f"elastic, {levels}: from 3 workers to 2 to 3, final loss {ratio:.4f} of exact steps'"
     record_property("job", text)
+
+
+def check_starts(job: Job, expected: list[tuple[int, int]]) -> None:
+    """Assert that workers began to train at these steps, so many of them.
+
+    All begin with the same state, newcomers too, and with dither that was not used before.
+    """
+    found = re.findall(r"START \S+ (\d+) (\d+) (\d+) (\w+)", job.output)
+    starts = {(int(step), int(size), int(first), digest) for step, size, first, digest in found}
+    assert len(found) == sum(size for _, size in expected), job.report()
+    assert sorted((step, size) for step, size, *_ in starts) == expected, job.report()
+    firsts = sorted((step, first) for step, _, first, _ in starts)
+    assert firsts[0] == (0, 0), job.report()
+    assert firsts[1][1] >= KILL_AT, job.report()  # it may have begun this one
+    for (step, first), (later, then) in pairwise(firsts[1:]):
+        assert then - first == later - step, job.report()
+
+
+WATCHDOG_SECONDS = 40  # Gloo gives up first, after 30
+AFTER_MINUTES = 1.2
+
+
+@rarely
+def test_waiting_for_a_replacement(tmp_path: Path, record_property: Record) -> None:
+    """A job that goes on with three only. To wait for a host is nothing that the watchdog ends."""
+    lost = tmp_path / "lost"
+    options = ("--timeout", WATCHDOG_SECONDS, "--last-word", lost)
+    condition = f'[ -n "$(find {lost} -mmin +{AFTER_MINUTES} 2>/dev/null)" ]'
+    job = run(tmp_path, *options, condition=condition, fewest=3)
+    steps = steps_of(job)
+    assert {size for _, _, size, _ in steps} == {3}
+    assert {step for host, step, *_ in steps if host == OTHER_HOST} == set(range(COMMITTED, STEPS))
+    check_starts(job, [(0, 3), (COMMITTED, 3)])
+    ratio = final_loss(job, 3) / undisturbed()
+    assert ratio == pytest.approx(1, rel=0.05)
+    record_property(
+        "job", f"elastic: 3 workers, a pause, 3; final loss {ratio:.4f} of exact steps'"
+    )
 
 
 TENSORFLOW = """
