@@ -33,6 +33,7 @@ STEPS = 40
 COMMIT_EVERY = 5
 KILL_AT = 13  # between two commits
 ASK_AT = 22
+NEWCOMER_SECONDS = 120
 TOLD_SECONDS = 60.0  # Horovod looks for hosts every second
 RATE = 0.01
 MOMENTUM = 0.5
@@ -100,6 +101,9 @@ def main() -> None:
     torch.set_num_threads(1)
     host = os.environ["HOROVOD_HOSTNAME"]
     hvd.init()
+    # From the next start on: who waits longer than that for a newcomer to start is aborted, and the
+    # job with it. In this session it is also how long it may take to notice the lost worker.
+    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(NEWCOMER_SECONDS)
     net = model()
     bits = None if options.levels == "auto" else 8
     compression = GlobalQSGD(
