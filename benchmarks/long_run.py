@@ -2,6 +2,8 @@
 """Memory and handles of a long training: does anything grow, do replicas drift?
 
     mpirun -np 2 python benchmarks/long_run.py --steps 20000 --output build/long_run
+    mpirun -np 2 python benchmarks/long_run.py --transport mpi --output build/long_run_mpi
+    python benchmarks/long_run.py --draw build/long_run*.json --output build/all    # side by side
 
 Each rank samples its resident memory, its threads and open files, and the handles that Horovod
 holds for it. The slope of memory after the warm-up is fitted by least squares. Parameters are
@@ -84,30 +86,42 @@ def summary(samples: list[dict[str, float]], steps: int) -> dict[str, Any]:
     return {"mb_per_1000_steps": slope, "rss_mb": counted[-1]["rss_mb"], **ends}
 
 
-def plot(ranks: list[list[dict[str, float]]], title: str, path: Path) -> None:
-    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for rank, samples in enumerate(ranks):
-        axes.plot(
-            [each["step"] for each in samples],
-            [each["rss_mb"] for each in samples],
-            label=f"rank {rank}",
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("resident memory, MB")
-    axes.set_ylim(0, 1.2 * max(each["rss_mb"] for samples in ranks for each in samples))
-    axes.set_title(title, fontsize=10)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def plot(documents: list[dict[str, Any]], path: Path) -> None:
+    """One panel for each run."""
+    figure = matplotlib.figure.Figure(figsize=(8, 1 + 2.5 * len(documents)), layout="constrained")
+    panels = figure.subplots(len(documents), sharex=True, squeeze=False)[:, 0]
+    for axes, document in zip(panels, documents, strict=True):
+        for rank, samples in enumerate(document["samples"]):
+            axes.plot(
+                [each["step"] for each in samples],
+                [each["rss_mb"] for each in samples],
+                label=f"rank {rank}",
+            )
+        slope = max(result["mb_per_1000_steps"] for result in document["ranks"])
+        title = f"{document['steps']} steps, {document['levels']}, "
+        title += f"transport {document['transport']}: {slope:+.4f} MB in 1000 steps at most"
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel("resident memory, MB")
+        axes.set_ylim(0, 1.2 * max(e["rss_mb"] for own in document["samples"] for e in own))
+        axes.legend(loc="lower right")
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--levels", default="standard")
-    parser.add_argument("--transport", default="horovod")
+    parser.add_argument("--levels", default="standard", choices=GlobalQSGD.LEVELS)
+    parser.add_argument("--transport", default="horovod", choices=GlobalQSGD.TRANSPORTS)
     parser.add_argument("--output", type=Path, default=Path("build/long_run"))
+    parser.add_argument(
+        "--draw", type=Path, nargs="+", metavar="JSON", help="draw runs that were made, and end"
+    )
     options = parser.parse_args()
+    if options.draw:
+        documents = [json.loads(path.read_text()) for path in options.draw]
+        plot(documents, options.output.with_suffix(".png"))
+        return 0
     torch.set_num_threads(1)
     hvd.init()
     begin = time.monotonic()
@@ -123,9 +137,6 @@ def main() -> int:
     slopes = [result["mb_per_1000_steps"] for result in results]
     if hvd.rank() == 0:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        title = f"{options.steps} steps, {options.levels}, transport {options.transport}: "
-        title += f"{max(slopes):+.3f} MB in 1000 steps at most"
-        plot(ranks, title, options.output.with_suffix(".png"))
         document = {
             "steps": options.steps,
             "levels": options.levels,
@@ -135,6 +146,7 @@ def main() -> int:
             "ranks": results,
             "samples": ranks,
         }
+        plot([document], options.output.with_suffix(".png"))
         options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
         for rank, result in enumerate(results):
             print(f"rank {rank}: {result}")

@@ -68,6 +68,8 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
 }
 
+_STEP = "step"  # of what ranks tell each other when they compare configurations: may differ
+
 
 # -------------------------------------------------------------------------------------- collectives
 
@@ -199,7 +201,10 @@ class _Group:
     pipeline: Pipeline
     trials: Trials | None  # where levels="auto"
     census: log.Census | None  # of its tensors, on the rank that logs them
-    steps: dict[str, int] = field(default_factory=dict)  # reductions so far, by tensor name
+    # Of the first reduction of each tensor. Not 0 in a session that follows another one, such as
+    # after a lost worker: the dither of steps that were is not used again.
+    first_step: int
+    steps: dict[str, int] = field(default_factory=dict)  # the next one of each tensor, by its name
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor name
     # Steps of the optimizers, where their parameters are compared between ranks.
     checked: weakref.WeakKeyDictionary[Any, replicas.Steps] = field(
@@ -208,15 +213,20 @@ class _Group:
     checks: list[replicas.Check] = field(default_factory=list)  # of those, under way
 
     def next_step(self, name: str) -> int:
-        step = self.steps.get(name, 0)
+        step = self.steps.get(name, self.first_step)
         self.steps[name] = step + 1
         return step
+
+    def end_step(self) -> int:
+        """A step that no tensor has reached."""
+        return max(self.steps.values(), default=self.first_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What TorchFrontend.state_dict() has of this group."""
         return {
             "rank": self.rank,
             "world_size": self.plan.world_size,
+            "first_step": self.first_step,
             "steps": dict(self.steps),
             "memories": {name: dict(memory) for name, memory in self.memories.items()},
             "trials": None if self.trials is None else self.trials.state_dict(),
@@ -224,6 +234,7 @@ class _Group:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what state_dict() returned on this rank of a group of this size."""
+        self.first_step = state["first_step"]
         self.steps = dict(state["steps"])
         self.memories = {name: dict(memory) for name, memory in state["memories"].items()}
         if self.trials is not None:
@@ -318,7 +329,7 @@ class TorchFrontend(Frontend):
         step = group.next_step(caller.name)
         plan = group.plan
         if group.trials is not None:
-            way = group.trials.way(step, tensor.numel())
+            way = group.trials.way(step - group.first_step, tensor.numel())
             if way.plan is None:
                 return _left_to_horovod(tensor, way.half)
             plan = way.plan
@@ -511,7 +522,8 @@ class TorchFrontend(Frontend):
         collectives = _Collectives(process_set)
         log.identify(hvd.rank(), hvd.size())
         loaded = self._loaded.get(number)
-        self._require_agreement(collectives, _describe_loaded(loaded, process_set))
+        before = 0 if group is None else group.end_step()
+        first_step = self._agree(collectives, _describe_loaded(loaded, process_set), before)
         exchanges = None
         pipeline = Pipeline(self.config.FUNCTION)
         if self.config.transport == "mpi":
@@ -527,9 +539,16 @@ class TorchFrontend(Frontend):
 
             speaks = process_set.rank() == 0
             trials = Trials(self.config, plan.world_size, agree, speaks=speaks)
-        census = self.begin_log(process_set, plan)
         group = _Group(
-            session, process_set.rank(), plan, collectives, exchanges, pipeline, trials, census
+            session,
+            process_set.rank(),
+            plan,
+            collectives,
+            exchanges,
+            pipeline,
+            trials,
+            self.begin_log(process_set, plan),
+            first_step,
         )
         if loaded is not None:
             group.load_state_dict(loaded)
@@ -538,14 +557,23 @@ class TorchFrontend(Frontend):
         _ = self._watchdog  # starts with the first group
         return group
 
-    def _require_agreement(self, collectives: _Collectives, loaded: dict[str, Any]) -> None:
+    def _agree(self, collectives: _Collectives, loaded: dict[str, Any], before: int) -> int:
+        """Compare the ranks' configurations, and return the first step, the same on every rank.
+
+        `before` is the one that this rank's sessions before have not reached. A worker that joins
+        an elastic job has had none, and takes the rank, and so the dither, of another one.
+        """
         function = self.config.FUNCTION
         description = {**agreement.describe(self.config), **loaded}
         if self.config.transport == "mpi" and (problem := _mpi_problem()):
             remedy = "leave transport out to use Horovod's own operations."
             description = {"error": f"transport='mpi' cannot be used, {problem}; or {remedy}"}
-        handle = collectives.allgather(agreement.encode(description), "gq.configuration")
-        agreement.require_same(agreement.decode(agreement.wait(handle, function)), function)
+        own = agreement.encode({**description, _STEP: before})
+        handle = collectives.allgather(own, "gq.configuration")
+        gathered = agreement.decode(agreement.wait(handle, function))
+        steps = [each.pop(_STEP, 0) for each in gathered]  # another version may not have it
+        agreement.require_same(gathered, function)
+        return max(steps)
 
 
 class GlobalQSGD(TorchFrontend, Compression):

@@ -53,24 +53,30 @@ def launch(
     limit: float,
     directory: Path,
     variables: Mapping[str, str] | None = None,
+    fewest: int | None = None,
 ) -> Job:
     """Run a Python command in `ranks` ranks on this machine.
 
     Arguments:
         transport: "mpirun" (Open MPI), "mpich" (its mpiexec), "horovodrun" (Horovod over Gloo), or
-            "elastic" (the same, on the hosts that `directory`/hosts.sh lists; one may be lost; all
-            ranks print to the launcher's output).
+            "elastic" (the same, on the hosts that `directory`/hosts.sh lists; all ranks print to
+            the launcher's output).
         command: arguments of the Python interpreter.
         limit: seconds after which the whole job is ended.
         directory: an empty one, for the output.
         variables: more environment variables.
+        fewest: ranks that an elastic job goes on with; by default one may be lost.
     """
     output = directory / "ranks"
     log = directory / "launcher.txt"
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*_prefix(transport, ranks, output), sys.executable, *(str(part) for part in command)],
+            [
+                *_prefix(transport, ranks, output, fewest),
+                sys.executable,
+                *(str(part) for part in command),
+            ],
             cwd=ROOT,
             env={**_environment(transport, directory), **(variables or {})},
             stdin=subprocess.DEVNULL,
@@ -94,7 +100,7 @@ def launch(
     )
 
 
-def _prefix(transport: str, ranks: int, output: Path) -> list[str]:
+def _prefix(transport: str, ranks: int, output: Path, fewest: int | None) -> list[str]:
     if transport == "mpirun":
         # More ranks than cores: let them share, and give their core away while they wait.
         sharing = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
@@ -105,7 +111,7 @@ def _prefix(transport: str, ranks: int, output: Path) -> list[str]:
         files = [f"-{name}file-pattern={output}/rank.%r/std{name}" for name in ("out", "err")]
         return [str(MPICH / "bin" / "mpiexec"), "-n", str(ranks), *files]
     if transport == "elastic":
-        found = ["--min-np", str(ranks - 1), "--max-np", str(ranks)]
+        found = ["--min-np", str(fewest or ranks - 1), "--max-np", str(ranks)]
         found += ["--host-discovery-script", str(output.parent / "hosts.sh")]
         return [_tool("horovodrun"), "--gloo", "-np", str(ranks), *found, "--cycle-time-ms", "5"]
     # For the same reason Horovod's own threads shall not wake up every millisecond.

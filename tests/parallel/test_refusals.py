@@ -197,7 +197,7 @@ def test_a_tensor_that_requires_grad_before_anything_moves(
     def communicate(*_: object) -> None:
         raise RuntimeError("the ranks were asked to agree")
 
-    monkeypatch.setattr(GlobalQSGD, "_require_agreement", communicate)
+    monkeypatch.setattr(GlobalQSGD, "_agree", communicate)
     fresh = GlobalQSGD()
     with pytest.raises(ValueError, match="must not require gradients"):
         allreduce(torch.ones(5000, requires_grad=True), name, compression=fresh)

@@ -77,8 +77,9 @@ def test_an_instance_goes_back(name: str) -> None:
 
 def test_the_class_stands_for_its_default_instance(name: str) -> None:
     reduce(GlobalQSGD, range(1), name)
-    (steps,) = (group["steps"] for group in GlobalQSGD.state_dict()["process_sets"].values())
-    assert steps[f"{name}.vector"] == 1
+    (group,) = GlobalQSGD.state_dict()["process_sets"].values()
+    # Tests that start Horovod again may have run before.
+    assert group["steps"][f"{name}.vector"] == group["first_step"] + 1
 
 
 def test_the_state_of_another_configuration() -> None:
