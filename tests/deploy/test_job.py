@@ -42,7 +42,7 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 """
-# Seconds; on two cores that other work kept busy, a job took up to 199.
+# Seconds; on two cores that other work kept busy, a job took up to 215.
 JOB_LIMIT = 1200
 # Of the operator's launcher Pod.
 OPERATORS_ENVIRONMENT = {
