@@ -31,6 +31,9 @@ OVERLAYS = sorted(
 CRD = ROOT.parent / "shared" / "data" / "mpijob-crd.yaml"
 IN_IMAGE = "/opt/gq-horovod/"  # where the Dockerfile puts the repository
 KUBERNETES = "1.31"  # schemas of the built-in kinds
+# Beside what the launcher's command names: Open MPI's session directory, on launcher and workers,
+# and Python's temporary files. test_images.py checks that the image's settings name no other place.
+WRITTEN_BY_THE_IMAGE = ("/tmp",)
 # The operator adds these to the Pods; a manifest may mount neither and need not declare them.
 OPERATORS_VOLUMES = {"ssh-auth", "mpi-job-config"}
 # What the operator knows, and ignores or falls back from when it reads anything else.
@@ -264,11 +267,7 @@ def command_complaints(documents: list[Document]) -> list[str]:
         complaints += [f"{script} has no {option}" for option in given - options_of(source)]
     if not scripts:
         complaints.append("the launcher runs no script")
-    mounted = {
-        mount["mountPath"]
-        for container in pods(only(documents, "MPIJob"))["Worker"]["spec"]["containers"]
-        for mount in container["volumeMounts"]
-    }
+    worker = pods(only(documents, "MPIJob"))["Worker"]
     paths = {
         option: value
         for option, _, value in (argument.partition("=") for argument in arguments)
@@ -278,8 +277,10 @@ def command_complaints(documents: list[Document]) -> list[str]:
         if option not in paths:
             complaints.append(f"{option} is not given")
     for option, value in paths.items():
-        if not any(value == path or value.startswith(f"{path}/") for path in mounted):
-            complaints.append(f"{option}: no worker has a volume at {value}")
+        lasting = option != "--cache"  # which a worker prepares anew
+        if not lies_under(value, writable(worker, lasting)):
+            kind = "claimed volume" if lasting else "volume"
+            complaints.append(f"{option}: no worker has a {kind} at {value}")
     return complaints
 
 
@@ -301,23 +302,62 @@ def image_complaints(documents: list[Document]) -> list[str]:
     return complaints
 
 
+def container_complaints(role: str, pod: Document) -> list[str]:
+    """Check what the containers of a Pod may do, write and use up, whoever runs in them."""
+    spec = pod["spec"]
+    complaints = []
+    if spec.get("automountServiceAccountToken") is not False:
+        complaints.append(f"{role}: has a token of the cluster's API")
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        context = {**spec.get("securityContext", {}), **container.get("securityContext", {})}
+        if context.get("readOnlyRootFilesystem") is not True:
+            complaints.append(f"{role}: can write to its root file system")
+        if context.get("allowPrivilegeEscalation") is not False:
+            complaints.append(f"{role}: may escalate privileges")
+        if context.get("capabilities", {}).get("drop") != ["ALL"]:
+            complaints.append(f"{role}: keeps capabilities")
+        if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
+            complaints.append(f"{role}: makes system calls without a seccomp profile")
+        if not {"cpu", "memory"} <= container.get("resources", {}).get("limits", {}).keys():
+            complaints.append(f"{role}: has no limits of cpu and memory")
+    return complaints
+
+
+def writable(pod: Document, lasting: bool = False) -> set[str]:
+    """Return where the first container of a Pod can write: the mount paths of its volumes.
+
+    lasting: only of those that outlive the Pod, being claimed.
+    """
+    claimed = {v["name"] for v in pod["spec"].get("volumes", []) if "persistentVolumeClaim" in v}
+    return {
+        mount["mountPath"]
+        for mount in pod["spec"]["containers"][0].get("volumeMounts", [])
+        if not mount.get("readOnly") and (not lasting or mount["name"] in claimed)
+    }
+
+
+def lies_under(path: str, places: set[str]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
 def security_complaints(documents: list[Document]) -> list[str]:
-    """Check that nothing runs as root or may become root, and that each container has limits."""
+    """Check that nothing runs as root, may become root, or lacks a place that it writes to."""
     complaints = []
     for role, pod in pods(only(documents, "MPIJob")).items():
         context = pod["spec"].get("securityContext", {})
         if context.get("runAsNonRoot") is not True or context.get("runAsUser") != 1000:
             complaints.append(f"{role}: does not run as mpiuser, uid 1000")
-        if pod["spec"].get("automountServiceAccountToken") is not False:
-            complaints.append(f"{role}: has a token of the cluster's API")
-        for container in pod["spec"]["containers"]:
-            inner = container.get("securityContext", {})
-            if inner.get("allowPrivilegeEscalation") is not False:
-                complaints.append(f"{role}: may escalate privileges")
-            if inner.get("capabilities", {}).get("drop") != ["ALL"]:
-                complaints.append(f"{role}: keeps capabilities")
-            if not {"cpu", "memory"} <= container.get("resources", {}).get("limits", {}).keys():
-                complaints.append(f"{role}: has no limits of cpu and memory")
+        complaints += container_complaints(role, pod)
+        complaints += [
+            f"{role}: no volume at {path}, where the image writes"
+            for path in WRITTEN_BY_THE_IMAGE
+            if not lies_under(path, writable(pod))
+        ]
+        complaints += [
+            f"{role}: the volume {volume['name']} has no sizeLimit and can fill the node's disk"
+            for volume in pod["spec"].get("volumes", [])
+            if "sizeLimit" not in volume.get("emptyDir", {"sizeLimit": ""})
+        ]
     return complaints
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checks import ROOT, version
+from checks import ROOT, WRITTEN_BY_THE_IMAGE, lies_under, pods, version, writable
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
@@ -139,7 +139,7 @@ def test_user_ports_and_paths_are_those_of_the_manifests() -> None:
     assert re.search(rf"^ +Port {port}$", ssh, re.M)
     # What the operator's wiring needs of sshd and ssh.
     assert (sshd["StrictModes"], sshd["UsePAM"]) == ("no", "no")
-    assert sshd["PidFile"].startswith("/home/mpiuser/")
+    assert sshd["PidFile"] == "none"  # it has nowhere to write one
     assert f"HostKey {JOB['spec']['sshAuthMountPath']}/id_rsa" in (
         DOCKER / "sshd_config"
     ).read_text().split("\n")
@@ -147,11 +147,36 @@ def test_user_ports_and_paths_are_those_of_the_manifests() -> None:
     # A worker runs what the image copies; the launcher too.
     assert f"docker/sshd_config {container['command'][-1]}\n" in run
     assert "docker/gq-launch /usr/local/bin/gq-launch" in run
-    # A rank, started over ssh, has the PATH of the image.
-    (path,) = re.findall(r"^ENV PATH=(\S+)$", run, re.M)
-    assert sshd["SetEnv"] == f"PATH={path}"
-    assert path.startswith("/opt/gq-horovod/.venv/bin:")
+    # A rank, started over ssh, has the environment of the image.
+    environment = image_environment()
+    assert sshd["SetEnv"].split() == [f"{name}={value}" for name, value in environment.items()]
+    assert environment["PATH"].startswith("/opt/gq-horovod/.venv/bin:")
     assert f"ARG VERSION={version()}\n" in run
+
+
+def image_environment() -> dict[str, str]:
+    """What the Dockerfile's ENV says."""
+    (text,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", stage("run"), re.M)
+    return dict(word.split("=", 1) for word in text.replace("\\\n", " ").split())
+
+
+def test_caches_of_libraries_lie_in_a_volume_of_every_pod() -> None:
+    """Their usual places are in the home, which is on the read-only root file system."""
+    environment = image_environment()
+    caches = {name: path for name, path in environment.items() if name != "PATH"}
+    assert {"XDG_CACHE_HOME", "MPLCONFIGDIR", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH"} == set(caches)
+    for pod in pods(JOB).values():
+        for path in caches.values():
+            assert lies_under(path, writable(pod)), path
+            assert lies_under(path, set(WRITTEN_BY_THE_IMAGE)), path
+
+
+def test_the_image_has_a_place_for_every_mount() -> None:
+    """A container runtime may not be able to make one on a read-only root file system."""
+    mounts = {path for pod in pods(JOB).values() for path in writable(pod)}
+    mounts |= {JOB["spec"]["sshAuthMountPath"], "/etc/mpi"}  # the operator's
+    made = set(re.findall(r"(?<=\s)/[\w/.]+", " ".join(re.findall("install -d .*", stage("run")))))
+    assert mounts - {"/tmp"} == made
 
 
 def names_in_the_runbook_that_do_not_exist(text: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from checks import (
     ROOT,
     builtin_complaints,
     complaints_about,
+    container_complaints,
     only,
     pods,
     render,
@@ -107,6 +109,14 @@ def test_the_pod_for_results() -> None:
     assert builtin_complaints([pod]) == []
     claim = pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
     assert claim == only(render(K8S / LOCAL), "PersistentVolumeClaim")["metadata"]["name"]
+    # It runs as root, to give the volume away; all else is as in the Pods of a job.
+    assert container_complaints("results", pod) == []
+    (container,) = pod["spec"]["containers"]
+    assert set(container["securityContext"]["capabilities"]["add"]) == {"CHOWN", "DAC_OVERRIDE"}
+    for setting in ("readOnlyRootFilesystem", "allowPrivilegeEscalation", "capabilities"):
+        broken = copy.deepcopy(pod)
+        del broken["spec"]["containers"][0]["securityContext"][setting]
+        assert len(container_complaints("results", broken)) == 1
     pod["spec"]["activeDeadlineSecond"] = pod["spec"].pop("activeDeadlineSeconds")
     assert "activeDeadlineSecond" in str(builtin_complaints([pod]))
 
