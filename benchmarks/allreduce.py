@@ -32,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "Horovod float32"
 LOOPBACK = "loopback"
+RESULT = "RESULT "  # begins the line that a process prints for the one that started it
 
 
 # Name -> (bytes per element, one Allreduce of `count` elements).
@@ -129,7 +130,14 @@ def run_rank(job: str, counts: list[int], rounds: int, budget: float) -> None:
             if number >= 1 and comm.bcast(late):
                 break
     if comm.rank == 0:
-        print("RESULT " + json.dumps({"seconds": seconds, "bytes_per_element": sizes}), flush=True)
+        print(RESULT + json.dumps({"seconds": seconds, "bytes_per_element": sizes}), flush=True)
+
+
+def result_in(output: str) -> dict[str, Any]:
+    """What a process of ours printed for the one that started it."""
+    line = next(line for line in output.splitlines() if line.startswith(RESULT))
+    found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+    return found
 
 
 def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
@@ -163,8 +171,7 @@ def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
                 check=True,
                 timeout=options.timeout,
             ).stdout
-            line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-            found = json.loads(line.removeprefix("RESULT "))
+            found = result_in(output)
             merged["bytes_per_element"] |= found["bytes_per_element"]
             for count in options.elements:
                 merged["seconds"][count] |= found["seconds"][str(count)]

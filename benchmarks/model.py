@@ -90,8 +90,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
             script = [str(Path(__file__).resolve()), "--measure", str(elements)]
             output = run(*script, "--rounds", str(options.rounds))
             loads.append(os.getloadavg()[0])
-            line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-            seconds = json.loads(line.removeprefix("RESULT "))["seconds"][str(elements)]
+            seconds = allreduce.result_in(output)["seconds"][str(elements)]
             for method in model.METHODS:
                 if method.name not in seconds:
                     continue

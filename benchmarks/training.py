@@ -55,7 +55,6 @@ from common import methods  # noqa: E402
 MODELS = ("deeplight", "transformer", "convnet")
 COMPUTE = "compute alone"  # the name of training without communication
 LOOPBACK = "loopback"
-RESULT = "RESULT "  # begins the line that a process prints for the one that started it
 PARTS = ("compute", "quantize", "communicate", "wait")
 
 Phases = dict[str, float]  # seconds of one step; see Contestant.step
@@ -320,7 +319,7 @@ def run_rank(options: argparse.Namespace) -> None:
             "parameters": sum(parameter.numel() for parameter in shared.model.parameters()),
             "torch_threads": torch.get_num_threads(),
         }
-        print(RESULT + json.dumps(result), flush=True)
+        print(allreduce.RESULT + json.dumps(result), flush=True)
     hvd.shutdown()
 
 
@@ -335,7 +334,7 @@ def record(options: argparse.Namespace) -> None:
     import workloads
 
     workload = workloads.WORKLOADS[options.model](options.cache)
-    print(RESULT + json.dumps(replay.record(workload, options.record)))
+    print(allreduce.RESULT + json.dumps(replay.record(workload, options.record)))
     hvd.shutdown()
 
 
@@ -448,7 +447,7 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
     if options.replay:
         script = [sys.executable, str(Path(__file__).resolve()), options.model]
         script += ["--cache", str(options.cache), "--record", str(ranks)]
-        times = result_in(subprocess.check_output(script, env=environment, text=True))
+        times = allreduce.result_in(subprocess.check_output(script, env=environment, text=True))
         times = {name: options.replay * seconds for name, seconds in times.items()}
     loads = [os.getloadavg()[0]]
     with hosts(ranks, rate) as (bed, interface, where):
@@ -468,14 +467,7 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
         ).stdout
     loads.append(os.getloadavg()[0])
     facts = {"where": where, "rate": rate, "ranks": ranks, "load": loads, "replayed": times}
-    return result_in(output) | facts
-
-
-def result_in(output: str) -> dict[str, Any]:
-    """What a process of ours printed for the one that started it."""
-    line = next(line for line in output.splitlines() if line.startswith(RESULT))
-    found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
-    return found
+    return allreduce.result_in(output) | facts
 
 
 def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:

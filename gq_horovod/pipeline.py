@@ -34,8 +34,6 @@ Array = NDArray[Any]
 # still fill the network.
 CHUNK_ELEMENTS = 1 << 21
 
-_INFINITY = 0x7F800000  # bits of a norm; those of NaN are larger
-
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
 _POLL_SECONDS = 50e-6
 
@@ -139,7 +137,7 @@ def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
     Now and then: where losses are scaled it may be ordinary, and where a model has diverged it is
     so for every tensor.
     """
-    if not (_log.on(logging.WARNING) and norms.size and norms.max() >= _INFINITY):
+    if not (_log.on(logging.WARNING) and norms.size and norms.max() >= codec.INFINITY):
         return
     if (count := _not_finite.count()) is not None:
         _log.say(
@@ -168,10 +166,10 @@ def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
     return norms
 
 
-def quantize(task: Task, chunk: Chunk) -> Payload:
-    """This rank's codes of a chunk."""
+def quantize(task: Task, chunk: Chunk, out: Payload | None = None) -> Payload:
+    """This rank's codes of a chunk, in `out` if it is given."""
     random = task.dither(chunk.index, Stage.QUANTIZE, task.plan.strata)
-    return codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random)
+    return codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random, out)
 
 
 def standard(
@@ -200,8 +198,7 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
         x = chunk.of(task.x)
         size = codec.shard_size(x.size, plan) * plan.world_size
         codes = np.empty(size, dtype=codec.payload_dtype(plan))
-        random = task.dither(chunk.index, Stage.QUANTIZE, plan.strata)
-        codec.quantize(x, chunk.norms, plan, random, out=codes)
+        quantize(task, chunk, codes)
         name = f"{task.name}.codes.{chunk.index}"
         received.append((chunk, task.collectives.alltoall(codes, name)))
     means = []

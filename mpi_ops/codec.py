@@ -25,7 +25,7 @@ from .scheme import Plan
 Norms = NDArray[np.int32]
 Payload = NDArray[Any]  # int32 or uint8, see payload_dtype
 
-_INFINITY = 0x7F800000  # bit pattern of the smallest norm that is not finite
+INFINITY = 0x7F800000  # bit pattern of the smallest norm that is not finite
 
 
 def kernels_for(tensor: Buffer) -> Kernels:
@@ -200,7 +200,7 @@ def _requantize(
     measure = host.l2norm if plan.norm == "l2" else host.absmax
     measure(buffer, block_size, out=own_norms)
     # No mean exceeds the norm that it was decoded with, but for rounding, which must not make Inf.
-    finite = norms < _INFINITY
+    finite = norms < INFINITY
     np.minimum(own_norms, norms, out=own_norms, where=finite)
     host.quantize_standard(
         buffer,

@@ -399,7 +399,7 @@ def test_a_method_without_rounding_passes_exactly(monkeypatch: pytest.MonkeyPatc
     def values(buffer: Buffer) -> Array:
         return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
 
-    def quantize(x: Buffer, norms: Array, plan: Plan, random: Array) -> Array:
+    def quantize(x: Buffer, norms: Array, plan: Plan, random: Array, out: None) -> Array:
         return values(x).astype(np.int32)
 
     def dequantize(payload: Array, norms: Array, plan: Plan, out: Buffer) -> None:
