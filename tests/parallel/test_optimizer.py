@@ -471,7 +471,8 @@ def _values(buffer: Buffer) -> Any:
     return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
 
 
-def _integers(x: Buffer, norms: Any, plan: Plan, random: Any) -> Any:
+def _integers(x: Buffer, norms: Any, plan: Plan, random: Any, out: Any = None) -> Any:
+    assert out is None, "standard levels are quantized into their own payload"
     return _values(x).astype(np.int32)
 
 
