@@ -34,6 +34,13 @@ Array = NDArray[Any]
 # still fill the network.
 CHUNK_ELEMENTS = 1 << 21
 
+# Reductions in a row whose operations are not complete, before nobody asks about the rest: a model
+# has hundreds. Operations complete about in the order in which they began.
+_PATIENCE = 3
+
+# Who waits for one reduction asks about all others every so many times, some two milliseconds.
+_ROUNDS_TO_EVERYTHING = 16
+
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
 _POLL_SECONDS = 50e-6
 
@@ -308,13 +315,14 @@ class Pipeline:
 
     def __init__(self, function: str = "GlobalQSGD") -> None:
         self._function = function  # what errors name
-        self._in_flight: dict[str, InFlight] = {}
+        self._in_flight: dict[str, InFlight] = {}  # those not asked for yet
+        self._waiting: dict[str, InFlight] = {}  # not done, by when they last advanced
         self._advances = 0
         # The tensor that is waited for, and what changes with every progress; None: nobody waits.
         self.idle: tuple[str, int] | None = None
 
     def submit(self, task: Task) -> InFlight:
-        """Start reducing a tensor and advance the others. Waits for nothing.
+        """Start reducing a tensor and advance others. Waits for nothing.
 
         (But for one case: a reduction of the same name that was started and never asked for,
         because the step failed in between. It is finished first, as it is on every other rank.)
@@ -322,16 +330,38 @@ class Pipeline:
         abandoned = self._in_flight.get(task.name)
         if abandoned is not None:
             self._settle(abandoned)  # nobody asked for its error either
-        self.poll()
+        self.poll(_PATIENCE)
         started = InFlight(task)
         self._in_flight[task.name] = started
+        if not started.done:
+            self._waiting[task.name] = started
         return started
 
-    def poll(self) -> bool:
-        """Advance every reduction whose operation is complete. Whether any was."""
-        advanced = [reduction.advance() for reduction in self._in_flight.values()]
-        self._advances += sum(advanced)
-        return any(advanced)
+    def poll(self, patience: int | None = None) -> bool:
+        """Advance the reductions whose operations are complete. Whether any was.
+
+        In the order in which those operations began; with `patience`, until so many in a row are
+        not complete.
+        """
+        before, missed = self._advances, 0
+        for reduction in list(self._waiting.values()):
+            if self._advance(reduction):
+                missed = 0
+            else:
+                missed += 1
+                if missed == patience:
+                    break
+        return self._advances > before
+
+    def _advance(self, reduction: InFlight) -> bool:
+        """Advance one, and wait for its next operation behind those that began before it."""
+        if not reduction.advance():
+            return False
+        self._advances += 1
+        del self._waiting[reduction.task.name]
+        if not reduction.done:
+            self._waiting[reduction.task.name] = reduction
+        return True
 
     @property
     def busy(self) -> bool:
@@ -342,6 +372,7 @@ class Pipeline:
         """Forget what is in flight: after a failed operation none of it can be trusted."""
         self.idle = None
         self._in_flight.clear()
+        self._waiting.clear()
 
     def finish(self, reduction: InFlight) -> Buffer:
         """The mean of a tensor. Blocks, and advances the others meanwhile.
@@ -358,7 +389,11 @@ class Pipeline:
             raise
 
     def _settle(self, reduction: InFlight, meanwhile: Callable[[], object] = bool) -> None:
-        """Advance everything until a reduction is done, and forget that one."""
+        """Advance everything until a reduction is done, and forget that one.
+
+        Now and then everything at once: another rank may wait for one that is far behind here.
+        """
+        rounds = 0
         while not reduction.done:
             self.idle = (reduction.name, self._advances)
             if self._in_flight.get(reduction.name) is not reduction:
@@ -366,7 +401,10 @@ class Pipeline:
                     f"{self._function}: the reduction of {reduction.name!r} was given up, because "
                     "an operation that was in flight with it failed; see the first error."
                 )
-            if not self.poll():
+            rounds += 1
+            everything = rounds % _ROUNDS_TO_EVERYTHING == 0
+            moved = self.poll(None if everything else _PATIENCE)
+            if not (moved or self._advance(reduction)):
                 time.sleep(_POLL_SECONDS)
             meanwhile()
         self.idle = None

@@ -248,7 +248,8 @@ class _Context(NamedTuple):
     reduction: InFlight
     token: tuple[float, ...]
     factor: float  # result = mean over ranks * factor
-    template: torch.Tensor  # on the meta device: shape, dtype and strides, no memory
+    strides: tuple[int, ...] | None  # of the result; None: contiguous
+    dtype: torch.dtype
     device: torch.device
     sample: Sample | None  # of a step whose statistics are collected
 
@@ -334,8 +335,9 @@ class TorchFrontend(Frontend):
                 return _left_to_horovod(tensor, way.half)
             plan = way.plan
         dtype = _DTYPES[tensor.dtype]
-        device = tensor.device
-        template = torch.empty_like(tensor, device="meta")
+        strides = None
+        if not tensor.is_contiguous():  # dense ones, also where the tensor's own are not
+            strides = torch.empty_like(tensor, device="meta").stride()
         values = self._stage(tensor.detach())
         result_dtype = self.RESULT_DTYPE or values.dtype
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
@@ -361,8 +363,10 @@ class TorchFrontend(Frontend):
         mark = token.make(caller.name, values.numel(), dtype)
         reduction = group.pipeline.submit(task)
         factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
-        context = _Context(group, reduction, mark, factor, template, device, sample)
-        return torch.tensor(mark, dtype=torch.float64), context
+        context = _Context(
+            group, reduction, mark, factor, strides, tensor.dtype, tensor.device, sample
+        )
+        return torch.from_numpy(np.array(mark)), context
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
@@ -389,11 +393,10 @@ class TorchFrontend(Frontend):
             self._collect(ctx.reduction.task, ctx.sample)
         if ctx.factor != 1:
             mean.mul_(ctx.factor)
-        if not ctx.template.is_contiguous():
+        if ctx.strides is not None:
             # A channels_last gradient stays one: its optimizer state has these strides too.
-            strides, dtype = ctx.template.stride(), ctx.template.dtype
-            mean = torch.empty_strided(mean.shape, strides, dtype=dtype).copy_(mean)
-        return mean.to(ctx.device, ctx.template.dtype)
+            mean = torch.empty_strided(mean.shape, ctx.strides, dtype=ctx.dtype).copy_(mean)
+        return mean.to(ctx.device, ctx.dtype)
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import lanes
 from .kernels import host
-from .kernels.interface import Buffer, Kernels
+from .kernels.interface import INT32, UINT8, Buffer, Kernels
 from .scheme import Plan
 
 Norms = NDArray[np.int32]
@@ -39,7 +39,7 @@ def kernels_for(tensor: Buffer) -> Kernels:
 
 def payload_dtype(plan: Plan) -> np.dtype[Any]:
     """Element type of a payload."""
-    return np.dtype(np.uint8 if plan.levels == "exponential" else np.int32)
+    return UINT8 if plan.levels == "exponential" else INT32
 
 
 def payload_size(count: int, plan: Plan) -> int:
@@ -88,7 +88,7 @@ def norms(x: Buffer, plan: Plan) -> Norms:
     kernels = kernels_for(x)
     measure = kernels.l2norm if plan.norm == "l2" else kernels.absmax
     block_size = plan.block_for(x.size)
-    result = np.empty(lanes.blocks(x.size, block_size), dtype=np.int32)
+    result: Norms = np.empty(lanes.blocks(x.size, block_size), INT32)
     with kernels.on_device_of(x):
         staged = measure(x, block_size, out=kernels.staging(result))
         kernels.download(staged, result)
@@ -107,9 +107,11 @@ def quantize(
     size = payload_size(x.size, plan)
     if out is None:
         out = np.empty(size, payload_dtype(plan))
-    out[size:] = 0
     block_size = plan.block_for(x.size)
-    payload = out[:size]
+    payload = out
+    if out.size > size:
+        out[size:] = 0
+        payload = out[:size]
     with kernels.on_device_of(x):
         staged = kernels.staging(payload)
         if plan.levels != "exponential":
@@ -224,7 +226,8 @@ def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
     if plan.levels == "two-hop":
         payload, norms, block_size = _shares(payload, plan, out.size)
         divisor = plan.level_count
-    payload = payload[: payload_size(out.size, plan)]
+    size = payload_size(out.size, plan)
+    payload = payload[:size] if payload.size > size else payload
     with kernels.on_device_of(out):
         if plan.levels == "exponential":
             kernels.dequantize_exponential(

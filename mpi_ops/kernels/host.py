@@ -20,8 +20,8 @@ from .. import lanes
 
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
+from .interface import INT32, SIGNATURES, Kernels, host_address, require
 from .interface import ITEM_BYTES as ITEM_BYTES
-from .interface import SIGNATURES, Kernels, require
 from .interface import Buffer as Buffer
 
 INSTRUCTION_SETS = ("baseline", "x86_64_v3", "x86_64_v4")
@@ -82,6 +82,9 @@ def _kernel(name: str, instruction_set: str) -> Any:
 _instruction_set: str | None = None  # tests compare the instruction sets with each other
 
 
+_NO_DEVICE = nullcontext()
+
+
 class Host(Kernels):
     """The kernels for host memory."""
 
@@ -90,7 +93,7 @@ class Host(Kernels):
     xp = np
 
     def address(self, array: NDArray[Any]) -> int:
-        return array.ctypes.data
+        return host_address(array)
 
     def random(self, dither: NDArray[np.uint32]) -> tuple[Any, ...]:
         return (dither.tobytes(),)  # passed as a pointer; much quicker than .ctypes.data
@@ -99,7 +102,7 @@ class Host(Kernels):
         return (ctypes.c_void_p * len(arrays))(*map(self.address, arrays))
 
     def on_device_of(self, buffer: Buffer) -> AbstractContextManager[object]:
-        return nullcontext()
+        return _NO_DEVICE
 
     def upload(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
@@ -148,7 +151,7 @@ class Host(Kernels):
         require(name, "levels x ranks", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
         words = lanes.standard_words(count, bits)
         for index, payload in enumerate(payloads):
-            self._check_array(name, f"payloads[{index}]", payload, np.int32, words)
+            self._check_array(name, f"payloads[{index}]", payload, INT32, words)
         mean = np.empty(count, dtype=np.float32)
         self.launch(
             *(name, None, count),

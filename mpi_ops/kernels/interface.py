@@ -9,6 +9,7 @@ allocates its result unless `out` is given, and never modifies its inputs. The f
 
 from __future__ import annotations
 
+import ctypes
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -38,6 +39,18 @@ SIGNATURES = {
 }
 
 Array = Any  # numpy.ndarray in host memory, cupy.ndarray on a device
+
+# Kernels of small tensors take less than NumPy does to make a dtype of a type, or an address.
+INT32, UINT8, UINT32 = (np.dtype(kind) for kind in (np.int32, np.uint8, np.uint32))
+_first_byte = ctypes.c_byte.from_buffer
+
+
+def host_address(array: NDArray[Any]) -> int:
+    """Where the elements of a NumPy array begin."""
+    try:
+        return ctypes.addressof(_first_byte(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # read-only, empty, or of a dtype that has no buffer
+        return array.ctypes.data
 
 
 @cache
@@ -72,7 +85,7 @@ class Buffer(NamedTuple):
                 layout = np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
                 contiguous = layout.flags.c_contiguous
         else:
-            pointer, memory = array.ctypes.data, "host"
+            pointer, memory = host_address(array), "host"
             dtype, shape, strides = array.dtype, array.shape, array.strides
             contiguous, size = array.flags.c_contiguous, array.size
         name = dtype_name(dtype)
@@ -117,7 +130,7 @@ def _check_exponential(function: str, bits: int, headroom: int) -> None:
 
 
 def _check_dither(function: str, dither: NDArray[np.uint32]) -> None:
-    _check_array(function, "dither", dither, np.uint32, 4)
+    _check_array(function, "dither", dither, UINT32, 4)
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -192,7 +205,7 @@ class Kernels(ABC):
 
     def _check_norms(self, function: str, norms: Array, count: int, block_size: int) -> None:
         _check_block(function, block_size)
-        self._check_array(function, "norms", norms, np.int32, lanes.blocks(count, block_size))
+        self._check_array(function, "norms", norms, INT32, lanes.blocks(count, block_size))
 
     def _output(self, function: str, out: Array | None, size: int, dtype: DTypeLike) -> Array:
         if out is None:
@@ -203,7 +216,7 @@ class Kernels(ABC):
     def _norms(self, name: str, x: Buffer, block_size: int, out: Array | None) -> Array:
         self._check_tensor(name, "x", x)
         _check_block(name, block_size)
-        norms = self._output(name, out, lanes.blocks(x.size, block_size), np.int32)
+        norms = self._output(name, out, lanes.blocks(x.size, block_size), INT32)
         self.measure(name, x, block_size, norms)
         return norms
 
@@ -251,7 +264,7 @@ class Kernels(ABC):
         top = 2 ** (bits - 1) - 1
         require(name, "levels", 1 <= levels <= top, f"between 1 and {top} with {bits} bits", levels)
         _check_dither(name, dither)
-        payload = self._output(name, out, lanes.standard_words(x.size, bits), np.int32)
+        payload = self._output(name, out, lanes.standard_words(x.size, bits), INT32)
         self.launch(
             *(name, x.dtype, x.size),
             *(x.pointer, x.size, block_size, self.address(norms)),
@@ -278,7 +291,7 @@ class Kernels(ABC):
         self._check_norms(name, norms, out.size, block_size)
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
         words = lanes.standard_words(out.size, bits)
-        self._check_array(name, "payload", payload, np.int32, words)
+        self._check_array(name, "payload", payload, INT32, words)
         require(name, "divisor", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
         self.launch(
             *(name, out.dtype, out.size),
@@ -308,7 +321,7 @@ class Kernels(ABC):
         self._check_norms(name, norms, x.size, block_size)
         _check_exponential(name, bits, headroom)
         _check_dither(name, dither)
-        codes = self._output(name, out, lanes.exponential_bytes(x.size, bits), np.uint8)
+        codes = self._output(name, out, lanes.exponential_bytes(x.size, bits), UINT8)
         self.launch(
             *(name, x.dtype, x.size),
             *(x.pointer, x.size, block_size, self.address(norms)),
@@ -332,7 +345,7 @@ class Kernels(ABC):
         self._check_norms(name, norms, out.size, block_size)
         _check_exponential(name, bits, headroom)
         size = lanes.exponential_bytes(out.size, bits)
-        self._check_array(name, "codes", codes, np.uint8, size)
+        self._check_array(name, "codes", codes, UINT8, size)
         self.launch(
             *(name, out.dtype, out.size),
             *(self.address(codes), out.size, block_size, self.address(norms)),
@@ -360,8 +373,8 @@ class Kernels(ABC):
         _check_dither(name, dither)
         size = inputs[0].size
         for index, codes in enumerate(inputs):
-            self._check_array(name, f"inputs[{index}]", codes, np.uint8, size)
-        result = self._output(name, out, size, np.uint8)
+            self._check_array(name, f"inputs[{index}]", codes, UINT8, size)
+        result = self._output(name, out, size, UINT8)
         self.launch(
             *(name, None, size * 8 // bits),
             *(self.table(inputs), len(inputs), size, bits),

@@ -451,6 +451,33 @@ def test_finishing_one_tensor_advances_the_others() -> None:
     assert len(job.pipelines[0]._in_flight) == 20
 
 
+def test_a_hook_asks_about_few_of_many_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of tensors whose hooks ask about each other would take a millisecond each."""
+    job = Job(2)  # of which the other rank never comes
+    x = np.ones(100, dtype=np.float32)
+    for index in range(100):
+        job.submit(0, x, f"layer{index}")
+    asked = []
+    monkeypatch.setattr(Operation, "ready", lambda self: asked.append(self.name))
+    job.submit(0, x, "last")
+    assert 0 < len(asked) <= pipeline._PATIENCE
+
+
+def test_those_behind_many_that_never_complete_go_on() -> None:
+    """Each rank waits for another one of two tensors, and has to advance the other one for that."""
+    job = Job(2)
+    x = np.ones(100, dtype=np.float32)
+    stuck = [f"layer{index}" for index in range(50)]
+    job.network.slow = {f"{name}.norm" for name in stuck}
+    started = [{name: job.submit(rank, x, name) for name in [*stuck, "a", "b"]} for rank in (0, 1)]
+
+    def rank_main(rank: int) -> None:
+        for name in ("ab", "ba")[rank]:
+            np.testing.assert_array_equal(job.pipelines[rank].finish(started[rank][name]).owner, 1)
+
+    on_threads(2, rank_main)
+
+
 def on_threads(world_size: int, rank_main: Callable[[int], Any]) -> list[Any]:
     """Run the ranks at the same time, each blocking where it wants."""
     with ThreadPoolExecutor(world_size) as pool:
