@@ -10,6 +10,8 @@ one gradient:
 
 1. The norms of its blocks, reduced by a Max-allreduce; and a token, which Horovod reduces in place
    of the gradient (see `token`).
+   The step travels with the norms: it is what the dither depends on, and a worker that joins an
+   elastic job learns it from the others.
 2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
    allgather (exponential and two-hop levels).
 3. The mean, or what else the user's `op` and scaling make of it, decoded after the token has been
@@ -17,11 +19,13 @@ one gradient:
 
 TensorFlow runs these as their inputs arrive, so many gradients are in flight at once. The kernels
 are ordinary functions of their inputs, the step among them, and are declared so: TensorFlow would
-run stateful operations one after the other.
+run stateful operations one after the other. What depends on the ranks (their number, this rank, the
+levels) they look up when they run: in an elastic job a graph outlives them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -57,7 +61,7 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .. import agreement, log, pipeline, token
-from ..config import Plan
+from ..config import Config, ConfigMismatchError, Plan
 from ..frontend import ClassOrInstance, Compression, require_linear, require_name
 
 __all__ = ["GlobalQSGD", "allreduce"]
@@ -68,6 +72,25 @@ _DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
 # What TensorFlow asks of memory that it takes over without a copy (EIGEN_MAX_ALIGN_BYTES).
 _ALIGNMENT = 64
+
+# Steps travel beside norms, as int32.
+_LARGEST_STEP = 2**31 - 1
+
+# Where this is in the text of an error of TensorFlow, Horovod's elastic.run takes it for a lost
+# worker, and restores the state. It is in those of Horovod's operations that have no name yet.
+_LOSS = "HorovodAllreduce"
+
+
+def _elastic() -> bool:
+    """Whether workers may come and go. Horovod builds graphs for that where this is set."""
+    return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
+
+
+class _ConfigMismatchError(ConfigMismatchError, ValueError):
+    """One that TensorFlow does not make an UnknownError of.
+
+    Horovod's elastic.run ends the training at one of those, as if it were done.
+    """
 
 
 # ------------------------------------------------------------------------------------------- caller
@@ -167,79 +190,92 @@ def _aligned(size: int, dtype: Any) -> Array:
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
+@cache
+def _plan(config: Config, world_size: int) -> Plan:
+    return config.plan(world_size)
+
+
 @dataclass(frozen=True)
 class _Kernels:
-    """What is computed for one tensor, on NumPy arrays that share TensorFlow's memory."""
+    """What is computed for one tensor, on NumPy arrays that share TensorFlow's memory.
+
+    `tail` is what travels behind the norms: the step, as the last element of the same vector.
+    """
 
     name: str
     dtype: Any
-    factor: float  # result = mean over ranks * factor
+    scaling: float  # of the result
+    sums: bool  # whether the result is the sum over ranks, not the mean
+    config: Config
     process_set: Any
-    plan: Plan
-    rank: int  # in the process set
-    seed: int
+    settings: str  # that all ranks must share, where they do not compare them beforehand
     chunk_count: int
 
+    @property
+    def plan(self) -> Plan:
+        """For the ranks that there are now."""
+        return _plan(self.config, self.process_set.size())
+
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
-        """This rank's norms, and the token; `step` says that they belong to one run."""
-        mark = token.make(self.name, x.size, x.dtype.name)
+        """This rank's norms and step, and the token; `step` says that they belong to one run."""
+        mark = token.make(self.name, x.size, x.dtype.name, self.settings)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
-        return norms, np.array(mark)
+        return np.append(norms, np.int32(step & _LARGEST_STEP)), np.array(mark)
 
-    def quantize(self, chunk_index: int, x: Array, norms: Array, step: Array) -> Array:
+    def quantize(self, chunk_index: int, x: Array, shared: Array) -> Array:
         """The payload of one chunk, in as many equal parts as there are ranks if it is codes."""
-        chunk = self._chunks(x.size, norms)[chunk_index]
+        plan = self.plan
+        chunk = self._chunks(x.size, shared)[chunk_index]
         part = chunk.of(Buffer.of(x))
-        size = codec.payload_size(part.size, self.plan)
-        if not self.plan.in_flight:
-            size = codec.shard_size(part.size, self.plan) * self.plan.world_size
-        out = _aligned(size, codec.payload_dtype(self.plan))
-        random = self._dither(chunk_index, step, Stage.QUANTIZE, self.plan.strata)
-        codec.quantize(part, chunk.norms, self.plan, random, out=out)
+        size = codec.payload_size(part.size, plan)
+        if not plan.in_flight:
+            size = codec.shard_size(part.size, plan) * plan.world_size
+        out = _aligned(size, codec.payload_dtype(plan))
+        random = self._dither(chunk_index, shared, Stage.QUANTIZE, plan.strata)
+        codec.quantize(part, chunk.norms, plan, random, out=out)
         return out
 
-    def reduce(
-        self, chunk_index: int, pieces: Array, norms: Array, shape: Array, step: Array
-    ) -> Array:
+    def reduce(self, chunk_index: int, pieces: Array, shared: Array, shape: Array) -> Array:
         """The share of one chunk's mean that this rank rounds for all."""
-        chunk = self._chunks(int(shape.prod()), norms)[chunk_index]
+        plan = self.plan
+        chunk = self._chunks(int(shape.prod()), shared)[chunk_index]
         count = chunk.stop - chunk.start
-        own = codec.norms_of_share(chunk.norms, count, self.rank, self.plan)
-        out = _aligned(codec.reduced_size(count, self.plan), pieces.dtype)
-        random = self._dither(chunk_index, step, Stage.REDUCE)
-        codec.reduce(np.split(pieces, self.plan.world_size), self.plan, random, out, own)
+        own = codec.norms_of_share(chunk.norms, count, self.process_set.rank(), plan)
+        out = _aligned(codec.reduced_size(count, plan), pieces.dtype)
+        random = self._dither(chunk_index, shared, Stage.REDUCE)
+        codec.reduce(np.split(pieces, plan.world_size), plan, random, out, own)
         return out
 
     def dequantize(
-        self, reduced: Array, mark: Array, norms: Array, shape: Array, *sums: Array
+        self, reduced: Array, mark: Array, shared: Array, shape: Array, *sums: Array
     ) -> Array:
         """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
-        if self.process_set.size() != self.plan.world_size:
-            raise RuntimeError(
-                f"GlobalQSGD: the graph of {self.name!r} was built for {self.plan.world_size} "
-                f"ranks, and there are {self.process_set.size()} now; build it again after "
-                "hvd.init()."
-            )
-        token.check(reduced.tolist(), mark.tolist(), self.name, self.plan.world_size)
+        plan = self.plan
+        try:
+            token.check(reduced.tolist(), mark.tolist(), self.name, plan.world_size)
+        except ConfigMismatchError as error:
+            raise _ConfigMismatchError(str(error)) from None
         out = _aligned(int(shape.prod()), self.dtype)
-        for chunk, payload in zip(self._chunks(out.size, norms), sums, strict=True):
-            codec.dequantize(payload, chunk.norms, self.plan, chunk.of(Buffer.of(out)))
-        if self.factor != 1:
-            np.multiply(out, self.factor, out=out, casting="same_kind")
+        for chunk, payload in zip(self._chunks(out.size, shared), sums, strict=True):
+            codec.dequantize(payload, chunk.norms, plan, chunk.of(Buffer.of(out)))
+        factor = self.scaling * (plan.world_size if self.sums else 1)
+        if factor != 1:
+            np.multiply(out, factor, out=out, casting="same_kind")
         return out.reshape(shape)
 
-    def _chunks(self, count: int, norms: Array) -> list[Chunk]:
+    def _chunks(self, count: int, shared: Array) -> list[Chunk]:
+        norms = shared[:-1]
         # Where the graph was built without knowing the size, there is one chunk.
         wanted = max(count, 1) if self.chunk_count == 1 else pipeline.CHUNK_ELEMENTS
         return list(chunks(count, norms, self.plan, wanted)) or [Chunk(0, 0, 0, norms)]
 
     def _dither(
-        self, chunk_index: int, step: Array, stage: Stage, strata: int = 0
+        self, chunk_index: int, shared: Array, stage: Stage, strata: int = 0
     ) -> NDArray[np.uint32]:
         # The names are those of the pipeline, so that all frameworks round alike.
-        name = f"gq.{self.name}.{chunk_index}"
-        return dither(self.seed, name, int(step), self.rank, stage, strata)
+        name, rank = f"gq.{self.name}.{chunk_index}", self.process_set.rank()
+        return dither(self.config.seed, name, int(shared[-1]), rank, stage, strata)
 
 
 def _chunk_count(count: int | None, plan: Plan) -> int:
@@ -259,50 +295,58 @@ class _Reduction:
     kernels: _Kernels
     ignore_name_scope: bool
     x: Any
-    step: Any
+    counter: _Counter
 
     def measure(self) -> tuple[Any, Any]:
-        """The global norms, and the token to reduce."""
-        inputs = [self.x, self.step]
-        norms, mark = self._call(self.kernels.measure, inputs, "measure", tf.int32, tf.float64)
-        mark.set_shape([4])
-        return self._allreduce(norms, "norm", hvd.Max), mark
+        """What the ranks share before they quantize, the global norms and the step; and the token.
 
-    def standard(self, norms: Any) -> list[Any]:
+        They take the largest step of any rank: where one has joined or been lost, no dither of a
+        step that was is used again.
+        """
+        inputs = [self.x, self.counter.next()]
+        own, mark = self._call(self.kernels.measure, inputs, "measure", tf.int32, tf.float64)
+        mark.set_shape([4])
+        shared = self._allreduce(own, "norm", hvd.Max)
+        if _elastic():
+            with tf.control_dependencies([self.counter.set(shared[-1])]):
+                shared = tf.identity(shared)
+        return shared, mark
+
+    def standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
-        payloads = [self._quantize(index, norms) for index in range(self.kernels.chunk_count)]
+        payloads = [self._quantize(index, shared) for index in range(self.kernels.chunk_count)]
         return [
             self._allreduce(payload, f"codes.{index}", hvd.Sum)
             for index, payload in enumerate(payloads)
         ]
 
-    def by_shares(self, norms: Any) -> list[Any]:
+    def by_shares(self, shared: Any) -> list[Any]:
         """Codes that Allreduce cannot add: each rank reduces one share of all ranks' codes."""
         means = []
         for index in range(self.kernels.chunk_count):
-            codes = self._quantize(index, norms)
+            codes = self._quantize(index, shared)
             pieces = hvd.alltoall(codes, **self._named(f"codes.{index}"))
             (share,) = self._call(
                 lambda *inputs, index=index: self.kernels.reduce(index, *inputs),
-                [pieces, norms, tf.shape(self.x), self.step],
+                [pieces, shared, tf.shape(self.x)],
                 f"reduce.{index}",
                 tf.as_dtype(codec.payload_dtype(self.kernels.plan)),
             )
             means.append(hvd.allgather(share, **self._named(f"mean.{index}")))
         return means
 
-    def dequantize(self, reduced: Any, mark: Any, norms: Any, payloads: list[Any]) -> Any:
+    def dequantize(self, reduced: Any, mark: Any, shared: Any, payloads: list[Any]) -> Any:
         """The result, of the shape and dtype of x."""
-        inputs = [reduced, mark, norms, tf.shape(self.x), *payloads]
+        inputs = [reduced, mark, shared, tf.shape(self.x), *payloads]
         (result,) = self._call(self.kernels.dequantize, inputs, "dequantize", self.x.dtype)
         result.set_shape(self.x.shape)
         return result
 
-    def _quantize(self, index: int, norms: Any) -> Any:
+    def _quantize(self, index: int, shared: Any) -> Any:
         dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
         (payload,) = self._call(
             lambda *inputs: self.kernels.quantize(index, *inputs),
-            [self.x, norms, self.step],
+            [self.x, shared],
             f"quantize.{index}",
             dtype,
         )
@@ -313,7 +357,7 @@ class _Reduction:
 
     def _named(self, part: str) -> dict[str, Any]:
         return {
-            "name": self._name(part),
+            "name": f"{_LOSS}.{self._name(part)}" if _elastic() else self._name(part),
             "ignore_name_scope": self.ignore_name_scope,
             "process_set": self.kernels.process_set,
         }
@@ -361,6 +405,12 @@ class _Counter:
             with tf.control_dependencies([] if tf.executing_eagerly() else [added]):
                 return self.last()
 
+    def set(self, number: Any) -> Any:
+        """Make this the number of the last reduction; what does it, in a graph."""
+        with tf.device("/CPU:0"):
+            value = tf.cast(number, tf.int64)
+            return tf.raw_ops.AssignVariableOp(resource=self._handle, value=value)
+
     def last(self) -> Any:
         """The number of the last reduction, as a tensor."""
         return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=tf.int64)
@@ -369,7 +419,8 @@ class _Counter:
 class _Group(NamedTuple):
     """What belongs to one process set."""
 
-    plan: Plan
+    plan: Plan  # for the number of ranks when it was made
+    settings: str  # of each token, where the ranks have not compared them
     census: log.Census | None  # of its tensors, on the rank that logs them
 
 
@@ -378,7 +429,7 @@ class _Context(NamedTuple):
 
     reduction: _Reduction
     mark: Any
-    norms: Any
+    shared: Any
     payloads: list[Any]
 
 
@@ -450,7 +501,8 @@ class GlobalQSGD(Compression):
     memory. transport must be "horovod".
 
     Raises ConfigMismatchError at the first use, on every rank, if the ranks are configured
-    differently.
+    differently. In an elastic job graphs outlive the ranks that they were built for, and the global
+    process set is the only one.
     """
 
     HVD = hvd
@@ -475,7 +527,7 @@ class GlobalQSGD(Compression):
         if not caller.process_set.included():
             # Horovod builds the graph on all ranks, and runs it on those of the process set.
             return tensor, None
-        plan, census = self._group(caller.process_set)
+        plan, settings, census = self._group(caller.process_set)
         if census is not None and census.wanted:
             self._see(census, tensor, caller, eligible, plan)
         if not eligible:
@@ -484,19 +536,18 @@ class GlobalQSGD(Compression):
         kernels = _Kernels(
             name=caller.name,
             dtype=x.dtype.as_numpy_dtype,
-            factor=caller.scaling * (plan.world_size if caller.op == hvd.Sum else 1),
+            scaling=caller.scaling,
+            sums=caller.op == hvd.Sum,
+            config=self.config,
             process_set=caller.process_set,
-            plan=plan,
-            rank=caller.process_set.rank(),
-            seed=self.config.seed,
+            settings=settings,
             chunk_count=_chunk_count(x.shape.num_elements(), plan),
         )
-        reduction = _Reduction(
-            kernels, caller.ignore_name_scope, x, self._counter(caller.name).next()
-        )
-        norms, mark = reduction.measure()
+        counter = self._counter(caller.name)
+        reduction = _Reduction(kernels, caller.ignore_name_scope, x, counter)
+        shared, mark = reduction.measure()
         method = reduction.standard if plan.in_flight else reduction.by_shares
-        return mark, _Context(reduction, mark, norms, method(norms))
+        return mark, _Context(reduction, mark, shared, method(shared))
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -505,7 +556,7 @@ class GlobalQSGD(Compression):
             return tensor
         if not isinstance(ctx, _Context):
             return tf.cast(tensor, ctx)
-        result = ctx.reduction.dequantize(tensor, ctx.mark, ctx.norms, ctx.payloads)
+        result = ctx.reduction.dequantize(tensor, ctx.mark, ctx.shared, ctx.payloads)
         return _not_differentiable(ctx.reduction.x, result)
 
     compress = ClassOrInstance(_compress)
@@ -543,22 +594,25 @@ class GlobalQSGD(Compression):
         )
 
     def _group(self, process_set: Any) -> _Group:
-        """The settings for a process set; on first use, checks that its ranks have the same."""
+        """The settings for a process set; on first use, checks that its ranks have the same.
+
+        Not in an elastic job: there a worker that joins uses it first while others do not. So the
+        token of every tensor says what the settings are.
+        """
         self.require_process_set(process_set)
-        if os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0"):
-            raise ValueError(
-                "GlobalQSGD: the number of ranks must be fixed with TensorFlow, because graphs are "
-                "built for it, got an elastic job; start it without elastic mode."
-            )
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
         if key not in self._groups:
             log.identify(hvd.rank(), hvd.size())
             plan = self.config.plan(process_set.size())
             description = agreement.describe(self.config)
-            with tf.init_scope():
-                handle = _Gathering(agreement.encode(description), process_set)
-                agreement.require_same(agreement.decode(agreement.wait(handle)))
-            self._groups[key] = _Group(plan, self.begin_log(process_set, plan))
+            settings = ""
+            if _elastic():
+                settings = json.dumps(description, sort_keys=True)
+            else:
+                with tf.init_scope():
+                    handle = _Gathering(agreement.encode(description), process_set)
+                    agreement.require_same(agreement.decode(agreement.wait(handle)))
+            self._groups[key] = _Group(plan, settings, self.begin_log(process_set, plan))
         return self._groups[key]
 
 

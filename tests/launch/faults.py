@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import hashlib
 import os
 import resource
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+from rank import digest, say
 
 import gq_horovod.torch as gq
 from gq_horovod import pipeline
@@ -31,18 +31,6 @@ from mpi_ops import codec
 FAULT_STEP = 4
 HANG_SECONDS = 150.0
 STOPPED_SECONDS = 3
-
-
-def say(*words: object) -> None:
-    print(" ".join(map(str, words)), flush=True)  # in one piece
-
-
-def digest(parameters: Iterator[torch.Tensor]) -> str:
-    """What two runs are compared by: bit for bit."""
-    state = hashlib.blake2b(digest_size=8)
-    for parameter in parameters:
-        state.update(parameter.detach().numpy().tobytes())
-    return state.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -200,7 +188,7 @@ def main() -> None:
     except Exception as error:
         say("ERROR", time.time(), f"{type(error).__name__}: {error}")
         raise
-    say("DONE", digest(iter(weights)))
+    say("DONE", digest(weight.detach().numpy() for weight in weights))
 
 
 if __name__ == "__main__":

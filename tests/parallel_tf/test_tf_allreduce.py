@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import helpers
@@ -62,17 +63,18 @@ def test_the_mean_is_unbiased_with_the_variance_of_its_closed_form(
     check_replicas(*results)
 
 
-def shrink(self: Any, index: int, x: Any, norms: Any, step: Any) -> Any:
-    return quantize(self, index, x * 0.9, norms, step)
+def shrink(self: Any, index: int, x: Any, shared: Any) -> Any:
+    return quantize(self, index, x * 0.9, shared)
 
 
-def round_to_nearest(self: Any, index: int, x: Any, norms: Any, step: Any) -> Any:
-    level = norms.view(np.float32)[0] / self.plan.level_count
-    return quantize(self, index, (np.round(x / level) * level).astype(x.dtype), norms, step)
+def round_to_nearest(self: Any, index: int, x: Any, shared: Any) -> Any:
+    level = shared.view(np.float32)[0] / self.plan.level_count
+    return quantize(self, index, (np.round(x / level) * level).astype(x.dtype), shared)
 
 
-def round_alike_on_all_ranks(self: Any, index: int, x: Any, norms: Any, step: Any) -> Any:
-    return quantize(dataclasses.replace(self, rank=0), index, x, norms, step)
+def round_alike_on_all_ranks(self: Any, index: int, x: Any, shared: Any) -> Any:
+    alike = SimpleNamespace(size=self.process_set.size, rank=lambda: 0)
+    return quantize(dataclasses.replace(self, process_set=alike), index, x, shared)
 
 
 quantize = plugin._Kernels.quantize

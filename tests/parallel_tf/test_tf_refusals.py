@@ -117,7 +117,8 @@ def test_ranks_that_reduce_different_tensors(
     make = token.make
     other = on_the_last_rank("another", "one")
     monkeypatch.setattr(token, "make", lambda name, *rest: make(f"{name}.{other}", *rest))
-    error = tf.errors.UnknownError if mode == "graph" else ConfigMismatchError
+    # Not an UnknownError, which Horovod's elastic.run may take for the end of the training.
+    error = tf.errors.InvalidArgumentError if mode == "graph" else ConfigMismatchError
 
     def reduce() -> Any:
         return allreduce(tf.ones(5000), name, compression=GlobalQSGD)
@@ -218,14 +219,6 @@ def test_transport_mpi() -> None:
 
 def test_the_signature_shows_the_options() -> None:
     assert inspect.signature(GlobalQSGD) == inspect.signature(Compression)
-
-
-def test_an_elastic_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    text = refused(ValueError, "eager", allreduce, tf.ones(5000), name)
-    assert text.startswith("GlobalQSGD: the number of ranks must be fixed with TensorFlow")
-    monkeypatch.undo()
-    check_it_still_works(name)
 
 
 def test_a_process_set_that_is_none() -> None:
