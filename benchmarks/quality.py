@@ -68,10 +68,17 @@ class ConvNet(workloads.ConvNet):
     steps = 77  # seven epochs
 
 
+class Denoiser(workloads.Denoiser):
+    """As there: small enough."""
+
+    steps = 200
+
+
 WORKLOADS: dict[str, Any] = {
     "deeplight": DeepLight,
     "transformer": Transformer,
     "convnet": ConvNet,
+    "denoiser": Denoiser,
 }
 
 
