@@ -1,7 +1,8 @@
 """Hostile input: any values, shapes and configurations, any payload, and kernels under sanitizers.
 
 GQ_FUZZ_EXAMPLES=20000 tries more configurations than the default run, GQ_FUZZ_SECONDS=600 more
-inputs of the sanitized kernels. What was tried is printed at the end of the session.
+inputs of the sanitized kernels, with each driver. What was tried is printed at the end of the
+session.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from reference import DTYPES, INF_BITS, buffer
 from gq_horovod.config import Config
 from mpi_ops import codec
 from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels import host
 from mpi_ops.scheme import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = Path(__file__).with_name("fuzz") / "kernels.cpp"
+KERNELS = ROOT / "mpi_ops" / "kernels" / "host.cpp"
 EXAMPLES = int(os.environ.get("GQ_FUZZ_EXAMPLES", "300"))
-SECONDS = float(os.environ.get("GQ_FUZZ_SECONDS", "4"))
+SECONDS = int(os.environ.get("GQ_FUZZ_SECONDS", "4"))  # of each driver
 BUILD_SECONDS = 240
 
 fuzzing = settings(
@@ -161,36 +164,128 @@ def test_any_payload_decodes_to_finite_numbers(record_property: Record) -> None:
     record_property("job", f"any payload: {tried} payloads, no failure")
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels with sanitizers; skipped where the compiler has none."""
-    compiler = next(filter(None, map(shutil.which, ("clang++", "g++", "c++"))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+NO_LIBFUZZER = (
+    "libFuzzer needs clang++ and the runtime of its sanitizers: install both "
+    "(Debian: apt-get install clang libclang-rt-VERSION-dev, the version that of clang)"
+)
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """All at the same time."""
+    running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    try:
+        statuses = [process.wait(BUILD_SECONDS) for process in running]
+        assert not any(statuses)
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.fixture(scope="module", params=["stand-alone", "libFuzzer"])
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that runs the kernels with sanitizers; skipped where a compiler has none."""
     directory = tmp_path_factory.mktemp("fuzz")
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    empty = directory / "empty.cpp"
-    empty.write_text("int main() {}\n")
-    probe = [compiler, *sanitize, str(empty), "-o", str(directory / "probe")]
-    if subprocess.run(probe, capture_output=True, timeout=BUILD_SECONDS).returncode:
-        pytest.skip(f"{compiler} has no AddressSanitizer and UBSan runtime")
+    if request.param == "libFuzzer":
+        compiler = shutil.which("clang++")
+        coverage, driver = ["-fsanitize=fuzzer-no-link"], ["-fsanitize=fuzzer", "-DGQ_LIBFUZZER"]
+        smallest = 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
+        remedy = NO_LIBFUZZER
+    else:
+        compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+        coverage, driver = [], []
+        smallest = "int main() {}"
+        remedy = f"{compiler} has no AddressSanitizer and UBSan runtime"
+    if compiler is None:
+        pytest.skip(NO_LIBFUZZER if request.param == "libFuzzer" else "no C++ compiler")
+    probe = directory / "probe.cpp"
+    probe.write_text(smallest + "\n")
+    words = [compiler, *sanitize, *driver, str(probe), "-o", str(directory / "probe")]
+    if subprocess.run(words, capture_output=True, timeout=BUILD_SECONDS).returncode:
+        pytest.skip(remedy)
+
+    # Kernels without optimization: UBSan's checks take clang++ a minute otherwise.
+    common = [compiler, "-std=c++17", "-g1", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
+    common += sanitize
+    objects, commands = [], []
+    for isa in host.INSTRUCTION_SETS:
+        objects.append(str(directory / f"{isa}.o"))
+        march = [] if isa == "baseline" else [f"-march={isa.replace('_', '-')}"]
+        source = ["-O0", *march, *coverage, f"-DGQ_ISA={isa}", "-c", str(KERNELS)]
+        commands.append([*common, *source, "-o", objects[-1]])
+        if isa == host.best_instruction_set():
+            break
+    objects.append(str(directory / "harness.o"))
+    commands.append([*common, "-O1", *coverage, *driver[1:], "-c", str(HARNESS), "-o", objects[-1]])
+    run_all(commands)
     program = directory / "kernels"
-    subprocess.run(
-        [compiler, *flags, *sanitize, str(HARNESS), "-o", str(program)],
-        check=True,
-        cwd=ROOT,
-        timeout=BUILD_SECONDS,
-    )
+    run_all([[*common, *driver[:1], "-rdynamic", *objects, "-ldl", "-o", str(program)]])
     return program
 
 
-def test_kernels_under_sanitizers(harness: Path, record_property: Record) -> None:
-    done = subprocess.run(
-        [harness, str(SECONDS), "1"], capture_output=True, text=True, timeout=SECONDS + 60
+# Inputs of all lengths from the start: libFuzzer would begin with the shortest ones, and take
+# minutes to those that reach the last parameters.
+QUICK = ["-seed=1", "-len_control=0", "-max_len=512"]
+
+
+def run(
+    program: Path, *arguments: object, fault: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "GQ_FUZZ_LIBRARY": str(host._LIBRARY)}
+    if fault is not None:  # its report is not for people
+        quick = {"ASAN_OPTIONS": "symbolize=0", "UBSAN_OPTIONS": "symbolize=0"}
+        env |= {**quick, "GQ_FUZZ_FAULT": fault}
+    words = [str(program), *map(str, arguments)]
+    limit = SECONDS + 120
+    return subprocess.run(
+        words, capture_output=True, text=True, errors="replace", timeout=limit, env=env
     )
-    assert done.returncode == 0, done.stderr
-    found = re.fullmatch(r"(\d+) inputs\n", done.stdout)
-    assert found, done.stdout
+
+
+def test_kernels_under_sanitizers(
+    harness: Path, tmp_path: Path, request: pytest.FixtureRequest, record_property: Record
+) -> None:
+    """Every kernel of every instruction set of this CPU, and of the library, the same bytes."""
+    failed = tmp_path / "input"
+    driver = request.node.callspec.params["harness"]
+    done = run(harness, f"-max_total_time={SECONDS}", *QUICK, f"-exact_artifact_path={failed}")
+    again = f"GQ_FUZZ_LIBRARY={host._LIBRARY} {harness} {failed}"
+    assert done.returncode == 0, f"{done.stderr}\nto run this input again: {again}"
+    found = re.search(r"^Done (\d+) runs in", done.stderr, re.MULTILINE)
+    assert found, done.stderr
     assert int(found[1]) > 0
-    record_property("job", f"kernels, ASan and UBSan: {int(found[1]):,} inputs, no failure")
+    record_property(
+        "job", f"kernels, ASan and UBSan, {driver}: {int(found[1]):,} inputs, no failure"
+    )
+
+
+# What the harness can make a kernel do wrong, and a pattern of what it says then.
+FAULTS = {
+    "writes beyond the end": "heap-buffer-overflow",
+    "reads beyond the end": "heap-buffer-overflow",
+    "signed overflow": "signed integer overflow",
+    "norm with a sign": "fuzz: a norm has a sign",
+    "norm that is lost": "fuzz: (the L2 norm is below|one norm is finite)",
+    "writes to x": "fuzz: a kernel has written to its input",
+    "wrong sign": "fuzz: (standard|two hops): off by",
+    "not finite": "fuzz: exponential: a finite norm gave a number that is not",
+    "zero norm, no zero": "fuzz: exponential: a norm of zero did not give zero",
+    "sum that depends on the order": "fuzz: add_exponential: the order of the inputs matters",
+    "mean beyond the largest": "fuzz: reduce_exponential: a level beyond those of the inputs",
+    "codes of another instruction set": "gives other bytes than baseline",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(harness: Path, fault: str, tmp_path: Path) -> None:
+    """By both drivers, which leave an input that fails again, and that passes without the fault."""
+    failed = tmp_path / "input"
+    where = f"-exact_artifact_path={failed}"
+    done = run(harness, "-max_total_time=60", *QUICK, where, fault=fault)
+    assert done.returncode != 0
+    assert re.search(FAULTS[fault], done.stderr), done.stderr
+    again = run(harness, failed, fault=fault)
+    assert again.returncode != 0
+    assert re.search(FAULTS[fault], again.stderr), again.stderr
+    sound = run(harness, failed)
+    assert sound.returncode == 0, sound.stderr
