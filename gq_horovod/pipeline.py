@@ -310,6 +310,11 @@ class InFlight:
         return self._output
 
 
+def _patience(task: Task) -> int | None:
+    """Exchanges move when they are asked, so all are; Horovod's operations do without."""
+    return _PATIENCE if task.exchanges is None else None
+
+
 class Pipeline:
     """The reductions in flight. Not thread-safe; one for each group of ranks that reduces."""
 
@@ -330,7 +335,7 @@ class Pipeline:
         abandoned = self._in_flight.get(task.name)
         if abandoned is not None:
             self._settle(abandoned)  # nobody asked for its error either
-        self.poll(_PATIENCE)
+        self.poll(_patience(task))
         started = InFlight(task)
         self._in_flight[task.name] = started
         if not started.done:
@@ -340,8 +345,8 @@ class Pipeline:
     def poll(self, patience: int | None = None) -> bool:
         """Advance the reductions whose operations are complete. Whether any was.
 
-        In the order in which those operations began; with `patience`, until so many in a row are
-        not complete.
+        About in the order in which those operations began; with `patience`, until so many in a row
+        are not complete.
         """
         before, missed = self._advances, 0
         for reduction in list(self._waiting.values()):
@@ -403,7 +408,7 @@ class Pipeline:
                 )
             rounds += 1
             everything = rounds % _ROUNDS_TO_EVERYTHING == 0
-            moved = self.poll(None if everything else _PATIENCE)
+            moved = self.poll(None if everything else _patience(reduction.task))
             if not (moved or self._advance(reduction)):
                 time.sleep(_POLL_SECONDS)
             meanwhile()

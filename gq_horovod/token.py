@@ -19,10 +19,9 @@ from .config import ConfigMismatchError
 _FINGERPRINT_RANGE = 251
 
 
-def make(name: str, count: int, dtype: str, settings: str = "") -> tuple[float, ...]:
-    """Token of a tensor: 1, then its fingerprint, and that of settings that ranks must share."""
-    text = f"{name}\0{count}\0{dtype}\0{settings}"
-    digest = hashlib.blake2b(text.encode(), digest_size=3).digest()
+def make(name: str, count: int, dtype: str) -> tuple[float, ...]:
+    """Token of a tensor: 1, then its fingerprint."""
+    digest = hashlib.blake2b(f"{name}\0{count}\0{dtype}".encode(), digest_size=3).digest()
     return (1.0, *(1.0 + byte % _FINGERPRINT_RANGE for byte in digest))
 
 
@@ -47,5 +46,5 @@ def check(
         raise ConfigMismatchError(
             f"{function}: the ranks disagree about tensor {name!r}: the reduced fingerprint is "
             f"{list(reduced)}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
-            "the same name, number of elements and dtype, with the same options."
+            "the same name, number of elements and dtype."
         )

@@ -336,8 +336,10 @@ class TorchFrontend(Frontend):
             plan = way.plan
         dtype = _DTYPES[tensor.dtype]
         strides = None
-        if not tensor.is_contiguous():  # dense ones, also where the tensor's own are not
-            strides = torch.empty_like(tensor, device="meta").stride()
+        if not tensor.is_contiguous():
+            # Those of a dense tensor, also where this one is not.
+            like = torch.empty_like(tensor, device="meta")
+            strides = None if like.is_contiguous() else like.stride()
         values = self._stage(tensor.detach())
         result_dtype = self.RESULT_DTYPE or values.dtype
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.

@@ -30,6 +30,7 @@ import os
 import sys
 import threading
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -60,7 +61,7 @@ from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
-from .. import agreement, log, pipeline, token
+from .. import __version__, agreement, log, pipeline, token
 from ..config import Config, ConfigMismatchError, Plan
 from ..frontend import ClassOrInstance, Compression, require_linear, require_name
 
@@ -73,8 +74,9 @@ _DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 # What TensorFlow asks of memory that it takes over without a copy (EIGEN_MAX_ALIGN_BYTES).
 _ALIGNMENT = 64
 
-# Steps travel beside norms, as int32.
-_LARGEST_STEP = 2**31 - 1
+# What travels behind norms: so many numbers, as int32.
+_TAIL = 3
+_LARGEST = 2**31 - 1
 
 # Where this is in the text of an error of TensorFlow, Horovod's elastic.run takes it for a lost
 # worker, and restores the state. It is in those of Horovod's operations that have no name yet.
@@ -155,7 +157,7 @@ def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
             break
     require_linear(hvd, op, name)
     return _Caller(
-        name=require_name(name),
+        name=require_name(name).removeprefix(f"{_LOSS}."),
         op=op,
         process_set=variables["process_set"],
         ignore_name_scope=variables["ignore_name_scope"],
@@ -199,7 +201,8 @@ def _plan(config: Config, world_size: int) -> Plan:
 class _Kernels:
     """What is computed for one tensor, on NumPy arrays that share TensorFlow's memory.
 
-    `tail` is what travels behind the norms: the step, as the last element of the same vector.
+    `shared` is the maximum over ranks of the norms and of what travels behind them: the step, a
+    checksum of the settings, and its complement, by which every rank sees that one has others.
     """
 
     name: str
@@ -208,7 +211,7 @@ class _Kernels:
     sums: bool  # whether the result is the sum over ranks, not the mean
     config: Config
     process_set: Any
-    settings: str  # that all ranks must share, where they do not compare them beforehand
+    settings: int  # a checksum, of 31 bits
     chunk_count: int
 
     @property
@@ -217,14 +220,24 @@ class _Kernels:
         return _plan(self.config, self.process_set.size())
 
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
-        """This rank's norms and step, and the token; `step` says that they belong to one run."""
-        mark = token.make(self.name, x.size, x.dtype.name, self.settings)
+        """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
+        mark = token.make(self.name, x.size, x.dtype.name)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
-        return np.append(norms, np.int32(step & _LARGEST_STEP)), np.array(mark)
+        tail = [int(step) & _LARGEST, self.settings, _LARGEST - self.settings]
+        return np.concatenate([norms, np.array(tail, dtype=np.int32)]), np.array(mark)
 
     def quantize(self, chunk_index: int, x: Array, shared: Array) -> Array:
-        """The payload of one chunk, in as many equal parts as there are ranks if it is codes."""
+        """The payload of one chunk, in as many equal parts as there are ranks if it is codes.
+
+        Raises ConfigMismatchError where a rank has other settings.
+        """
+        if shared[-2] != self.settings or shared[-1] != _LARGEST - self.settings:
+            raise _ConfigMismatchError(
+                "GlobalQSGD: the ranks are configured differently, as they found with tensor "
+                f"{self.name!r}; this one has {self.config.describe()}, gq-horovod {__version__}. "
+                "Pass the same options on every rank."
+            )
         plan = self.plan
         chunk = self._chunks(x.size, shared)[chunk_index]
         part = chunk.of(Buffer.of(x))
@@ -265,7 +278,7 @@ class _Kernels:
         return out.reshape(shape)
 
     def _chunks(self, count: int, shared: Array) -> list[Chunk]:
-        norms = shared[:-1]
+        norms = shared[:-_TAIL]
         # Where the graph was built without knowing the size, there is one chunk.
         wanted = max(count, 1) if self.chunk_count == 1 else pipeline.CHUNK_ELEMENTS
         return list(chunks(count, norms, self.plan, wanted)) or [Chunk(0, 0, 0, norms)]
@@ -275,7 +288,7 @@ class _Kernels:
     ) -> NDArray[np.uint32]:
         # The names are those of the pipeline, so that all frameworks round alike.
         name, rank = f"gq.{self.name}.{chunk_index}", self.process_set.rank()
-        return dither(self.config.seed, name, int(shared[-1]), rank, stage, strata)
+        return dither(self.config.seed, name, int(shared[-_TAIL]), rank, stage, strata)
 
 
 def _chunk_count(count: int | None, plan: Plan) -> int:
@@ -298,19 +311,17 @@ class _Reduction:
     counter: _Counter
 
     def measure(self) -> tuple[Any, Any]:
-        """What the ranks share before they quantize, the global norms and the step; and the token.
+        """What the ranks share before they quantize; and the token.
 
-        They take the largest step of any rank: where one has joined or been lost, no dither of a
-        step that was is used again.
+        They take the largest step of any rank, and go on from there: where one has joined or been
+        lost, no dither of a step that was is used again.
         """
         inputs = [self.x, self.counter.next()]
         own, mark = self._call(self.kernels.measure, inputs, "measure", tf.int32, tf.float64)
         mark.set_shape([4])
         shared = self._allreduce(own, "norm", hvd.Max)
-        if _elastic():
-            with tf.control_dependencies([self.counter.set(shared[-1])]):
-                shared = tf.identity(shared)
-        return shared, mark
+        with tf.control_dependencies([self.counter.set(shared[-_TAIL])]):
+            return tf.identity(shared), mark
 
     def standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
@@ -420,7 +431,7 @@ class _Group(NamedTuple):
     """What belongs to one process set."""
 
     plan: Plan  # for the number of ranks when it was made
-    settings: str  # of each token, where the ranks have not compared them
+    settings: int  # a checksum of what all ranks have to share
     census: log.Census | None  # of its tensors, on the rank that logs them
 
 
@@ -501,8 +512,9 @@ class GlobalQSGD(Compression):
     memory. transport must be "horovod".
 
     Raises ConfigMismatchError at the first use, on every rank, if the ranks are configured
-    differently. In an elastic job graphs outlive the ranks that they were built for, and the global
-    process set is the only one.
+    differently; in an elastic job at the first gradient (or Horovod finds operations that do not
+    match: other levels, block sizes or min_elements). There graphs outlive the ranks that they were
+    built for.
     """
 
     HVD = hvd
@@ -596,8 +608,8 @@ class GlobalQSGD(Compression):
     def _group(self, process_set: Any) -> _Group:
         """The settings for a process set; on first use, checks that its ranks have the same.
 
-        Not in an elastic job: there a worker that joins uses it first while others do not. So the
-        token of every tensor says what the settings are.
+        Not in an elastic job: there a worker that joins uses it first while others do not, and what
+        travels behind the norms of every tensor has to tell.
         """
         self.require_process_set(process_set)
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
@@ -605,10 +617,8 @@ class GlobalQSGD(Compression):
             log.identify(hvd.rank(), hvd.size())
             plan = self.config.plan(process_set.size())
             description = agreement.describe(self.config)
-            settings = ""
-            if _elastic():
-                settings = json.dumps(description, sort_keys=True)
-            else:
+            settings = zlib.crc32(json.dumps(description, sort_keys=True).encode()) & _LARGEST
+            if not _elastic():
                 with tf.init_scope():
                     handle = _Gathering(agreement.encode(description), process_set)
                     agreement.require_same(agreement.decode(agreement.wait(handle)))
@@ -643,4 +653,6 @@ def allreduce(
     Returns a new tensor of the same shape and dtype, equal on every rank bit for bit. Eagerly, it
     blocks until it is there. Raises ValueError for a missing name or another op.
     """
+    if _elastic() and name is not None:
+        name = f"{_LOSS}.{name}"
     return hvd.allreduce(tensor, name=name, op=op, compression=compression, process_set=process_set)

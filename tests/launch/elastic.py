@@ -78,8 +78,11 @@ def main() -> None:
     # What the sessions before left: one group, nothing in flight, one watchdog.
     (group,) = compression._groups.values()
     watchdogs = [thread for thread in threading.enumerate() if "watchdog" in thread.name]
-    left = (len(group.pipeline._in_flight), len(group.checks), len(watchdogs))
-    say("LEFT", *left, len(hvd.mpi_ops._handle_map))
+    pipeline = group.pipeline
+    say(
+        *("LEFT", len(pipeline._in_flight), len(pipeline._waiting), len(group.checks)),
+        *(len(watchdogs), len(hvd.mpi_ops._handle_map)),
+    )
     (decision,) = compression.decisions.values() or [None]
     say("DONE", loss_now().item(), digest(trained(net, optimizer)), decision)
 

@@ -34,6 +34,16 @@ def trained(model: Any, optimizer: Any) -> Iterator[np.ndarray]:
         yield variable.numpy()
 
 
+def linear() -> Any:
+    """The model, in two parts, so that two gradients are on their way together."""
+    features = keras.Input((story.DIMENSION,))
+    parts = (features[:, : story.DIMENSION // 2], features[:, story.DIMENSION // 2 :])
+    outputs = [keras.layers.Dense(1, use_bias=False)(part) for part in parts]
+    model = keras.Model(features, outputs[0] + outputs[1])
+    model.set_weights(np.split(story.weights()[:, None], 2))
+    return model
+
+
 def make_step(way: str, model: Any, compression: GlobalQSGD) -> tuple[Any, Callable[[], float]]:
     """The optimizer, and what makes one step and returns the loss before it."""
     inputs, targets = map(tf.constant, story.batch())
@@ -45,7 +55,10 @@ def make_step(way: str, model: Any, compression: GlobalQSGD) -> tuple[Any, Calla
     if way == "keras":
         optimizer = hvd.DistributedOptimizer(optimizer, compression=compression)
         model.compile(optimizer, loss=loss_of)
-        step = lambda: model.train_on_batch(inputs, targets)  # noqa: E731
+
+        def step() -> float:
+            return float(model.train_on_batch(inputs, targets))
+
     else:
 
         def gradients() -> tuple[Any, Any]:
@@ -61,9 +74,8 @@ def make_step(way: str, model: Any, compression: GlobalQSGD) -> tuple[Any, Calla
             optimizer.apply_gradients(zip(found, model.trainable_variables, strict=True))
             return float(loss)
 
-    optimizer.build(
-        model.trainable_variables
-    )  # a newcomer needs variables to be sent others' state
+    # So that a newcomer has variables to which the others' values can be sent.
+    optimizer.build(model.trainable_variables)
     return optimizer, step
 
 
@@ -86,11 +98,8 @@ def main() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(2)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     story.begin(hvd)
-    model = keras.Sequential(
-        [keras.Input((story.DIMENSION,)), keras.layers.Dense(1, use_bias=False)]
-    )
-    model.set_weights([story.weights()[:, None]])
-    compression = GlobalQSGD(levels=options.levels, bits=8)
+    model = linear()
+    compression = GlobalQSGD(levels=options.levels, bits=8, min_elements=1024)
     optimizer, step = make_step(options.way, model, compression)
     levels = note_levels()
 
@@ -103,8 +112,7 @@ def main() -> None:
             loss = step()
             if not started:
                 started = True
-                (counter,) = compression._counters.values()
-                first = int(counter.last())
+                first = max(int(counter.last()) for counter in compression._counters.values())
                 say("START", story.HOST, state.step, hvd.size(), first, same)
             say("STEP", story.HOST, state.step, hvd.size(), levels[0], loss)
             story.ask(state.step, options, hvd.rank())
@@ -114,7 +122,7 @@ def main() -> None:
 
     train(State(model, optimizer, step=0))
     inputs, targets = story.batch()
-    final = float(np.square(inputs @ model.get_weights()[0] - targets).sum())
+    final = float(np.square(inputs @ np.concatenate(model.get_weights()) - targets).sum())
     say("DONE", final, digest(trained(model, optimizer)), None)
 
 

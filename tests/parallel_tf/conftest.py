@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ def horovod() -> Iterator[None]:
     # They ask the Horovod of the framework that was imported last; init() changes that too late.
     process_sets._setup(hvd.mpi_ops._basics)
     hvd.init(process_sets="dynamic")
+    if os.environ.get("GQ_TEST_ELASTIC"):  # graphs as in an elastic job; Horovod itself asks it too
+        os.environ["HOROVOD_ELASTIC"] = "1"
     yield
     hvd.shutdown()
 

@@ -46,12 +46,33 @@ def test_a_rank_that_joins_takes_the_step_of_the_others(mode: str, levels: str, 
     assert steps == [0, 41, 42]
 
 
+DIFFERENCES = [
+    {"seed": 1},
+    {"levels": "standard", "bits": 16},
+    {"levels": "two-hop", "bits": 4},
+    {"levels": "two-hop"},
+    {"norm": "l2"},
+]
+
+
 @MODES
-def test_other_options_on_one_rank(mode: str, name: str) -> None:
-    """Ranks do not compare them beforehand, so the token of each tensor has to tell."""
-    mine = 1 if hvd.rank() == hvd.size() - 1 else 2
-    reduce = reducer(mode, name, GlobalQSGD(min_elements=0, seed=mine))
+@pytest.mark.parametrize("options", DIFFERENCES, ids=str)
+def test_other_options_on_one_rank(mode: str, options: dict[str, Any], name: str) -> None:
+    """Ranks do not compare them beforehand, so what travels with the norms has to tell."""
+    own = options if hvd.rank() == hvd.size() - 1 else {}
+    reduce = reducer(mode, name, GlobalQSGD(**{"min_elements": 0, **own}))
     error = tf.errors.InvalidArgumentError if mode == "graph" else ConfigMismatchError
-    with pytest.raises(error, match=r"the ranks disagree about tensor .*with the same options"):
+    text = rf"configured differently, as they found with tensor '{name}'; this one has .*'seed'"
+    with pytest.raises(error, match=text):
         reduce(tf.ones(5000))
     assert all(hvd.allgather_object(True, name="test.all"))
+
+
+def test_horovod_takes_its_errors_for_a_loss(name: str) -> None:
+    """By a word in the names of all operations on the way, also where the caller gives a name."""
+    concrete = tf.function(lambda x: allreduce(x, name, compression=GlobalQSGD))
+    graph = concrete.get_concrete_function(tf.TensorSpec([5000], tf.float32)).graph
+    found = [op for op in graph.get_operations() if op.type.startswith("Horovod")]
+    assert {op.type for op in found} >= {"HorovodAllreduce"}
+    for op in found:
+        assert op.type.endswith("Size") or "HorovodAllreduce" in op.name, op.name
