@@ -63,6 +63,7 @@ def facts() -> Facts:
         "cores": os.cpu_count(),
         "compiler": next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None),
         "mpirun": _first_line("mpirun", "--version"),
+        "temporary folder": _attempt(_temporary_folder),
         "horovod": _attempt(_horovod),  # first, as in training: it starts MPI with threads
         "mpi": _attempt(_mpi),
         "gpu": _attempt(_gpus),
@@ -113,7 +114,20 @@ def _kernels() -> dict[str, str]:
     return {"sources": host.fingerprint(), "instruction set": host.best_instruction_set()}
 
 
+def _temporary_folder() -> str:
+    """Where Open MPI keeps the files of a session. Raises OSError where it cannot: MPI would end
+    this program in place of raising anything."""
+    names = ("OMPI_MCA_orte_tmpdir_base", "TMPDIR", "TEMP", "TMP")
+    chosen = next(filter(None, map(os.environ.get, names)), "/tmp")  # noqa: S108, Open MPI's own
+    folder = Path(chosen).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} cannot be written")
+    return str(folder)
+
+
 def _horovod() -> dict[str, Any]:
+    _temporary_folder()
     package = Path(str(importlib.import_module("horovod").__file__)).parent
     built = {
         framework: bool(glob.glob(str(package / framework / "mpi_lib*.so")))
@@ -127,6 +141,7 @@ def _horovod() -> dict[str, Any]:
 
 
 def _mpi() -> dict[str, Any]:
+    _temporary_folder()
     from mpi4py import MPI
 
     names = {
@@ -169,8 +184,7 @@ def diagnose(found: Facts) -> list[Finding]:
     """What is right and what is wrong on one machine, in words."""
     return [
         _of_kernels(found),
-        *_of_horovod(found),
-        *_of_mpi(found),
+        *(_of_the_temporary_folder(found) or [*_of_horovod(found), *_of_mpi(found)]),
         *_of_frameworks(found),
         *_of_gpus(found),
     ]
@@ -188,6 +202,16 @@ def _of_kernels(found: Facts) -> Finding:
         return Finding("kernels", "wrong", problem, remedy)
     text = f"{kernels['instruction set']}, sources {kernels['sources']}"
     return Finding("kernels", "ok", text)
+
+
+def _of_the_temporary_folder(found: Facts) -> list[Finding]:
+    """Nothing, unless it cannot be written: Horovod and MPI could not be looked at then."""
+    problem = _error(found["temporary folder"])
+    if not problem:
+        return []
+    remedy = "set TMPDIR to a folder on this host that may be written, or in a container mount one "
+    remedy += "at /tmp (docker: `--tmpfs /tmp`); MPI does not start without, nor does Horovod"
+    return [Finding("temporary folder", "wrong", problem, remedy)]
 
 
 def _of_horovod(found: Facts) -> list[Finding]:

@@ -428,8 +428,10 @@ def install_pins() -> None:
     INSTALLING.touch()
     if checked:
         listed = ROOT / "build" / "requirements.lock"
-        listed.write_text(hashed_pins(REQUIREMENTS.read_text(), LOCK.read_text(), not others))
+        hashed = hashed_pins(REQUIREMENTS.read_text(), LOCK.read_text(), not others)
+        listed.write_text(hashed)
         run([*install, "--require-hashes", "-r", listed])
+        say(f"      {len(pins(hashed))} packages, all with the hashes of requirements.lock")
     if others and checked:
         say(f"      pip also takes packages from {others}: torch and what only its CUDA wheel")
         say("      needs are not checked against requirements.lock; everything else was")

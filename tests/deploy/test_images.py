@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -104,6 +105,54 @@ def test_copied_files_pass_the_dockerignore() -> None:
         assert (ROOT / source).exists(), source
         assert source.split("/")[0] in allowed, source
     assert {source.split("/")[0] for source in sources} == allowed
+
+
+# Reads all that decides what .venv holds, and the project's own data; installs nothing.
+READ_ALL = """
+import sys
+sys.path.insert(0, "tools")
+import setup_env
+setup_env.inputs_hash()
+print(len(setup_env.pins(setup_env.hashed_pins(
+    setup_env.REQUIREMENTS.read_text(), setup_env.LOCK.read_text(), torch=True))))
+sys.argv = ["setup.py", "--quiet", "--version"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+def read_all(dockerfile: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run READ_ALL in a folder with nothing but what the build stage copies."""
+    (build,) = re.findall(r"^FROM \S+ AS build$(.*?)^FROM", dockerfile, re.M | re.S)
+    for line in re.findall(r"^COPY (.+)$", build, re.M):
+        *sources, target = line.split()
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, folder / target)
+            else:
+                shutil.copy(ROOT / source, folder / target)
+    return subprocess.run(
+        [sys.executable, "-c", READ_ALL], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_what_is_copied_is_enough_for_the_set_up(tmp_path: Path) -> None:
+    done = read_all(DOCKERFILE, tmp_path)
+    assert done.returncode == 0, done.stderr
+    hashed, built = done.stdout.split()
+    assert int(hashed) > 80
+    assert built == version()
+
+
+@pytest.mark.parametrize(
+    "name", ["requirements.lock", "requirements.txt", "pyproject.toml", "setup.py", "tools"]
+)
+def test_a_forgotten_file_is_noticed(name: str, tmp_path: Path) -> None:
+    comments, instructions = DOCKERFILE.split("\nFROM ", 1)
+    copy = f"COPY {name} {name}\n" if name == "tools" else f" {name}"
+    forgetful = comments + "\nFROM " + changed(instructions, copy, "")
+    done = read_all(forgetful, tmp_path)
+    assert done.returncode != 0
+    assert ("setup_env" if name == "tools" else name) in done.stderr
 
 
 def test_development_pins_are_left_out_and_no_others(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ GOOD: Facts = {
     "python": "3.11.7",
     "compiler": "/usr/bin/g++",
     "mpirun": "mpirun (Open MPI) 4.1.8",
+    "temporary folder": "/scratch",
     "horovod": {
         "version": "0.28.1",
         "torch": True,
@@ -59,6 +61,10 @@ ERROR = {"error": "ImportError: no such symbol"}
 BREAKAGES = [
     ({"kernels": ERROR}, "kernels", "wrong", "`pip install .` (compiler: /usr/bin/g++)"),
     ({"kernels": ERROR, "compiler": None}, "kernels", "wrong", "install g++ 11 or newer first"),
+    (
+        {"temporary folder": ERROR, "horovod": ERROR, "mpi": ERROR},
+        *("temporary folder", "wrong", "`--tmpfs /tmp`"),
+    ),
     ({"horovod": ERROR}, "Horovod", "wrong", "HOROVOD_WITH_PYTORCH=1"),
     ({"horovod.version": "0.27.0"}, "Horovod", "note", "only 0.28.1 was tested"),
     (
@@ -160,3 +166,22 @@ def test_what_cannot_be_looked_at_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> 
     found = doctor.facts()
     assert found["horovod"] == {"error": "OSError: undefined symbol"}
     assert [f.what for f in diagnose(found) if f.status == "wrong"] == ["kernels", "Horovod", "GPU"]
+
+
+def test_without_a_temporary_folder_mpi_is_not_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would end the program. No folder can be made in a file, not by root either."""
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("OMPI_MCA_orte_tmpdir_base", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "folder"))
+    monkeypatch.setattr(doctor, "_gpus", list)  # slow
+    found = doctor.facts()
+    problem = {"error": f"OSError: {tmp_path / 'file' / 'folder'} cannot be written"}
+    assert found["temporary folder"] == found["horovod"] == found["mpi"] == problem
+    wrong = [finding for finding in diagnose(found) if finding.status == "wrong"]
+    assert [finding.what for finding in wrong] == ["temporary folder"]
+
+    # Open MPI makes it where it can.
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "made" / "later"))
+    assert doctor._temporary_folder() == str(tmp_path / "made" / "later")
