@@ -310,11 +310,6 @@ class InFlight:
         return self._output
 
 
-def _patience(task: Task) -> int | None:
-    """Exchanges move when they are asked, so all are; Horovod's operations do without."""
-    return _PATIENCE if task.exchanges is None else None
-
-
 class Pipeline:
     """The reductions in flight. Not thread-safe; one for each group of ranks that reduces."""
 
@@ -335,7 +330,7 @@ class Pipeline:
         abandoned = self._in_flight.get(task.name)
         if abandoned is not None:
             self._settle(abandoned)  # nobody asked for its error either
-        self.poll(_patience(task))
+        self.poll(_PATIENCE)
         started = InFlight(task)
         self._in_flight[task.name] = started
         if not started.done:
@@ -408,7 +403,7 @@ class Pipeline:
                 )
             rounds += 1
             everything = rounds % _ROUNDS_TO_EVERYTHING == 0
-            moved = self.poll(None if everything else _patience(reduction.task))
+            moved = self.poll(None if everything else _PATIENCE)
             if not (moved or self._advance(reduction)):
                 time.sleep(_POLL_SECONDS)
             meanwhile()
