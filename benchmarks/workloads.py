@@ -79,6 +79,41 @@ class _Adam:
         return torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
 
 
+class _MeasuredByLoss(_Adam):
+    """Draws batches out of `_train`, and measures the loss of this rank's `_test`.
+
+    Both are samples, or rows of them, that a subclass makes a batch of.
+    """
+
+    metric = "loss"
+    seed = 0
+    GLOBAL_BATCH: int
+    _train: np.ndarray
+    _test: np.ndarray
+
+    def batch(self, step: int, shard: Shard | None = None) -> Batch:
+        chosen = order(len(self._train), self.GLOBAL_BATCH, step, shard, self.seed)
+        return self._pair(self._train[chosen])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module) -> float:
+        return self.held_out_loss(model)
+
+    def held_out_loss(self, model: nn.Module) -> float:
+        """The mean loss over all ranks, whose shares may differ in size."""
+        batch = self._pair(self._test)
+        with torch.no_grad():
+            loss, count = self.loss(model, batch), len(batch[0])
+        total = torch.stack([loss * count, torch.tensor(float(count))])
+        total = hvd.allreduce(total, op=hvd.Sum, name="test.loss")
+        return float(total[0] / total[1])
+
+    def _pair(self, chosen: np.ndarray) -> Batch:
+        raise NotImplementedError
+
+
 class DeepLight(_Adam):
     """DeepFwFM of examples/deeplight with 13.4 M parameters, 96 % of them in dense embeddings."""
 
@@ -153,12 +188,10 @@ class ByteModel(nn.Module):
         return self.head(self.blocks(hidden, mask=mask, is_causal=True))
 
 
-class Transformer(_Adam):
+class Transformer(_MeasuredByLoss):
     """A Transformer of 4.9 M parameters on the sources of Python's own standard library."""
 
-    metric = "loss"
     learning_rate = 5e-4
-    seed = 0
     CONTEXT, WIDTH, LAYERS = 64, 256, 6
     GLOBAL_BATCH = 16  # sequences
     HELD_OUT = 64  # sequences
@@ -178,31 +211,18 @@ class Transformer(_Adam):
     def build(self) -> nn.Module:
         return ByteModel(self.WIDTH, heads=4, layers=self.LAYERS, context=self.CONTEXT)
 
-    def batch(self, step: int, shard: Shard | None = None) -> Batch:
-        return self._pair(
-            self._train[order(len(self._train), self.GLOBAL_BATCH, step, shard, self.seed)]
-        )
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-    def evaluate(self, model: nn.Module) -> float:
-        return self.held_out_loss(model)
-
-    def held_out_loss(self, model: nn.Module) -> float:
-        return _mean_loss(self, model, self._pair(self._test))
 
     def _pair(self, windows: np.ndarray) -> Batch:
         text = torch.from_numpy(windows.astype(np.int64))
         return text[:, :-1], text[:, 1:]
 
 
-class ConvNet(_Adam):
+class ConvNet(_MeasuredByLoss):
     """A convolutional network of 2.5 M parameters on scikit-learn's digits, at 16 x 16 pixels."""
 
-    metric = "loss"
     learning_rate = 1e-3
-    seed = 0
     GLOBAL_BATCH = 128
     HELD_OUT = 297  # of 1797
     HIDDEN = 2048  # units before the last layer
@@ -229,34 +249,21 @@ class ConvNet(_Adam):
             *layers, nn.Linear(1024, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, 10)
         )
 
-    def batch(self, step: int, shard: Shard | None = None) -> Batch:
-        return self._pair(
-            self._train[order(len(self._train), self.GLOBAL_BATCH, step, shard, self.seed)]
-        )
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(model(batch[0]), batch[1])
-
-    def evaluate(self, model: nn.Module) -> float:
-        return self.held_out_loss(model)
-
-    def held_out_loss(self, model: nn.Module) -> float:
-        return _mean_loss(self, model, self._pair(self._test))
 
     def _pair(self, rows: np.ndarray) -> Batch:
         return self._images[rows], self._labels[rows]
 
 
-class Denoiser(_Adam):
+class Denoiser(_MeasuredByLoss):
     """A convolutional network of 0.02 M parameters that finds the noise in photographs.
 
     The two that scikit-learn brings, in patches; the right quarter of both is held out. The loss is
     the mean square of what is left of noise of variance 1.
     """
 
-    metric = "loss"
     learning_rate = 2e-3
-    seed = 0
     GLOBAL_BATCH = 64  # patches
     PATCH, CHANNELS, LAYERS = 16, 32, 2
     NOISE = 0.1  # beside pixels from 0 to 1
@@ -275,8 +282,7 @@ class Denoiser(_Adam):
         generator = torch.Generator().manual_seed(0)
         self._clean = torch.cat(train + test)
         self._noise = torch.randn(self._clean.shape, generator=generator)
-        self._train = sum(map(len, train))
-        held_out = self._train + np.arange(sum(map(len, test)))
+        self._train, held_out = np.split(np.arange(len(self._clean)), [sum(map(len, train))])
         self._test = held_out[: self.HELD_OUT][hvd.rank() :: hvd.size()]
 
     def build(self) -> nn.Module:
@@ -285,30 +291,12 @@ class Denoiser(_Adam):
             layers += [nn.Conv2d(self.CHANNELS, self.CHANNELS, 3, padding=1), nn.ReLU()]
         return nn.Sequential(*layers, nn.Conv2d(self.CHANNELS, 3, 3, padding=1))
 
-    def batch(self, step: int, shard: Shard | None = None) -> Batch:
-        return self._pair(order(self._train, self.GLOBAL_BATCH, step, shard, self.seed))
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.mse_loss(model(batch[0]), batch[1])
-
-    def evaluate(self, model: nn.Module) -> float:
-        return self.held_out_loss(model)
-
-    def held_out_loss(self, model: nn.Module) -> float:
-        return _mean_loss(self, model, self._pair(self._test))
 
     def _pair(self, rows: np.ndarray) -> Batch:
         noise = self._noise[rows]
         return self._clean[rows] + self.NOISE * noise, noise
-
-
-def _mean_loss(workload: Workload, model: nn.Module, batch: Batch) -> float:
-    """The loss of held-out samples over all ranks, whose shares may differ in size."""
-    with torch.no_grad():
-        loss, count = workload.loss(model, batch), len(batch[0])
-    total = torch.stack([loss * count, torch.tensor(float(count))])
-    total = hvd.allreduce(total, op=hvd.Sum, name="test.loss")
-    return float(total[0] / total[1])
 
 
 WORKLOADS: dict[str, type] = {

@@ -107,11 +107,9 @@ def quantize(
     size = payload_size(x.size, plan)
     if out is None:
         out = np.empty(size, payload_dtype(plan))
+    out[size:] = 0
     block_size = plan.block_for(x.size)
-    payload = out
-    if out.size > size:
-        out[size:] = 0
-        payload = out[:size]
+    payload = out[:size]
     with kernels.on_device_of(x):
         staged = kernels.staging(payload)
         if plan.levels != "exponential":
@@ -226,8 +224,7 @@ def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
     if plan.levels == "two-hop":
         payload, norms, block_size = _shares(payload, plan, out.size)
         divisor = plan.level_count
-    size = payload_size(out.size, plan)
-    payload = payload[:size] if payload.size > size else payload
+    payload = payload[: payload_size(out.size, plan)]
     with kernels.on_device_of(out):
         if plan.levels == "exponential":
             kernels.dequantize_exponential(

@@ -512,9 +512,9 @@ class GlobalQSGD(Compression):
     memory. transport must be "horovod".
 
     Raises ConfigMismatchError at the first use, on every rank, if the ranks are configured
-    differently; in an elastic job at the first gradient (or Horovod finds operations that do not
-    match: other levels, block sizes or min_elements). There graphs outlive the ranks that they were
-    built for.
+    differently; in an elastic job at the first gradient (where block sizes or min_elements differ,
+    Horovod raises its own error about operations that do not match). There graphs outlive the ranks
+    that they were built for.
     """
 
     HVD = hvd

@@ -20,7 +20,7 @@ from gq_horovod.torch import GlobalQSGD
 
 
 class State(story.Told, hvd.elastic.TorchState):  # type: ignore[misc]
-    pass
+    """Of what a commit keeps, and a newcomer is sent."""
 
 
 def trained(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[np.ndarray]:

@@ -42,7 +42,7 @@ _told = threading.Event()  # that the hosts have changed
 
 
 class Told:
-    """Of Horovod's states: says when its driver has told this worker, which is rank 0, of hosts."""
+    """A base of Horovod's states: notes when the driver has told this worker, rank 0, of hosts."""
 
     def on_hosts_updated(self, timestamp: int, update_res: Any) -> None:
         super().on_hosts_updated(timestamp, update_res)  # type: ignore[misc]

@@ -25,7 +25,7 @@ keras = tf.keras
 
 
 class State(story.Told, hvd.elastic.KerasState):  # type: ignore[misc]
-    pass
+    """Of what a commit keeps, and a newcomer is sent."""
 
 
 def trained(model: Any, optimizer: Any) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+from rank import say
 
 from gq_horovod import agreement
 from gq_horovod.config import ConfigMismatchError
@@ -27,10 +28,6 @@ GRACE_SECONDS = 4.0
 # In place of the ten minutes that a user waits for a rank that never uses compression.
 AGREEMENT_SECONDS = 4.0
 HANG_SECONDS = 60.0
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def is_last() -> bool:
