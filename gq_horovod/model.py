@@ -33,7 +33,7 @@ TOKEN_BYTES = 16  # what Horovod itself reduces for a tensor under GlobalQSGD: f
 # cannot be imported here. tests/single/test_model.py compares them.
 EXCHANGE_MINIMUM_CHUNKS = 8
 EXCHANGE_MAXIMUM_CHUNK = 1 << 20
-EXCHANGE_MINIMUM_CHUNK = 1 << 14
+EXCHANGE_MINIMUM_CHUNK = 1 << 17
 
 
 # ------------------------------------------------------------------------------------ the paper's

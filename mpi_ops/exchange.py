@@ -28,11 +28,12 @@ from .scheme import Plan
 Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
 
 # A chunk's buffers hold twice its compressed size. Four of at least eight chunks in flight keep
-# that below the compressed size of the tensor; large chunks make messages that fill the network.
+# that below the compressed size of the tensor; large chunks make messages that fill the network,
+# and what a message costs by itself is too much for chunks smaller than MINIMUM_CHUNK.
 CHUNKS_IN_FLIGHT = 4
 MINIMUM_CHUNKS = 8
 MAXIMUM_CHUNK = 1 << 20  # elements
-MINIMUM_CHUNK = 1 << 14
+MINIMUM_CHUNK = 1 << 17  # elements
 
 # What one exchange uses: one for each of the two messages of every chunk in flight. MPI delivers
 # messages of one tag in the order in which they were sent, so later chunks use them again.
