@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,10 @@ from typing import Any, Literal
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import testbed  # noqa: E402
+
 BASELINE = "Horovod float32"
 LOOPBACK = "loopback"
 RESULT = "RESULT "  # begins the line that a process prints for the one that started it
@@ -134,16 +137,15 @@ def run_rank(job: str, counts: list[int], rounds: int, budget: float) -> None:
 
 
 def result_in(output: str) -> dict[str, Any]:
-    """What a process of ours printed for the one that started it."""
-    line = next(line for line in output.splitlines() if line.startswith(RESULT))
-    found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+    """What a process of ours printed for the one that started it, behind a launcher's prefix."""
+    line = next(line for line in output.splitlines() if RESULT in line)
+    found: dict[str, Any] = json.loads(line.partition(RESULT)[2])
     return found
 
 
 def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
     """Start the ranks of both jobs and return what rank 0 printed, and where they ran."""
-    sys.path.insert(0, str(ROOT))
-    from tools import ranks, testbed
+    from tools import ranks
 
     reason = "asked for" if rate == LOOPBACK else testbed.unavailable()
     merged: dict[str, Any] = {
@@ -178,12 +180,16 @@ def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
     return merged
 
 
-def bits_per_second(rate: str) -> float:
-    """A rate as tc writes it, "200mbit" or "1gbit"."""
-    match = re.fullmatch(r"([\d.]+)([kmg])bit", rate)
-    if match is None:
-        raise SystemExit(f"A rate must look like 200mbit or 1gbit, got {rate!r}.")
-    return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
+def rates(text: str) -> list[str]:
+    """Those of --rates, separated by commas, for argparse."""
+    found = text.split(",")
+    for rate in found:
+        try:
+            if rate != LOOPBACK:
+                testbed.bits_per_second(rate)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return found
 
 
 def summarize(result: dict[str, Any], count: int, ranks: int) -> dict[str, dict[str, Any]]:
@@ -197,7 +203,7 @@ def summarize(result: dict[str, Any], count: int, ranks: int) -> dict[str, dict[
         bound = None
         if result["shaped"]:
             sent = 2 * (ranks - 1) / ranks * result["bytes_per_element"][name] * count
-            bound = median / (8 * sent / bits_per_second(result["rate"]))
+            bound = median / (8 * sent / testbed.bits_per_second(result["rate"]))
         rows[name] = {
             "milliseconds": 1e3 * median,
             "spread": 1e3 * (quarters[2] - quarters[0]),
@@ -316,7 +322,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--elements", default="16000000", help="sizes, separated by commas")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--rates", default="1gbit", help=f"of every host's link, or {LOOPBACK}")
+    parser.add_argument(
+        "--rates", type=rates, default="1gbit", help=f"of every host's link, or {LOOPBACK}"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=0, help="seconds for a size (0: no limit)")
     parser.add_argument("--cycle-time", type=float, default=1, help="Horovod's, ms (default 1)")
@@ -328,12 +336,8 @@ def main() -> None:
     if options.job:
         run_rank(options.job, options.elements, options.rounds, options.budget)
         return
-    rates = options.rates.split(",")
-    for rate in rates:
-        if rate != LOOPBACK:
-            bits_per_second(rate)
     jobs = []
-    for rate in rates:
+    for rate in options.rates:
         result = launch(options, rate)
         result["results"] = {
             count: summarize(result, count, options.ranks) for count in options.elements

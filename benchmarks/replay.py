@@ -32,7 +32,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         time.sleep(ctx.delay)
-        return gradients[0], ctx.gradient, None, None
+        # An alias: autograd copies what somebody else holds as well, which no accelerator's host
+        # does.
+        gradient = None if ctx.gradient is None else ctx.gradient.detach()
+        return gradients[0], gradient, None, None
 
 
 class Replay:

@@ -54,7 +54,6 @@ from common import methods  # noqa: E402
 
 MODELS = ("deeplight", "transformer", "convnet")
 COMPUTE = "compute alone"  # the name of training without communication
-LOOPBACK = "loopback"
 PARTS = ("compute", "quantize", "communicate", "wait")
 
 Phases = dict[str, float]  # seconds of one step; see Contestant.step
@@ -427,7 +426,7 @@ def hosts(ranks: int, rate: str) -> Iterator[tuple[Any, str, str]]:
     from tools import ranks as launcher
     from tools import testbed
 
-    reason = "asked for" if rate == LOOPBACK else testbed.unavailable()
+    reason = "asked for" if rate == allreduce.LOOPBACK else testbed.unavailable()
     if reason is not None:
         yield None, launcher.LOOPBACK, f"{ranks} processes over loopback ({reason})"
         return
@@ -457,8 +456,11 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
         script += ["--times", json.dumps(times)]
         for name in ("rounds", "steps", "warm_up", "quality", "budget", "cache"):
             script += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        start = getattr(launcher, options.launcher)
+        if bed and options.launcher == "horovodrun":
+            environment |= bed.horovodrun_environment()
         output = subprocess.run(
-            [*launcher.mpirun(bed, ranks), *script],
+            [*start(bed, ranks), *script],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
@@ -563,7 +565,12 @@ def main() -> None:
     """Launch the jobs, or be a rank of one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--rates", default="200mbit,1gbit", help=f"of the links, or {LOOPBACK}")
+    parser.add_argument(
+        "--rates",
+        type=allreduce.rates,
+        default="200mbit,1gbit",
+        help=f"of the links, or {allreduce.LOOPBACK}",
+    )
     parser.add_argument("--ranks", default="4", help="such as 2,4,8,16: one on each host")
     parser.add_argument(
         "--methods",
@@ -577,6 +584,12 @@ def main() -> None:
     parser.add_argument("--replay", type=float, default=0, help="times its duration (0: compute)")
     parser.add_argument("--budget", type=float, default=0, help="seconds to the last round's start")
     parser.add_argument("--cycle-time", type=float, default=1, help="Horovod's, ms (default 1)")
+    parser.add_argument(
+        "--launcher",
+        choices=("mpirun", "horovodrun"),
+        default="mpirun",
+        help="the latter over Gloo",
+    )
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one job")
     parser.add_argument("--cache", type=Path, default=Path("results"), help="for prepared data")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
@@ -598,11 +611,6 @@ def main() -> None:
     if options.interface:
         run_rank(options)
         return
-    rates = options.rates.split(",")
-    for rate in rates:
-        if rate != LOOPBACK:
-            allreduce.bits_per_second(rate)
-    sys.path.insert(0, str(ROOT))
     options.methods, remarks = available(options.methods)
     for remark in remarks:
         print(remark)
@@ -610,7 +618,7 @@ def main() -> None:
         parser.error("--methods: none of them is available here")
     results = []
     for ranks in map(int, options.ranks.split(",")):
-        for rate in rates:
+        for rate in options.rates:
             result = launch(options, ranks, rate)
             result["rows"] = summarize(result)
             print_tables(result, options)

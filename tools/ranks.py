@@ -37,6 +37,20 @@ def mpirun(bed: Testbed | None, ranks: int) -> list[str]:
     return [found, *local]
 
 
+def horovodrun(bed: Testbed | None, ranks: int) -> list[str]:
+    """Return the words that start the command after them in `ranks` ranks, over Gloo.
+
+    As `mpirun`. Horovod's launcher puts `[rank]<stdout>:` before each line. With a testbed it has
+    to be started with `bed.horovodrun_environment()` as well.
+    """
+    horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+    if bed:
+        if ranks % bed.hosts:
+            raise ValueError(f"horovodrun: ranks must be a multiple of {bed.hosts}, got {ranks}")
+        return bed.command(0, [horovodrun, *bed.horovodrun_args(ranks // bed.hosts)])
+    return [horovodrun, "--gloo", "-np", str(ranks), "--network-interfaces", LOOPBACK]
+
+
 def environment() -> dict[str, str]:
     """Return this process's environment, with what ranks that share few cores need."""
     # Other hosts find mpirun's daemon by PATH, also where the environment is not activated.

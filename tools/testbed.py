@@ -41,6 +41,8 @@ from typing import IO, Any
 INTERFACE = "eth0"  # each host's only link, inside its namespace
 SUBNET = "10.213.77"  # addresses that exist only inside the namespaces; host i has .(i+1)
 RATE = r"\d+(\.\d+)?[kmg]bit"  # of those that tc understands, the plain ones
+BURST_SECONDS = 2e-3  # of a link's rate, which may pass at once after a pause
+LARGEST_PACKET = 72 << 10  # bytes that the kernel hands over in one piece, with their headers
 SHIM = Path(__file__).resolve().parent / "shim"  # holds what horovodrun finds in place of ssh
 
 
@@ -64,6 +66,18 @@ def unavailable() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return reason
     return None
+
+
+def bits_per_second(rate: str) -> float:
+    """A rate as tc writes it, such as "200mbit" or "1gbit". Raises ValueError for any other."""
+    if re.fullmatch(RATE, rate) is None:
+        raise ValueError(f"A rate must look like 200mbit or 1gbit, got {rate!r}.")
+    return float(rate[:-4]) * {"k": 1e3, "m": 1e6, "g": 1e9}[rate[-4]]
+
+
+def _bucket(rate: str) -> int:
+    """Bytes of a link's token bucket."""
+    return max(int(bits_per_second(rate) / 8 * BURST_SECONDS), LARGEST_PACKET)
 
 
 # `ip netns` keeps its names under /run, which a user may not write to: a private one covers it.
@@ -309,15 +323,14 @@ class Testbed:
             _run(["ip", "-n", name, "link", "set", "lo", "up"])
             _run(["ip", "-n", name, "link", "set", INTERFACE, "up"])
             # A queue limits what leaves through an interface: one at the host for what it sends,
-            # one at the switch for what it receives. The bucket holds 2 ms at 1 Gbit/s, enough for
-            # the largest packet that the kernel hands over in one piece (64 KiB).
+            # one at the switch for what it receives.
             for namespace, device, rate in (
                 (name, INTERFACE, sends),
                 (switch, port, receives),
             ):
                 _run(
                     f"tc -n {namespace} qdisc add dev {device} root "
-                    f"tbf rate {rate} burst 256kb latency 50ms".split()
+                    f"tbf rate {rate} burst {_bucket(rate)} latency 50ms".split()
                 )
         self._write_files()
 
