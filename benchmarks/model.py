@@ -1,12 +1,14 @@
 """The performance model against measurement, on hosts with shaped links.
 
     python benchmarks/model.py                                  # as root: 1 Gbit/s, then 200 Mbit/s
-    python benchmarks/model.py --rates 1gbit --elements 1000000
+    python benchmarks/model.py --rates 1gbit --models embedding
 
-For each rate, on the hosts of tools/testbed.py: `gq-horovod calibrate`, then rounds of one
-Allreduce of every method that the advisor knows (those of benchmarks/allreduce.py, with the casts
-of fp16), and the model's predictions from the calibration alone. Prints relative errors,
-(predicted - measured) / measured, with the machine's load; writes model.json and model.png.
+For each rate and model, on the hosts of tools/testbed.py: `gq-horovod calibrate`, then training
+steps of every method that the advisor knows, in turn, and the predictions of gq_horovod.model from
+the calibration and the step's computation, which is measured in the same job without communication.
+Computation only takes time here (replay.py), so that ranks which share cores can reduce beside it.
+Prints relative errors, (predicted - measured) / measured, with the machine's load; writes
+model.json and model.png.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import allreduce  # beside this file
+import allreduce  # beside this file, as is training
 import matplotlib
 from rich.console import Console
 from rich.table import Table
+from training import COMPUTE
 
 from gq_horovod import calibrate, model
 
@@ -33,35 +36,100 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
+FORWARD = 1 / 3  # of the computation; the rest is backward, and the update takes none
 
 
-def methods(array: Any) -> allreduce.Methods:
-    """The methods of the model, under its names."""
+@dataclass(frozen=True)
+class Model:
+    """Tensors whose gradients come one after the other, at equal distances, in backward."""
+
+    tensors: int
+    elements: int  # of each
+    compute: float  # seconds
+    overlap: float  # what `gq-horovod advise --overlap` is told
+
+
+# None of these sizes is one that calibration measures.
+MODELS = {
+    # One gradient that comes last: nothing of it can hide.
+    "embedding": Model(1, 16_000_000, 0.1, overlap=0),
+    # The advisor's default: of a backward pass of two thirds of a step, half a step.
+    "layers": Model(12, 1_000_000, 0.3, overlap=0.5),
+    "small": Model(4, 250_000, 0.1, overlap=0.5),
+}
+
+
+# ------------------------------------------------------------------------------------ in each rank
+
+
+def run_rank(name: str, rounds: int) -> None:
+    """Be a rank: rank 0 prints a line of JSON with the seconds of every method's steps."""
     import horovod.torch as hvd
+    import replay  # beside this file, as the next
     import torch
+    import training
 
-    found: allreduce.Methods = {}
-    for name, (size, call) in allreduce.horovod_methods(array).items():
-        if name == allreduce.BASELINE:
-            found[model.NONE.name] = (size, call)
-        elif name.startswith("GlobalQSGD"):
-            transport, setting = name.split(", ")
-            setting = setting.replace(" 8 bit", "")
-            found[setting + (", mpi" if transport.endswith("mpi") else "")] = (size, call)
-    tensor = torch.from_numpy(array)
-    half: Callable[[], object] = lambda: hvd.allreduce(  # noqa: E731
-        tensor, name="fp16", compression=hvd.Compression.fp16
-    )
-    found[model.FP16.name] = (2, half)
-    expected = {method.name for method in model.METHODS if method.why_not(hvd.size()) is None}
-    if expected != set(found):
-        raise SystemExit(f"The model's methods and those measured differ: {expected ^ set(found)}.")
-    return found
+    torch.set_num_threads(1)
+    hvd.init()
+    shape = MODELS[name]
+
+    class Tensors:
+        """What Replay replays; each rank has gradients of its own."""
+
+        metric = ""
+
+        def build(self) -> Any:
+            return torch.nn.ParameterList(torch.zeros(shape.elements) for _ in range(shape.tensors))
+
+        def batch(self, step: int) -> Any:
+            generator = torch.Generator().manual_seed(hvd.rank())
+            return torch.randn(shape.elements, generator=generator), torch.empty(0)
+
+        def loss(self, net: Any, batch: Any) -> Any:
+            return sum((parameter * batch[0]).sum() for parameter in net)
+
+    delay = (1 - FORWARD) * shape.compute / shape.tensors
+    times = {f"{index}": delay for index in reversed(range(shape.tensors))}
+    times |= {"forward": FORWARD * shape.compute, "rest": 0.0, "update": 0.0}
+    workload = replay.Replay(Tensors(), times)
+    watch = training.Stopwatch()
+    contestants = [training.Contestant(training.COMPUTE, workload, watch, None)]
+    for method in model.METHODS:
+        if method.why_not(hvd.size()) is None:
+            training.METHODS[method.name] = lambda method=method: compression(method)
+            like = contestants[1] if len(contestants) > 1 else None
+            contestants.append(training.Contestant(method.name, workload, watch, like))
+    seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
+    for number in range(-1, rounds):  # the first one makes connections
+        for each in contestants:
+            hvd.barrier()
+            taken = training.total(each.step(workload.batch(0)))
+            slowest = hvd.allreduce(torch.tensor(taken), name="seconds", op=hvd.Max)
+            if number >= 0:
+                seconds[each.name].append(float(slowest))
+        if hvd.rank() == 0:
+            print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    if hvd.rank() == 0:
+        print(allreduce.RESULT + json.dumps({"seconds": seconds}), flush=True)
+    hvd.shutdown()
+
+
+def compression(method: model.Method) -> Any:
+    """What DistributedOptimizer is given."""
+    import horovod.torch as hvd
+
+    from gq_horovod.torch import GlobalQSGD
+
+    if method.config is None:
+        return hvd.Compression.fp16 if method is model.FP16 else hvd.Compression.none
+    return GlobalQSGD(**vars(method.config))
+
+
+# -------------------------------------------------------------------------------------- comparison
 
 
 def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
-    """Calibrate and measure at one rate; a row for each method and size."""
-    sys.path.insert(0, str(ROOT))
+    """Calibrate and measure at one rate; a row for each model and method."""
     from tools import ranks, testbed
 
     reason = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
@@ -74,7 +142,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
             return subprocess.run(
                 [*ranks.mpirun(bed, options.ranks), sys.executable, *command],
                 cwd=ROOT,
-                env=ranks.environment(),
+                env=ranks.environment() | {"HOROVOD_CACHE_CAPACITY": "8192"},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -82,25 +150,29 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
             ).stdout
 
         path = Path(scratch) / "calibration.json"
-        for elements in options.elements:
-            # Anew for each size: other work on the machine comes and goes.
+        for name in options.models:
+            # Anew for each: other work on the machine comes and goes.
             loads = [os.getloadavg()[0]]
             print(run("-m", "gq_horovod", "calibrate", "--output", str(path)))
             cluster = calibrate.load(path)
-            script = [str(Path(__file__).resolve()), "--measure", str(elements)]
+            script = [str(Path(__file__).resolve()), "--measure", name]
             output = run(*script, "--rounds", str(options.rounds))
             loads.append(os.getloadavg()[0])
-            seconds = allreduce.result_in(output)["seconds"][str(elements)]
+            seconds = allreduce.result_in(output)["seconds"]
+            shape = MODELS[name]
+            sizes = [shape.elements] * shape.tensors
+            compute = statistics.median(seconds[COMPUTE])
             for method in model.METHODS:
                 if method.name not in seconds:
                     continue
                 measured = statistics.median(seconds[method.name])
-                predicted = model.allreduce_seconds(method, elements, cluster)
+                predicted = model.step_time(method, sizes, cluster, compute, shape.overlap)
                 rows.append(
                     {
                         "rate": rate,
-                        "elements": elements,
+                        "model": name,
                         "method": method.name,
+                        "compute_seconds": compute,
                         "predicted_seconds": predicted,
                         "measured_seconds": measured,
                         "fastest_seconds": min(seconds[method.name]),
@@ -114,16 +186,16 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the table and write the files."""
-    table = Table(title=f"Prediction and measurement, {options.ranks} hosts")
-    for heading in ("rate", "method"):
+    table = Table(title=f"Steps predicted and measured, {options.ranks} hosts")
+    for heading in ("rate", "model", "method"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("elements", "predicted ms", "measured ms", "range", "error"):
+    for heading in ("predicted ms", "measured ms", "range", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["rate"],
+            row["model"],
             row["method"],
-            f"{row['elements'] / 1e6:g} M",
             f"{1e3 * row['predicted_seconds']:.0f}",
             f"{1e3 * row['measured_seconds']:.0f}",
             f"{1e3 * row['fastest_seconds']:.0f}-{1e3 * row['slowest_seconds']:.0f}",
@@ -160,21 +232,24 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 def main() -> None:
     """Launch the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rates", default="1gbit,200mbit", help="of every host's link")
-    parser.add_argument("--elements", default="1000000,16000000")
+    parser.add_argument(
+        "--rates", type=allreduce.rates, default="1gbit,200mbit", help="of every host's link"
+    )
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one job")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # be a rank
+    parser.add_argument("--measure", choices=MODELS, help=argparse.SUPPRESS)  # be a rank
     options = parser.parse_args()
     if options.measure:
-        allreduce.JOBS["model"] = methods
-        allreduce.run_rank("model", [options.measure], options.rounds, budget=0)
+        run_rank(options.measure, options.rounds)
         return
-    options.elements = [int(part) for part in options.elements.split(",")]
+    options.models = options.models.split(",")
+    if unknown := sorted(set(options.models) - set(MODELS)):
+        parser.error(f"--models: expected some of {', '.join(MODELS)}; got {', '.join(unknown)}")
     rows = []
-    for rate in options.rates.split(","):
+    for rate in options.rates:
         rows += run_on_hosts(options, rate)
     report(rows, options)
 

@@ -279,9 +279,21 @@ def _horovod_overheads(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, roun
         for handle in handles:
             horovod.synchronize(handle)
 
-    nothing = _seconds(comm, 4 * rounds, lambda: None)  # the barrier, slow where cores are shared
-    lone = _seconds(comm, 4 * rounds, lambda: operations(1)) - nothing
-    many = _seconds(comm, rounds, lambda: operations(SMALL_OPERATIONS)) - nothing
+    def seconds(count: int) -> float:
+        """Mean over ranks and rounds until a rank's own are done: no barrier, itself as slow.
+
+        The mean, because now and then an operation waits for a rank that has no core.
+        """
+        operations(count)
+        taken = 0.0
+        for _ in range(4 * rounds):
+            comm.Barrier()
+            begin = time.perf_counter()
+            operations(count)
+            taken += time.perf_counter() - begin
+        return statistics.mean(comm.allgather(taken / (4 * rounds)))
+
+    lone, many = seconds(1), seconds(SMALL_OPERATIONS)
     overhead = max(many - lone, 0.0) / (SMALL_OPERATIONS - 1)
     cycle = max(lone - overhead - cluster.allreduce(4), 0.0)
     return replace(cluster, cycle_time=cycle, operation_overhead=overhead)
@@ -335,7 +347,8 @@ def _horovod_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
         hvd.alltoall(codes, name="calibrate.alltoall")
         hvd.allgather(codes[:share], name="calibrate.allgather")
 
-    return lambda: hvd.allreduce(x, name="calibrate.allreduce"), gather
+    # In place, as an optimizer's gradients: no memory that has not been touched.
+    return lambda: hvd.allreduce_(x, name="calibrate.allreduce"), gather
 
 
 def _message_call(comm: MPI.Intracomm, size: int) -> Call:
