@@ -75,8 +75,8 @@ def bits_per_second(rate: str) -> float:
     return float(rate[:-4]) * {"k": 1e3, "m": 1e6, "g": 1e9}[rate[-4]]
 
 
-def _bucket(rate: str) -> int:
-    """Bytes of a link's token bucket."""
+def bucket_bytes(rate: str) -> int:
+    """Bytes that a link of this rate lets pass at once after a pause: its token bucket."""
     return max(int(bits_per_second(rate) / 8 * BURST_SECONDS), LARGEST_PACKET)
 
 
@@ -330,7 +330,7 @@ class Testbed:
             ):
                 _run(
                     f"tc -n {namespace} qdisc add dev {device} root "
-                    f"tbf rate {rate} burst {_bucket(rate)} latency 50ms".split()
+                    f"tbf rate {rate} burst {bucket_bytes(rate)} latency 50ms".split()
                 )
         self._write_files()
 

@@ -280,11 +280,12 @@ def test_links_have_rates_of_their_own() -> None:
             assert receiving.wait(LIMIT_SECONDS) == 0
             return time.monotonic() - began
 
-        # The bucket of 256 kB goes at once. No link is faster than its rate; that one direction is
-        # the slow one is told by the ratio, with much room for a busy machine.
-        least = (count - 300_000) * 8 / 80e6
+        # The bucket goes at once. No link is faster than its rate; that one direction is the slow
+        # one is told by the ratio, with much room for a busy machine.
+        shaped = 8 * (count - testbed.bucket_bytes("80mbit"))
         slow, fast, other = seconds(0, 1), seconds(1, 0), seconds(1, 2)
-    assert slow > (count - 300_000) * 8 / 10e6
+        least = shaped / 80e6
+    assert slow > shaped / 10e6
     assert least < fast < slow / 1.5
     assert least < other < slow / 1.5
 
@@ -313,6 +314,15 @@ def test_rates_of_all_hosts() -> None:
     assert testbed.link_rates("200mbit", 2) == [("200mbit", "200mbit")] * 2
     rates = ["1.5gbit", "200mbit/1gbit"]
     assert testbed.link_rates(rates, 2) == [("1.5gbit", "1.5gbit"), ("200mbit", "1gbit")]
+
+
+def test_buckets_hold_as_long_a_time_at_every_rate() -> None:
+    assert testbed.bits_per_second("1.5gbit") == 1.5e9
+    assert testbed.bucket_bytes("10gbit") == 2_500_000
+    assert testbed.bucket_bytes("1gbit") == 250_000
+    assert testbed.bucket_bytes("200mbit") == testbed.bucket_bytes("10kbit") > 64 << 10
+    with pytest.raises(ValueError, match="must look like 200mbit or 1gbit, got '1 gbit'"):
+        testbed.bits_per_second("1 gbit")
 
 
 def test_without_the_right_it_says_so() -> None:
