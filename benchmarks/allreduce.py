@@ -31,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools import ranks as launcher  # noqa: E402
 from tools import testbed  # noqa: E402
 
 BASELINE = "Horovod float32"
@@ -145,8 +146,6 @@ def result_in(output: str) -> dict[str, Any]:
 
 def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
     """Start the ranks of both jobs and return what rank 0 printed, and where they ran."""
-    from tools import ranks
-
     reason = "asked for" if rate == LOOPBACK else testbed.unavailable()
     merged: dict[str, Any] = {
         "rate": rate,
@@ -166,8 +165,8 @@ def launch(options: argparse.Namespace, rate: str) -> dict[str, Any]:
             script += ["--elements", ",".join(map(str, options.elements))]
             script += ["--rounds", str(options.rounds), "--budget", str(options.budget)]
             output = subprocess.run(
-                [*ranks.mpirun(bed, options.ranks), *script],
-                env=ranks.environment() | {"HOROVOD_CYCLE_TIME": str(options.cycle_time)},
+                [*launcher.mpirun(bed, options.ranks), *script],
+                env=launcher.environment() | {"HOROVOD_CYCLE_TIME": str(options.cycle_time)},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,

@@ -21,16 +21,18 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import allreduce  # beside this file, as is training
 import matplotlib
+import training
 from rich.console import Console
 from rich.table import Table
-from training import COMPUTE
 
 from gq_horovod import calibrate, model
+from tools import ranks, testbed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,9 +67,8 @@ MODELS = {
 def run_rank(name: str, rounds: int) -> None:
     """Be a rank: rank 0 prints a line of JSON with the seconds of every method's steps."""
     import horovod.torch as hvd
-    import replay  # beside this file, as the next
+    import replay  # beside this file
     import torch
-    import training
 
     torch.set_num_threads(1)
     hvd.init()
@@ -96,7 +97,7 @@ def run_rank(name: str, rounds: int) -> None:
     contestants = [training.Contestant(training.COMPUTE, workload, watch, None)]
     for method in model.METHODS:
         if method.why_not(hvd.size()) is None:
-            training.METHODS[method.name] = lambda method=method: compression(method)
+            training.METHODS[method.name] = partial(compression, method)
             like = contestants[1] if len(contestants) > 1 else None
             contestants.append(training.Contestant(method.name, workload, watch, like))
     seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
@@ -130,8 +131,6 @@ def compression(method: model.Method) -> Any:
 
 def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
     """Calibrate and measure at one rate; a row for each model and method."""
-    from tools import ranks, testbed
-
     reason = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
     if reason is not None:
         raise SystemExit(f"benchmarks/model.py needs hosts with shaped links: {reason}.")
@@ -161,7 +160,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
             seconds = allreduce.result_in(output)["seconds"]
             shape = MODELS[name]
             sizes = [shape.elements] * shape.tensors
-            compute = statistics.median(seconds[COMPUTE])
+            compute = statistics.median(seconds[training.COMPUTE])
             for method in model.METHODS:
                 if method.name not in seconds:
                     continue

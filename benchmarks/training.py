@@ -52,6 +52,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 import allreduce  # noqa: E402 - beside this file
 from common import methods  # noqa: E402
 
+from tools import ranks as launcher  # noqa: E402 - found by way of allreduce
+from tools import testbed  # noqa: E402
+
 MODELS = ("deeplight", "transformer", "convnet")
 COMPUTE = "compute alone"  # the name of training without communication
 PARTS = ("compute", "quantize", "communicate", "wait")
@@ -238,13 +241,11 @@ def run_rank(options: argparse.Namespace) -> None:
     started = time.monotonic()
     torch.set_num_threads(1)
     hvd.init()
-    sys.path.insert(0, str(ROOT))
     import replay  # beside this file, as the next
     import workloads
     from common import loop
 
     from mpi_ops import codec
-    from tools import testbed
 
     workload = workloads.WORKLOADS[options.model](options.cache)
     if options.times:
@@ -423,9 +424,6 @@ def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @contextlib.contextmanager
 def hosts(ranks: int, rate: str) -> Iterator[tuple[Any, str, str]]:
     """Make the hosts of a job; yields (testbed or None, its interface, where that is in words)."""
-    from tools import ranks as launcher
-    from tools import testbed
-
     reason = "asked for" if rate == allreduce.LOOPBACK else testbed.unavailable()
     if reason is not None:
         yield None, launcher.LOOPBACK, f"{ranks} processes over loopback ({reason})"
@@ -436,8 +434,6 @@ def hosts(ranks: int, rate: str) -> Iterator[tuple[Any, str, str]]:
 
 def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]:
     """Run one job and return what rank 0 printed, with where and when it ran."""
-    from tools import ranks as launcher
-
     environment = launcher.environment()
     # A cycle is how often Horovod's own thread looks for work, on cores that the ranks need.
     environment["HOROVOD_CYCLE_TIME"] = str(options.cycle_time)

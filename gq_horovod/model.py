@@ -360,11 +360,6 @@ def cost(method: Method, sizes: Sequence[int], cluster: Cluster) -> Cost:
     return _plain(small, FLOAT32_BYTES, cluster) + _quantized(large, method.config, cluster)
 
 
-def allreduce_seconds(method: Method, elements: int, cluster: Cluster) -> float:
-    """Seconds of one Allreduce of `elements` float32."""
-    return cost(method, [elements], cluster).seconds
-
-
 def _operations(sizes: Sequence[float], cluster: Cluster) -> float:
     """Seconds of Horovod Allreduces of these bytes that are in flight together."""
     if not sizes:

@@ -18,16 +18,11 @@ def mpirun(bed: Testbed | None, ranks: int) -> list[str]:
     """Return the words that start the command after them in `ranks` ranks.
 
     On a testbed they are spread evenly over its hosts, as many on each. Raises SystemExit if there
-    is no mpirun.
+    is no mpirun, ValueError for a number that is not a multiple of the hosts'.
     """
-    beside = Path(sys.executable).parent / "mpirun"  # a virtual environment that is not activated
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        raise SystemExit("mpirun was not found; `make setup` installs it into .venv")
+    found = _tool("mpirun")
     if bed:
-        if ranks % bed.hosts:
-            raise ValueError(f"mpirun: ranks must be a multiple of {bed.hosts} hosts, got {ranks}")
-        return bed.command(0, [found, *bed.mpirun_args(ranks // bed.hosts)])
+        return bed.command(0, [found, *bed.mpirun_args(_slots(bed, ranks))])
     # Ranks that wait give their core to those that compute: here there are fewer cores than ranks.
     local = ["-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
     local += ["--mca", "mpi_yield_when_idle", "1"]
@@ -43,12 +38,25 @@ def horovodrun(bed: Testbed | None, ranks: int) -> list[str]:
     As `mpirun`. Horovod's launcher puts `[rank]<stdout>:` before each line. With a testbed it has
     to be started with `bed.horovodrun_environment()` as well.
     """
-    horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+    found = _tool("horovodrun")
     if bed:
-        if ranks % bed.hosts:
-            raise ValueError(f"horovodrun: ranks must be a multiple of {bed.hosts}, got {ranks}")
-        return bed.command(0, [horovodrun, *bed.horovodrun_args(ranks // bed.hosts)])
-    return [horovodrun, "--gloo", "-np", str(ranks), "--network-interfaces", LOOPBACK]
+        return bed.command(0, [found, *bed.horovodrun_args(_slots(bed, ranks))])
+    return [found, "--gloo", "-np", str(ranks), "--network-interfaces", LOOPBACK]
+
+
+def _tool(name: str) -> str:
+    beside = Path(sys.executable).parent / name  # a virtual environment that is not activated
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SystemExit(f"{name} was not found; `make setup` installs it into .venv")
+    return found
+
+
+def _slots(bed: Testbed, ranks: int) -> int:
+    """Ranks on each host."""
+    if ranks % bed.hosts:
+        raise ValueError(f"ranks must be a multiple of {bed.hosts} hosts, got {ranks}")
+    return ranks // bed.hosts
 
 
 def environment() -> dict[str, str]:

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from needs import ROOT, needs_hosts
+from needs import needs_hosts, run
 
 from gq_horovod import calibrate, cli, model
 from tools import ranks, testbed
 
 pytestmark = needs_hosts
 
-LIMIT_SECONDS = 300
 HOSTS = 2
 RATE = "200mbit"
 
 
 def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "calibration.json"
-    calibrating = ["calibrate", "--output", str(path)]
     with testbed.Testbed(HOSTS, RATE, prefix="gqcal") as bed:
-        done = subprocess.run(
-            [*ranks.mpirun(bed, HOSTS), sys.executable, "-m", "gq_horovod", *calibrating],
-            cwd=ROOT,
-            env=ranks.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_SECONDS,
-        )
-    assert done.returncode == 0, done.stdout
-    assert "bandwidth of a pair" in done.stdout
+        command = [sys.executable, "-m", "gq_horovod", "calibrate", "--output", str(path)]
+        printed = run(*ranks.mpirun(bed, HOSTS), *command)
+    assert "bandwidth of a pair" in printed
     cluster = calibrate.load(path)
     assert cluster.ranks == HOSTS
     assert cluster.ranks_per_host == 1
@@ -49,17 +37,7 @@ def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_predictions_are_compared_with_steps(tmp_path: Path) -> None:
     options = ["--ranks", "2", "--rates", "1gbit", "--models", "small", "--rounds", "2"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/model.py", *options, "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=ranks.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout
+    run(sys.executable, "benchmarks/model.py", *options, "--output", str(tmp_path))
     assert (tmp_path / "model.png").stat().st_size > 0
     rows = json.loads((tmp_path / "model.json").read_text())["results"]
     assert [row["method"] for row in rows] == [method.name for method in model.METHODS]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 
 import pytest
-from needs import ROOT, needs_hosts
+from needs import needs_hosts, run
 
 from tools import ranks, testbed
 
 pytestmark = needs_hosts
 
-LIMIT_SECONDS = 300
 HOSTS = 3
 
 
@@ -23,32 +21,16 @@ def hosts() -> testbed.Testbed:
         yield bed
 
 
-def run(hosts: testbed.Testbed, *command: str) -> str:
+def run_on(hosts: testbed.Testbed, *command: str) -> str:
     """Run a Python command in one rank on each host and return what all of them printed."""
-    mpirun = [*ranks.mpirun(hosts, HOSTS), "--tag-output"]
-    try:
-        done = subprocess.run(
-            [*mpirun, sys.executable, *command],
-            cwd=ROOT,
-            env=ranks.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace")
-        pytest.fail(f"no end after {LIMIT_SECONDS} s; every rank's output:\n{output}")
-    assert done.returncode == 0, f"status {done.returncode}; every rank's output:\n{done.stdout}"
-    return done.stdout
+    return run(*ranks.mpirun(hosts, HOSTS), "--tag-output", sys.executable, *command)
 
 
 def test_training_and_mpi_operation_over_the_network(hosts: testbed.Testbed) -> None:
     tests = ["tests/parallel/test_training.py", "tests/parallel/test_mpi_ops.py"]
     selected = "training or closed_form or operation"
     options = ["-q", "--color=no", "-p", "no:cacheprovider", "-k", selected]
-    output = run(hosts, "-m", "pytest", *tests, *options)
+    output = run_on(hosts, "-m", "pytest", *tests, *options)
     passed = [line for line in output.splitlines() if " passed" in line]
     assert len(passed) == HOSTS, output
 
@@ -75,7 +57,7 @@ def test_bytes_on_the_wire(hosts: testbed.Testbed) -> None:
     """As the interfaces count them, protocol headers and Horovod's own messages included."""
     total = {}
     for method in ("none", "standard", "exponential"):
-        output = run(hosts, "-c", ONE_ALLREDUCE, method)
+        output = run_on(hosts, "-c", ONE_ALLREDUCE, method)
         counts = [int(count) for count in re.findall(r"BYTES (\d+) SENT", output)]
         assert len(counts) == HOSTS, output
         total[method] = sum(counts)

@@ -211,13 +211,13 @@ def test_more_overlap_never_slows_a_step(
 def test_without_overlap_a_step_is_the_sum() -> None:
     cluster = Cluster(4, 1e9)
     for method in METHODS:
-        alone = model.allreduce_seconds(method, 1 << 24, cluster)
+        alone = model.cost(method, [1 << 24], cluster).seconds
         assert model.step_time(method, [1 << 24], cluster, 1.0, 0.0) == pytest.approx(1 + alone)
 
 
 def test_communication_hides_but_for_the_last_tensor() -> None:
     cluster = Cluster(4, 1e9)
-    last = model.allreduce_seconds(NONE, 10_000, cluster)
+    last = model.cost(NONE, [10_000], cluster).seconds
     step = model.step_time(NONE, [10_000, 1 << 20], cluster, compute=1e3, overlap=1.0)
     assert step == pytest.approx(1e3 + last)
 
