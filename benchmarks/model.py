@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,12 +130,11 @@ def compression(method: model.Method) -> Any:
 # -------------------------------------------------------------------------------------- comparison
 
 
-def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
-    """Calibrate and measure at one rate; a row for each model and method."""
+def run_on_hosts(options: argparse.Namespace, rate: str) -> Iterator[list[dict[str, Any]]]:
+    """Calibrate and measure at one rate; for each model, a row for each method."""
     reason = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
     if reason is not None:
         raise SystemExit(f"benchmarks/model.py needs hosts with shaped links: {reason}.")
-    rows = []
     with testbed.Testbed(options.ranks, rate) as bed, tempfile.TemporaryDirectory() as scratch:
 
         def run(*command: str) -> str:
@@ -161,6 +161,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
             shape = MODELS[name]
             sizes = [shape.elements] * shape.tensors
             compute = statistics.median(seconds[training.COMPUTE])
+            rows = []
             for method in model.METHODS:
                 if method.name not in seconds:
                     continue
@@ -180,11 +181,11 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]
                         "load": loads,
                     }
                 )
-    return rows
+            yield rows
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Print the table and write the files."""
+    """Print the table and write the files, of what has been measured so far."""
     table = Table(title=f"Steps predicted and measured, {options.ranks} hosts")
     for heading in ("rate", "model", "method"):
         table.add_column(heading, no_wrap=True)
@@ -225,6 +226,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     axes.set_ylabel("predicted seconds; dotted: 15 %")
     axes.legend()
     figure.savefig(options.output / "model.png", dpi=120)
+    plt.close(figure)
     print(f"Wrote {options.output / 'model.json'} and {options.output / 'model.png'}")
 
 
@@ -249,8 +251,9 @@ def main() -> None:
         parser.error(f"--models: expected some of {', '.join(MODELS)}; got {', '.join(unknown)}")
     rows = []
     for rate in options.rates:
-        rows += run_on_hosts(options, rate)
-    report(rows, options)
+        for more in run_on_hosts(options, rate):
+            rows += more
+            report(rows, options)
 
 
 if __name__ == "__main__":

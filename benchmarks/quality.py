@@ -74,11 +74,18 @@ class Denoiser(workloads.Denoiser):
     steps = 200
 
 
+class Clothes(workloads.Clothes):
+    """As there: small enough."""
+
+    steps = 468  # two epochs
+
+
 WORKLOADS: dict[str, Any] = {
     "deeplight": DeepLight,
     "transformer": Transformer,
     "convnet": ConvNet,
     "denoiser": Denoiser,
+    "clothes": Clothes,
 }
 
 

@@ -17,25 +17,10 @@ import torch
 from torch import Tensor, nn
 from workloads import Batch, Workload
 
+from gq_horovod.replayed import Layer
+
 WARM_UP_STEPS = 2
 RECORDED_STEPS = 5
-
-
-class _Layer(torch.autograd.Function):
-    """Passes a scalar on; its backward sleeps, then gives a parameter its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, scalar: Tensor, parameter: Any, gradient: Any, delay: float) -> Any:
-        ctx.gradient, ctx.delay = gradient, delay
-        return scalar.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        time.sleep(ctx.delay)
-        # An alias: autograd copies what somebody else holds as well, which no accelerator's host
-        # does.
-        gradient = None if ctx.gradient is None else ctx.gradient.detach()
-        return gradients[0], gradient, None, None
 
 
 class Replay:
@@ -78,10 +63,10 @@ class Replay:
         parameters = dict(model.named_parameters())
         scalar = torch.zeros((), requires_grad=True)
         # What follows the last gradient comes first here, because backward goes the other way.
-        scalar = _Layer.apply(scalar, None, None, self._rest)
+        scalar = Layer.apply(scalar, None, None, self._rest)
         for name in reversed(self._delays):
             delay = self._delays[name]
-            scalar = _Layer.apply(scalar, parameters[name], self._gradients[name], delay)
+            scalar = Layer.apply(scalar, parameters[name], self._gradients[name], delay)
         return scalar
 
 

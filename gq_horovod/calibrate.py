@@ -23,13 +23,13 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .config import Config
-from .model import Cluster, Kernels
+from .model import STANDARD, TWO_HOP, TWO_HOP_MPI, Cluster, Kernels, Method, cost
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 FORMAT = "gq-horovod calibration"
-VERSION = 1
+VERSION = 2  # 2: with what kernels, communication and computation hide of each other
 
 # Payloads of the collectives: those of a few hundred thousand to some million parameters, large
 # enough that latency is a small part, small enough for some seconds at 200 Mbit/s.
@@ -37,6 +37,8 @@ COLLECTIVE_BYTES = (4 << 20, 16 << 20)
 STREAM_BYTES = 8 << 20
 KERNEL_ELEMENTS = 4 << 20
 SMALL_OPERATIONS = 50
+# Of a model whose gradients are compressed.
+LAYERS, LAYER_ELEMENTS = 8, 3 << 18
 
 Call = Callable[[], object]
 
@@ -98,8 +100,8 @@ def measure(comm: MPI.Intracomm, rounds: int = 5) -> tuple[Cluster, bool]:
     """Measure the cluster of `comm`; collective. The same result on every rank.
 
     Returns the cluster, and whether Horovod's operations were measured; where it cannot be
-    imported, MPI's are, and Horovod's overheads keep their defaults. Ranks of a single host count
-    as hosts of their own, and its loopback as their network.
+    imported, MPI's are, and what Horovod is needed for keeps its default. Ranks of a single host
+    count as hosts of their own, and its loopback as their network.
 
     Raises:
         CalibrationError: with fewer than two ranks.
@@ -122,7 +124,10 @@ def measure(comm: MPI.Intracomm, rounds: int = 5) -> tuple[Cluster, bool]:
     cluster = replace(cluster, kernels=_kernels(comm, horovod is not None, rounds))
     if horovod is not None:
         cluster = _horovod_overheads(comm, horovod, cluster, rounds)
-    return _efficiencies(comm, horovod, cluster, rounds), horovod is not None
+    cluster = _efficiencies(comm, horovod, cluster, rounds)
+    if horovod is not None:
+        cluster = _overlap(comm, horovod, cluster, rounds)
+    return cluster, horovod is not None
 
 
 def network(comm: MPI.Intracomm, rounds: int = 3) -> tuple[float, float]:
@@ -393,3 +398,68 @@ def _efficiency(
     fixed = sum(modelled(no_wire, size) for size in sizes)
     wire = sum(modelled(perfect, size) for size in sizes) - fixed
     return min(max(wire / max(sum(measured) - fixed, 1e-9), 0.01), 1.0)
+
+
+def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -> Cluster:
+    """What kernels and communication hide of each other, and computation of both."""
+    from . import mpi
+
+    methods = {"allreduce": STANDARD, "gather": TWO_HOP}
+    if mpi.problem(comm.rank, comm.size) is None:
+        methods["message"] = TWO_HOP_MPI
+    for way, method in methods.items():
+        size = LAYERS * LAYER_ELEMENTS
+        seconds = _seconds(comm, rounds, _backward(horovod, method, "one", [size]))
+        # The model's seconds are linear in the share, from 1 on.
+        once, twice = (
+            cost(method, [size], _with(cluster, way, exposed=share)).seconds for share in (1.0, 2.0)
+        )
+        exposed = max(1 + (seconds - once) / (twice - once), 0.0)
+
+        sizes = [LAYER_ELEMENTS] * LAYERS
+        alone = _seconds(comm, rounds, _backward(horovod, method, "alone", sizes))
+        # Half of what would be needed, so that what is seen is not what comes last.
+        delay = alone / 2 / (LAYERS - 1)
+        beside = _seconds(comm, rounds, _backward(horovod, method, "beside", sizes, delay))
+        hidden = (alone - (beside - LAYERS * delay)) / ((LAYERS - 1) * delay)
+        cluster = _with(cluster, way, exposed=exposed, hidden=min(max(hidden, 0.0), 1.0))
+    return cluster
+
+
+def _with(cluster: Cluster, way: str, **values: float) -> Cluster:
+    """The cluster with other values of one way in which codes travel."""
+    named: dict[str, Any] = {f"{way}_{name}": value for name, value in values.items()}
+    return replace(cluster, **named)
+
+
+def _backward(
+    horovod: Any, method: Method, name: str, sizes: Sequence[int], delay: float = 0.0
+) -> Call:
+    """A backward pass and the reduction of its gradients, each of which takes `delay` seconds."""
+    import torch
+
+    from .replayed import Layer
+    from .torch import GlobalQSGD
+
+    assert method.config is not None
+    generator = torch.Generator().manual_seed(horovod.rank())
+    gradients = [torch.randn(size, generator=generator) for size in sizes]
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = horovod.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=0.0),
+        named_parameters=[
+            (f"calibrate.{method.name}.{name}.{index}", parameter)
+            for index, parameter in enumerate(parameters)
+        ],
+        compression=GlobalQSGD(**vars(method.config)),
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        scalar = torch.zeros((), requires_grad=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            scalar = Layer.apply(scalar, parameter, gradient, delay)
+        scalar.backward()
+        optimizer.synchronize()
+
+    return step

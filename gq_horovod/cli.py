@@ -311,8 +311,11 @@ def run_calibration(options: argparse.Namespace) -> None:
     table.add_row("bandwidth of a pair", written_rate(cluster.bandwidth))
     table.add_row("latency", f"{1e6 * cluster.latency:.0f} us")
     table.add_row("further message", f"{1e6 * cluster.message_overhead:.1f} us")
-    for name in ("allreduce", "gather", "message"):
-        table.add_row(f"efficiency, {name}", f"{getattr(cluster, f'{name}_efficiency'):.2f}")
+    for way in model.WAYS:
+        table.add_row(f"efficiency, {way}", f"{getattr(cluster, f'{way}_efficiency'):.2f}")
+        if with_horovod:
+            table.add_row(f"  exposed, {way}", f"{getattr(cluster, f'{way}_exposed'):.2f}")
+            table.add_row(f"  hidden, {way}", f"{getattr(cluster, f'{way}_hidden'):.2f}")
     if with_horovod:
         table.add_row("Horovod, lone operation", f"{1e3 * cluster.cycle_time:.2f} ms")
         table.add_row("Horovod, further operation", f"{1e6 * cluster.operation_overhead:.0f} us")

@@ -78,6 +78,9 @@ def paper_pays(beta: float, gamma: float, omega: float) -> bool:
 
 # --------------------------------------------------------------------------------------- a cluster
 
+# How codes travel: Allreduce; Alltoall and Allgather; messages of transport="mpi".
+WAYS = ("allreduce", "gather", "message")
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -116,6 +119,17 @@ class Cluster:
     allreduce_efficiency: float = 0.6  # Allreduce, beside its sums
     gather_efficiency: float = 0.6  # Alltoall and Allgather
     message_efficiency: float = 0.6  # messages between pairs of ranks, transport="mpi"
+    # Share of the shorter one of kernels and communication that the longer one does not hide, with
+    # codes that travel in each of these ways. 0: all but the first piece is hidden. 1: they take
+    # turns. Above 1: they slow each other down, as where ranks share cores.
+    allreduce_exposed: float = 0.0
+    gather_exposed: float = 0.0
+    message_exposed: float = 0.0
+    # Share of computation during which codes advance where more gradients are still to come. 1: as
+    # if nothing else went on. Less where messages wait for a hook, or threads for a core.
+    allreduce_hidden: float = 1.0
+    gather_hidden: float = 1.0
+    message_hidden: float = 1.0
     # Seconds that a lone operation of Horovod waits before it starts: its thread looks for work
     # once in HOROVOD_CYCLE_TIME (1 ms by default) and negotiates with the other ranks.
     cycle_time: float = 1e-3
@@ -142,7 +156,16 @@ class Cluster:
                 raise ValueError(
                     f"Cluster: {name} must be a number of seconds, 0 or more, got {value!r}."
                 )
-        for name in ("allreduce_efficiency", "gather_efficiency", "message_efficiency"):
+        for way in WAYS:
+            name = f"{way}_exposed"
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ValueError(f"Cluster: {name} must be a share, 0 or more, got {value!r}.")
+            name = f"{way}_hidden"
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"Cluster: {name} must be a share, 0 to 1, got {value!r}.")
+            name = f"{way}_efficiency"
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= 1:
                 raise ValueError(
@@ -414,27 +437,37 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     elif config.transport == "mpi":  # n - 1 additions to a share
         compute += 3 * payload * (n - 1) / n / kernels.sum
 
-    if config.transport == "mpi":
+    way = _way(config, n)
+    if way == "message":
         network = 2 * sum(map(cluster.messages, payloads))
-    elif plan.in_flight:
+    elif way == "allreduce":
         network = _operations(payloads, cluster)
     else:
         started = cluster.cycle_time + len(payloads) * cluster.operation_overhead
         network = 2 * started
         network += sum(cluster.alltoall(size) + cluster.allgather(size) for size in payloads)
+    exposed = getattr(cluster, f"{way}_exposed")
 
-    seconds = measure + norms + tokens + pipelined(compute, network, len(payloads))
+    seconds = measure + norms + tokens + pipelined(compute, network, len(payloads), exposed)
     sent = sent_bytes(payload + sum(norm_bytes) + TOKEN_BYTES * len(sizes), cluster.ranks)
     return Cost(seconds, measure + compute, sent)
 
 
-def pipelined(first: float, second: float, pieces: int) -> float:
+def _way(config: Config, ranks: int) -> str:
+    """How the codes travel: one of WAYS."""
+    if config.transport == "mpi":
+        return "message"
+    return "allreduce" if config.plan(ranks).in_flight else "gather"
+
+
+def pipelined(first: float, second: float, pieces: int, exposed: float = 0.0) -> float:
     """Seconds of two stages of `first` and `second` seconds that work on `pieces` equal pieces.
 
     max + min/pieces: the slower stage is busy all the time but for one piece of the other. With one
-    piece, their sum.
+    piece, their sum. `exposed` is the share of the shorter stage that is not hidden where that is
+    more, as where the stages share a core.
     """
-    return max(first, second) + min(first, second) / pieces
+    return max(first, second) + min(first, second) * max(1 / pieces, exposed)
 
 
 # -------------------------------------------------------------------------------------------- step
@@ -445,8 +478,9 @@ def step_time(
 ) -> float:
     """Seconds of a training step: compute, and what of the reduction is not hidden behind it.
 
-    T = compute + max(T_reduce - overlap·compute, kernels, tail). Kernels run where the hooks run,
-    so only communication is hidden. The tail is the reduction of what becomes ready last: the
+    T = compute + max(T_reduce - h·overlap·compute, kernels, tail), with h the cluster's share of
+    the time beside computation in which codes advance; 1 without codes. Kernels run where the hooks
+    run, so only communication is hidden. The tail is the reduction of what becomes ready last: the
     tensor sizes[0], or a chunk of it where sizes is a single number, that of a whole model.
 
     Args:
@@ -473,7 +507,10 @@ def step_time(
     last = sizes[0] if len(sizes) > 1 else min(sizes[0], CHUNK_ELEMENTS)
     reduction = cost(method, sizes, cluster)
     tail = min(cost(method, [last], cluster).seconds, reduction.seconds)
-    return compute + max(reduction.seconds - overlap * compute, reduction.kernels, tail)
+    hidden = overlap * compute
+    if method.config is not None:
+        hidden *= getattr(cluster, f"{_way(method.config, cluster.ranks)}_hidden")
+    return compute + max(reduction.seconds - hidden, reduction.kernels, tail)
 
 
 BANDWIDTHS = (1e6, 1e11)  # bits/s: what `break_even` searches; beyond, memory limits first

@@ -189,7 +189,7 @@ def corrupt(**changes: object) -> str:
         (corrupt()[:-30], "it is not JSON"),
         ("[]", 'expected an object with "format"'),
         ('{"alpha": 1}', 'expected an object with "format"'),
-        (corrupt(version=99), "expected version 1, got 99"),
+        (corrupt(version=99), f"expected version {calibrate.VERSION}, got 99"),
         (corrupt(cluster=None), "expected an object 'cluster', got None"),
         (corrupt(cluster={"ranks": 4}), "'cluster' lacks"),
         (corrupt(cluster={**asdict(MEASURED), "bandwidth": "1Gbit"}), "bandwidth must be"),

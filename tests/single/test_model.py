@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -171,6 +172,10 @@ def test_pipeline_of_two_stages() -> None:
     assert model.pipelined(2, 3, 1) == 5
     assert model.pipelined(2, 3, 4) == 3.5
     assert model.pipelined(3, 2, 1 << 40) == pytest.approx(3)
+    # What the longer stage does not hide, where that is more than one piece.
+    assert model.pipelined(3, 2, 4, exposed=0.1) == 3.5
+    assert model.pipelined(3, 2, 4, exposed=0.75) == 4.5
+    assert model.pipelined(2, 3, 4, exposed=1.5) == 6
 
 
 # -------------------------------------------------------------------------------------------- steps
@@ -222,6 +227,21 @@ def test_communication_hides_but_for_the_last_tensor() -> None:
     assert step == pytest.approx(1e3 + last)
 
 
+@pytest.mark.parametrize(
+    ("method", "way"), [(STANDARD, "allreduce"), (EXPONENTIAL, "gather"), (STANDARD_MPI, "message")]
+)
+def test_what_is_exposed_and_hidden_belongs_to_a_way(method: Method, way: str) -> None:
+    def step(**changed: Any) -> float:
+        cluster = replace(Cluster(4, 1e9), **changed)
+        return model.step_time(method, [1 << 20] * 16, cluster, compute=0.05, overlap=1.0)
+
+    for other in model.WAYS:
+        assert (step(**{f"{other}_exposed": 1.0}) > step()) == (other == way)
+        # Half of the computation hides nothing any more.
+        longer = step(**{f"{other}_hidden": 0.5}) - step()
+        assert longer == pytest.approx(0.025 if other == way else 0.0)
+
+
 def test_break_even_separates_the_two() -> None:
     cluster = Cluster(4, 1e9)
     sizes = [1 << 24]
@@ -253,6 +273,8 @@ def test_break_even_where_there_is_none() -> None:
         ({"bandwidth": math.nan}, "Cluster: bandwidth must be"),
         ({"latency": -1.0}, "Cluster: latency must be a number of seconds, 0 or more, got -1.0"),
         ({"allreduce_efficiency": 1.5}, "Cluster: allreduce_efficiency must be a share"),
+        ({"gather_exposed": -0.5}, "Cluster: gather_exposed must be a share, 0 or more, got -0.5"),
+        ({"message_hidden": 1.5}, "Cluster: message_hidden must be a share, 0 to 1, got 1.5"),
         ({"ranks_per_host": 8}, "ranks_per_host must be at most ranks"),
     ],
 )
