@@ -249,6 +249,10 @@ def main() -> None:
     options.models = options.models.split(",")
     if unknown := sorted(set(options.models) - set(MODELS)):
         parser.error(f"--models: expected some of {', '.join(MODELS)}; got {', '.join(unknown)}")
+    if allreduce.LOOPBACK in options.rates:
+        parser.error(
+            "--rates: expected those of a link, such as 1gbit, got loopback"
+        )
     rows = []
     for rate in options.rates:
         for more in run_on_hosts(options, rate):
