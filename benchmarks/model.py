@@ -250,9 +250,7 @@ def main() -> None:
     if unknown := sorted(set(options.models) - set(MODELS)):
         parser.error(f"--models: expected some of {', '.join(MODELS)}; got {', '.join(unknown)}")
     if allreduce.LOOPBACK in options.rates:
-        parser.error(
-            "--rates: expected those of a link, such as 1gbit, got loopback"
-        )
+        parser.error("--rates: expected those of a link, such as 1gbit, got loopback")
     rows = []
     for rate in options.rates:
         for more in run_on_hosts(options, rate):
