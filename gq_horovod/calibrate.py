@@ -414,7 +414,7 @@ def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -
         once, twice = (
             cost(method, [size], _with(cluster, way, exposed=share)).seconds for share in (1.0, 2.0)
         )
-        exposed = max(1 + (seconds - once) / (twice - once), 0.0)
+        exposed = 1 + (seconds - once) / (twice - once)
 
         sizes = [LAYER_ELEMENTS] * LAYERS
         alone = _seconds(comm, rounds, _backward(horovod, method, "alone", sizes))
@@ -422,7 +422,10 @@ def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -
         delay = alone / 2 / (LAYERS - 1)
         beside = _seconds(comm, rounds, _backward(horovod, method, "beside", sizes, delay))
         hidden = (alone - (beside - LAYERS * delay)) / ((LAYERS - 1) * delay)
-        cluster = _with(cluster, way, exposed=exposed, hidden=min(max(hidden, 0.0), 1.0))
+        # More than taking turns is no matter of overlap: the network was slower than a moment ago.
+        shares = {"exposed": exposed, "hidden": hidden}
+        shares = {name: min(max(share, 0.0), 1.0) for name, share in shares.items()}
+        cluster = _with(cluster, way, **shares)
     return cluster
 
 

@@ -121,7 +121,7 @@ class Cluster:
     message_efficiency: float = 0.6  # messages between pairs of ranks, transport="mpi"
     # Share of the shorter one of kernels and communication that the longer one does not hide, with
     # codes that travel in each of these ways. 0: all but the first piece is hidden. 1: they take
-    # turns. Above 1: they slow each other down, as where ranks share cores.
+    # turns, as where ranks share cores.
     allreduce_exposed: float = 0.0
     gather_exposed: float = 0.0
     message_exposed: float = 0.0
@@ -157,14 +157,10 @@ class Cluster:
                     f"Cluster: {name} must be a number of seconds, 0 or more, got {value!r}."
                 )
         for way in WAYS:
-            name = f"{way}_exposed"
-            value = getattr(self, name)
-            if not _is_number(value) or value < 0:
-                raise ValueError(f"Cluster: {name} must be a share, 0 or more, got {value!r}.")
-            name = f"{way}_hidden"
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= 1:
-                raise ValueError(f"Cluster: {name} must be a share, 0 to 1, got {value!r}.")
+            for name in (f"{way}_exposed", f"{way}_hidden"):
+                value = getattr(self, name)
+                if not _is_number(value) or not 0 <= value <= 1:
+                    raise ValueError(f"Cluster: {name} must be a share, 0 to 1, got {value!r}.")
             name = f"{way}_efficiency"
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= 1:

@@ -175,7 +175,7 @@ def test_pipeline_of_two_stages() -> None:
     # What the longer stage does not hide, where that is more than one piece.
     assert model.pipelined(3, 2, 4, exposed=0.1) == 3.5
     assert model.pipelined(3, 2, 4, exposed=0.75) == 4.5
-    assert model.pipelined(2, 3, 4, exposed=1.5) == 6
+    assert model.pipelined(2, 3, 4, exposed=1) == 5
 
 
 # -------------------------------------------------------------------------------------------- steps
@@ -273,7 +273,7 @@ def test_break_even_where_there_is_none() -> None:
         ({"bandwidth": math.nan}, "Cluster: bandwidth must be"),
         ({"latency": -1.0}, "Cluster: latency must be a number of seconds, 0 or more, got -1.0"),
         ({"allreduce_efficiency": 1.5}, "Cluster: allreduce_efficiency must be a share"),
-        ({"gather_exposed": -0.5}, "Cluster: gather_exposed must be a share, 0 or more, got -0.5"),
+        ({"gather_exposed": -0.5}, "Cluster: gather_exposed must be a share, 0 to 1, got -0.5"),
         ({"message_hidden": 1.5}, "Cluster: message_hidden must be a share, 0 to 1, got 1.5"),
         ({"ranks_per_host": 8}, "ranks_per_host must be at most ranks"),
     ],
