@@ -410,11 +410,11 @@ def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -
     for way, method in methods.items():
         size = LAYERS * LAYER_ELEMENTS
         seconds = _seconds(comm, rounds, _backward(horovod, method, "one", [size]))
-        # The model's seconds are linear in the share, from 1 on.
-        once, twice = (
-            cost(method, [size], _with(cluster, way, exposed=share)).seconds for share in (1.0, 2.0)
+        # The model's seconds are linear in the share where it is more than one of two chunks.
+        some, all_of_it = (
+            cost(method, [size], _with(cluster, way, exposed=share)).seconds for share in (0.75, 1)
         )
-        exposed = 1 + (seconds - once) / (twice - once)
+        exposed = 1 + (seconds - all_of_it) * 0.25 / (all_of_it - some)
 
         sizes = [LAYER_ELEMENTS] * LAYERS
         alone = _seconds(comm, rounds, _backward(horovod, method, "alone", sizes))
