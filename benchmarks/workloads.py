@@ -224,7 +224,14 @@ class Transformer(_MeasuredByLoss):
         return text[:, :-1], text[:, 1:]
 
 
-class ConvNet(_MeasuredByLoss):
+class _Classifier(_MeasuredByLoss):
+    """Tells what is on pictures."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+class ConvNet(_Classifier):
     """A convolutional network of 2.5 M parameters on scikit-learn's digits, at 16 x 16 pixels."""
 
     learning_rate = 1e-3
@@ -253,9 +260,6 @@ class ConvNet(_MeasuredByLoss):
         return nn.Sequential(
             *layers, nn.Linear(1024, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, 10)
         )
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return functional.cross_entropy(model(batch[0]), batch[1])
 
     def _pair(self, rows: np.ndarray) -> Batch:
         return self._images[rows], self._labels[rows]
@@ -322,7 +326,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-class Clothes(_MeasuredByLoss):
+class Clothes(_Classifier):
     """A convolutional network of 0.2 M parameters on Fashion-MNIST.
 
     60,000 pictures of clothes of 28 x 28 pixels, and 10,000 held out (Xiao, Rasul and Vollgraf,
@@ -332,7 +336,6 @@ class Clothes(_MeasuredByLoss):
 
     learning_rate = 2e-3
     GLOBAL_BATCH = 256
-    HELD_OUT = 10_000
     DIRECTORY = Path("usr/share/datasets/fashion-mnist")
 
     def __init__(self, cache: Path) -> None:
@@ -355,8 +358,7 @@ class Clothes(_MeasuredByLoss):
         self._images = torch.from_numpy(images)[:, None]
         self._labels = torch.from_numpy(labels.astype(np.int64))
         self._train = np.arange(len(parts[0][1]))
-        held_out = np.arange(len(self._train), len(labels))
-        self._test = held_out[: self.HELD_OUT][hvd.rank() :: hvd.size()]
+        self._test = np.arange(len(self._train), len(labels))[hvd.rank() :: hvd.size()]
 
     def build(self) -> nn.Module:
         # Strides and not pools: half the time on a CPU.
@@ -365,9 +367,6 @@ class Clothes(_MeasuredByLoss):
             layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.ReLU()]
         layers.append(nn.Flatten())
         return nn.Sequential(*layers, nn.Linear(1568, 128), nn.ReLU(), nn.Linear(128, 10))
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return functional.cross_entropy(model(batch[0]), batch[1])
 
     def _pair(self, rows: np.ndarray) -> Batch:
         # Brightness from -1 to 1.

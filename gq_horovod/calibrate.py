@@ -410,7 +410,7 @@ def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -
     for way, method in methods.items():
         size = LAYERS * LAYER_ELEMENTS
         seconds = _seconds(comm, rounds, _backward(horovod, method, "one", [size]))
-        # The model's seconds are linear in the share where it is more than one of two chunks.
+        # The model's seconds are linear in the share, but where it is less than that of a chunk.
         some, all_of_it = (
             cost(method, [size], _with(cluster, way, exposed=share)).seconds for share in (0.75, 1)
         )
