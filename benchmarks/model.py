@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> Iterator[list[dict[s
                         "slowest_seconds": max(seconds[method.name]),
                         "error": predicted / measured - 1,
                         "load": loads,
+                        "cluster": asdict(cluster),
                     }
                 )
             yield rows

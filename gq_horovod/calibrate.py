@@ -23,17 +23,23 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .config import Config
-from .model import STANDARD, TWO_HOP, TWO_HOP_MPI, Cluster, Kernels, Method, cost
+from .model import STANDARD, TWO_HOP, TWO_HOP_MPI, WAYS, Cluster, Efficiency, Kernels, Method, cost
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 FORMAT = "gq-horovod calibration"
-VERSION = 2  # 2: with what kernels, communication and computation hide of each other
+VERSION = 3  # 3: with an efficiency for each of some sizes
 
-# Payloads of the collectives: those of a few hundred thousand to some million parameters, large
-# enough that latency is a small part, small enough for some seconds at 200 Mbit/s.
-COLLECTIVE_BYTES = (4 << 20, 16 << 20)
+# Payloads whose share of the bandwidth is measured, large enough that latency is a small part.
+PAYLOAD_BYTES = {
+    # Gradients without compression come in all sizes, and Horovod fuses them. The largest takes
+    # some seconds at 200 Mbit/s.
+    "allreduce": (1 << 20, 7 << 20, 48 << 20),
+    "gather": (1 << 20, 4 << 20),  # codes of a chunk
+    "message": (1 << 17, 1 << 20),  # codes of a chunk, which are smaller there
+}
+FEW_ROUNDS_BYTES = 16 << 20  # from here on less depends on chance, and each round takes long
 STREAM_BYTES = 8 << 20
 KERNEL_ELEMENTS = 4 << 20
 SMALL_OPERATIONS = 50
@@ -70,6 +76,11 @@ def load(path: Path) -> Cluster:
         raise _unusable(path, f"expected version {VERSION}, got {document.get('version')!r}")
     values = _known(path, "cluster", document.get("cluster"), Cluster)
     kernels = _known(path, "kernels", values.pop("kernels", None), Kernels)
+    for name in (f"{way}_efficiency" for way in WAYS):
+        if isinstance(values[name], list):  # JSON has no tuples
+            values[name] = tuple(
+                tuple(pair) if isinstance(pair, list) else pair for pair in values[name]
+            )
     try:
         return Cluster(**values, kernels=Kernels(**kernels))
     except (TypeError, ValueError) as error:
@@ -305,25 +316,30 @@ def _horovod_overheads(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, roun
 
 
 def _efficiencies(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -> Cluster:
-    """Shares of the bandwidth that payloads reach, over all sizes together."""
+    """Shares of the bandwidth that payloads of some sizes reach."""
     started = 0.0 if horovod is None else cluster.cycle_time + cluster.operation_overhead
-    make = _mpi_calls if horovod is None else _horovod_calls
-    taken: dict[str, list[float]] = {"allreduce": [], "gather": [], "message": []}
-    for size in COLLECTIVE_BYTES:
-        reduce, gather = make(comm, size)
-        taken["allreduce"].append(_seconds(comm, rounds, reduce) - started)
-        taken["gather"].append(_seconds(comm, rounds, gather) - 2 * started)
-        taken["message"].append(_seconds(comm, rounds, _message_call(comm, size)))
+    for way, sizes in PAYLOAD_BYTES.items():
+        shares = []
+        for size in sizes:
+            call, operations, modelled = _payload(comm, horovod, way, size)
+            seconds = _seconds(comm, rounds if size < FEW_ROUNDS_BYTES else 2, call)
+            share = _efficiency(cluster, seconds - operations * started, modelled)
+            shares.append((float(size), share))
+        cluster = _with(cluster, way, efficiency=tuple(shares))
+    return cluster
 
-    def share_of(name: str, modelled: Callable[[Cluster, float], float]) -> float:
-        return _efficiency(cluster, COLLECTIVE_BYTES, taken[name], modelled)
 
-    return replace(
-        cluster,
-        allreduce_efficiency=share_of("allreduce", Cluster.allreduce),
-        gather_efficiency=share_of("gather", lambda c, s: c.alltoall(s) + c.allgather(s)),
-        message_efficiency=share_of("message", lambda c, s: 2 * c.messages(s)),
-    )
+def _payload(
+    comm: MPI.Intracomm, horovod: Any, way: str, size: int
+) -> tuple[Call, int, Callable[[Cluster], float]]:
+    """An exchange of `size` bytes, how many operations of Horovod it has, and its model."""
+    if way == "message":
+        phases = 2 * _message_chunks()
+        return _message_call(comm, size), 0, lambda cluster: phases * cluster.messages(size)
+    reduce, gather = (_mpi_calls if horovod is None else _horovod_calls)(comm, size)
+    if way == "allreduce":
+        return reduce, 1, lambda cluster: cluster.allreduce(size)
+    return gather, 2, lambda cluster: cluster.alltoall(size) + cluster.allgather(size)
 
 
 def _mpi_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
@@ -356,19 +372,25 @@ def _horovod_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
     return lambda: hvd.allreduce_(x, name="calibrate.allreduce"), gather
 
 
+def _message_chunks() -> int:
+    from mpi_ops.exchange import MINIMUM_CHUNKS
+
+    return MINIMUM_CHUNKS
+
+
 def _message_call(comm: MPI.Intracomm, size: int) -> Call:
-    """The messages of mpi_ops.exchange for `size` bytes, with as many chunks, and no computation.
+    """The messages of mpi_ops.exchange for chunks of `size` bytes, and no computation.
 
     With chunks in flight together, as there: one after the other they reach a smaller share.
     """
-    from mpi_ops.exchange import CHUNKS_IN_FLIGHT, MINIMUM_CHUNKS, Steps, finish
+    from mpi_ops.exchange import CHUNKS_IN_FLIGHT, Steps, finish
 
-    shape = (CHUNKS_IN_FLIGHT, comm.size, size // comm.size // MINIMUM_CHUNKS)
+    shape = (CHUNKS_IN_FLIGHT, comm.size, size // comm.size)
     here, there = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
     others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
     def chunks(place: int) -> Steps:
-        for _ in range(MINIMUM_CHUNKS // CHUNKS_IN_FLIGHT):
+        for _ in range(_message_chunks() // CHUNKS_IN_FLIGHT):
             for phase, (sent, received) in enumerate(((here, there), (there, here))):
                 tag = 2 * place + phase
                 requests = [comm.Irecv(received[place, r], r, tag) for r in reversed(others)]
@@ -384,20 +406,14 @@ def _message_call(comm: MPI.Intracomm, size: int) -> Call:
     return exchange
 
 
-def _efficiency(
-    cluster: Cluster,
-    sizes: Sequence[float],
-    measured: Sequence[float],
-    modelled: Callable[[Cluster, float], float],
-) -> float:
-    """The share of the bandwidth with which the model gives the measured seconds, summed."""
+def _efficiency(cluster: Cluster, seconds: float, modelled: Callable[[Cluster], float]) -> float:
+    """The share of the bandwidth with which the model gives the measured seconds."""
     perfect = replace(
         cluster, allreduce_efficiency=1.0, gather_efficiency=1.0, message_efficiency=1.0
     )
-    no_wire = replace(perfect, bandwidth=1e18)
-    fixed = sum(modelled(no_wire, size) for size in sizes)
-    wire = sum(modelled(perfect, size) for size in sizes) - fixed
-    return min(max(wire / max(sum(measured) - fixed, 1e-9), 0.01), 1.0)
+    fixed = modelled(replace(perfect, bandwidth=1e18))
+    wire = modelled(perfect) - fixed
+    return min(max(wire / max(seconds - fixed, 1e-9), 0.01), 1.0)
 
 
 def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -> Cluster:
@@ -429,7 +445,7 @@ def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -
     return cluster
 
 
-def _with(cluster: Cluster, way: str, **values: float) -> Cluster:
+def _with(cluster: Cluster, way: str, **values: Efficiency) -> Cluster:
     """The cluster with other values of one way in which codes travel."""
     named: dict[str, Any] = {f"{way}_{name}": value for name, value in values.items()}
     return replace(cluster, **named)

@@ -114,6 +114,13 @@ def written_rate(rate: float) -> str:
     return f"{rate / unit:.3g} {name}"
 
 
+def written_share(efficiency: model.Efficiency) -> str:
+    """A share of the bandwidth for people, of payloads of growing size."""
+    if not isinstance(efficiency, tuple):
+        return f"{efficiency:.0%}"
+    return ", ".join(f"{share:.0%} ({size / 2**20:.3g} MiB)" for size, share in efficiency)
+
+
 def written_seconds(seconds: float) -> str:
     """A duration for people."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
@@ -199,9 +206,9 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
     tensors = len(options.params)
     return [
         f"Latency, efficiency, Horovod's overheads and kernels: {source}. A payload reaches "
-        f"{cluster.allreduce_efficiency:.0%} of the bandwidth in Allreduce, "
-        f"{cluster.gather_efficiency:.0%} in Alltoall and Allgather, "
-        f"{cluster.message_efficiency:.0%} in messages.",
+        f"{written_share(cluster.allreduce_efficiency)} of the bandwidth in Allreduce, "
+        f"{written_share(cluster.gather_efficiency)} in Alltoall and Allgather, "
+        f"{written_share(cluster.message_efficiency)} in messages.",
         f"{cluster.ranks} ranks, {cluster.ranks_per_host} on each host; the slowest link counts; "
         "nothing else uses the network.",
         f"Communication hides behind {options.overlap:.0%} of the compute time (--overlap); "
@@ -312,7 +319,8 @@ def run_calibration(options: argparse.Namespace) -> None:
     table.add_row("latency", f"{1e6 * cluster.latency:.0f} us")
     table.add_row("further message", f"{1e6 * cluster.message_overhead:.1f} us")
     for way in model.WAYS:
-        table.add_row(f"efficiency, {way}", f"{getattr(cluster, f'{way}_efficiency'):.2f}")
+        for size, share in getattr(cluster, f"{way}_efficiency"):
+            table.add_row(f"efficiency, {way}, {size / 2**20:g} MiB", f"{share:.2f}")
         if with_horovod:
             table.add_row(f"  exposed, {way}", f"{getattr(cluster, f'{way}_exposed'):.2f}")
             table.add_row(f"  hidden, {way}", f"{getattr(cluster, f'{way}_hidden'):.2f}")

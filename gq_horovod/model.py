@@ -78,6 +78,10 @@ def paper_pays(beta: float, gamma: float, omega: float) -> bool:
 
 # --------------------------------------------------------------------------------------- a cluster
 
+# A share of the bandwidth, above 0 and at most 1: of payloads of all sizes, or (bytes, share) of
+# some sizes, in growing order.
+Efficiency = float | tuple[tuple[float, float], ...]
+
 # How codes travel: Allreduce; Alltoall and Allgather; messages of transport="mpi".
 WAYS = ("allreduce", "gather", "message")
 
@@ -115,10 +119,10 @@ class Cluster:
     latency: float = 50e-6  # α, seconds from the start of a small message to its arrival
     message_overhead: float = 5e-6  # seconds of processor time of each further message in flight
     ranks_per_host: int = 1
-    # Shares of the bandwidth that the payload reaches, in (0, 1]:
-    allreduce_efficiency: float = 0.6  # Allreduce, beside its sums
-    gather_efficiency: float = 0.6  # Alltoall and Allgather
-    message_efficiency: float = 0.6  # messages between pairs of ranks, transport="mpi"
+    # What the payload reaches of the bandwidth:
+    allreduce_efficiency: Efficiency = 0.6  # Allreduce, beside its sums
+    gather_efficiency: Efficiency = 0.6  # Alltoall and Allgather
+    message_efficiency: Efficiency = 0.6  # messages between pairs of ranks, transport="mpi"
     # Share of the shorter one of kernels and communication that the longer one does not hide, with
     # codes that travel in each of these ways. 0: all but the first piece is hidden. 1: they take
     # turns, as where ranks share cores.
@@ -163,10 +167,10 @@ class Cluster:
                     raise ValueError(f"Cluster: {name} must be a share, 0 to 1, got {value!r}.")
             name = f"{way}_efficiency"
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value <= 1:
+            if not _is_efficiency(value):
                 raise ValueError(
-                    f"Cluster: {name} must be a share of the bandwidth, above 0 and at most 1, "
-                    f"got {value!r}."
+                    f"Cluster: {name} must be a share of the bandwidth, above 0 and at most 1, or "
+                    f"pairs of bytes and such a share by growing bytes, got {value!r}."
                 )
 
     # Bytes that leave a host, as a multiple of the vector's. Ranks are placed in blocks.
@@ -181,8 +185,9 @@ class Cluster:
         """Every rank of a host sends its part to every rank elsewhere."""
         return self.ranks_per_host * (self.ranks - self.ranks_per_host) / self.ranks
 
-    def _wire(self, size: float, efficiency: float) -> float:
-        return 8 * size / (self.bandwidth * efficiency)
+    def _wire(self, leaving: float, size: float, efficiency: Efficiency) -> float:
+        """Seconds of `leaving` times `size` bytes, the payload, whose size decides the share."""
+        return 8 * leaving * size / (self.bandwidth * share_reached(efficiency, size))
 
     def allreduce(self, size: float) -> float:
         """Seconds of a bare Allreduce of `size` bytes: the faster of two algorithms, and the sums.
@@ -193,8 +198,8 @@ class Cluster:
         in blocks.) Each rank adds (n-1)/n·S bytes, reading two and writing one: 3(n-1)/n·S/γ.
         """
         n, hops = self.ranks, math.ceil(math.log2(self.ranks))
-        ring = (n - 1) * self.latency + self._wire(self._ring * size, self.allreduce_efficiency)
-        halving = hops * self.latency + self._wire(self._direct * size, self.allreduce_efficiency)
+        ring = (n - 1) * self.latency + self._wire(self._ring, size, self.allreduce_efficiency)
+        halving = hops * self.latency + self._wire(self._direct, size, self.allreduce_efficiency)
         return 2 * min(ring, halving) + 3 * (n - 1) / n * size / self.kernels.sum
 
     def alltoall(self, size: float) -> float:
@@ -202,14 +207,14 @@ class Cluster:
 
         Pairwise exchange: (n-1)α + h(n-h)/n·8S/β' (Thakur, Rabenseifner and Gropp 2005).
         """
-        wire = self._wire(self._direct * size, self.gather_efficiency)
+        wire = self._wire(self._direct, size, self.gather_efficiency)
         return (self.ranks - 1) * self.latency + wire
 
     def allgather(self, size: float) -> float:
         """Seconds of an Allgather of `size` bytes in all: half of `allreduce` without its sums."""
         hops = math.ceil(math.log2(self.ranks))
-        ring = self._wire(self._ring * size, self.gather_efficiency)
-        doubling = self._wire(self._direct * size, self.gather_efficiency)
+        ring = self._wire(self._ring, size, self.gather_efficiency)
+        doubling = self._wire(self._direct, size, self.gather_efficiency)
         return min((self.ranks - 1) * self.latency + ring, hops * self.latency + doubling)
 
     def messages(self, size: float) -> float:
@@ -218,8 +223,33 @@ class Cluster:
         α + (n-1)·o + h(n-h)/n·8S/β': latencies overlap, overheads do not (o and α as in LogP,
         Culler et al. 1993).
         """
-        wire = self._wire(self._direct * size, self.message_efficiency)
+        wire = self._wire(self._direct, size, self.message_efficiency)
         return self.latency + (self.ranks - 1) * self.message_overhead + wire
+
+
+def share_reached(efficiency: Efficiency, size: float) -> float:
+    """The share of the bandwidth that a payload of `size` bytes reaches.
+
+    Between two sizes it is linear in log(bytes); beyond the first and the last it stays.
+    """
+    if not isinstance(efficiency, tuple):
+        return efficiency
+    sizes, shares = zip(*efficiency, strict=True)
+    return float(np.interp(math.log(max(size, 1)), np.log(sizes), shares))
+
+
+def _is_efficiency(value: object) -> bool:
+    if not isinstance(value, tuple):
+        return _is_share(value)
+    if not value or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        return False
+    sizes = [size for size, _ in value]
+    growing = all(_is_number(size) and size > 0 for size in sizes) and sizes == sorted(set(sizes))
+    return growing and all(_is_share(share) for _, share in value)
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 < value <= 1  # type: ignore[operator]
 
 
 def _is_number(value: object) -> bool:

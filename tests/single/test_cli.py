@@ -18,7 +18,13 @@ from gq_horovod.model import METHODS, Cluster, Kernels
 ROOT = Path(__file__).resolve().parents[2]
 ADVISE = ["advise", "--params", "607959381", "--step-compute", "120ms"]
 NETWORK = ["--workers", "64", "--bandwidth", "1Gbit"]
-MEASURED = Cluster(ranks=8, bandwidth=9.3e8, latency=3e-5, kernels=Kernels(cast=1e9))
+MEASURED = Cluster(
+    ranks=8,
+    bandwidth=9.3e8,
+    latency=3e-5,
+    allreduce_efficiency=((2.0**20, 0.7), (2.0**25, 0.4)),
+    kernels=Kernels(cast=1e9),
+)
 
 
 # -------------------------------------------------------------------------------------------- units
@@ -168,8 +174,11 @@ def test_advise_takes_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "calibration.json"
     calibrate.save(MEASURED, path)
     assert cli.main([*ADVISE, "--calibration", str(path), "--workers", "16", "--json"]) == 0
-    cluster = json.loads(capsys.readouterr().out)["cluster"]
-    assert cluster == {**asdict(MEASURED), "ranks": 16}
+    advice = json.loads(capsys.readouterr().out)
+    assert advice["cluster"] == json.loads(json.dumps({**asdict(MEASURED), "ranks": 16}))
+    assert (
+        "70% (1 MiB), 40% (32 MiB) of the bandwidth in Allreduce, 60%" in advice["assumptions"][0]
+    )
 
 
 def corrupt(**changes: object) -> str:
@@ -194,6 +203,7 @@ def corrupt(**changes: object) -> str:
         (corrupt(cluster={"ranks": 4}), "'cluster' lacks"),
         (corrupt(cluster={**asdict(MEASURED), "bandwidth": "1Gbit"}), "bandwidth must be"),
         (corrupt(cluster={**asdict(MEASURED), "kernels": {}}), "'kernels' lacks"),
+        (corrupt(cluster={**asdict(MEASURED), "gather_efficiency": [1]}), "gather_efficiency must"),
         (corrupt(cluster={**asdict(MEASURED), "ranks": 1.5}), "ranks must be an integer"),
     ],
 )

@@ -162,6 +162,21 @@ def test_latency_terms_of_collectives() -> None:
     assert slow.messages(8) == pytest.approx(1)
 
 
+def test_efficiency_of_a_size() -> None:
+    """Linear in the logarithm of the size between two sizes, constant beyond them."""
+    measured = ((1e6, 0.8), (1e8, 0.4))
+    for size, share in ((1, 0.8), (1e6, 0.8), (1e7, 0.6), (1e8, 0.4), (1e12, 0.4), (0, 0.8)):
+        assert model.share_reached(measured, size) == pytest.approx(share)
+        assert model.share_reached(0.6, size) == 0.6
+    cluster = Cluster(4, 8e9, 0.0, 0.0, kernels=Kernels(sum=1e30))
+    by_size = replace(cluster, allreduce_efficiency=measured, gather_efficiency=measured)
+    by_size = replace(by_size, message_efficiency=measured)
+    for name in ("allreduce", "alltoall", "allgather", "messages"):
+        seconds = getattr(cluster, name)(1e8)  # with the default, 0.6
+        assert getattr(by_size, name)(1e7) == pytest.approx(seconds / 10)
+        assert getattr(by_size, name)(1e8) == pytest.approx(seconds * 0.6 / 0.4)
+
+
 def test_fusion() -> None:
     assert model.fused([1, 2, 3, 9, 1], threshold=6) == [6, 9, 1]
     assert model.fused([1, 2], threshold=0) == [1, 2]
@@ -273,12 +288,17 @@ def test_break_even_where_there_is_none() -> None:
         ({"bandwidth": math.nan}, "Cluster: bandwidth must be"),
         ({"latency": -1.0}, "Cluster: latency must be a number of seconds, 0 or more, got -1.0"),
         ({"allreduce_efficiency": 1.5}, "Cluster: allreduce_efficiency must be a share"),
+        ({"gather_efficiency": ()}, "or pairs of bytes and such a share by growing bytes, got"),
+        ({"gather_efficiency": ((1e6, 0.5), (1e6, 0.6))}, "by growing bytes"),
+        ({"gather_efficiency": ((0, 0.5),)}, "by growing bytes"),
+        ({"message_efficiency": ((1e6, 0.0),)}, "Cluster: message_efficiency must be a share"),
+        ({"message_efficiency": ((1e6,),)}, "Cluster: message_efficiency must be a share"),
         ({"gather_exposed": -0.5}, "Cluster: gather_exposed must be a share, 0 to 1, got -0.5"),
         ({"message_hidden": 1.5}, "Cluster: message_hidden must be a share, 0 to 1, got 1.5"),
         ({"ranks_per_host": 8}, "ranks_per_host must be at most ranks"),
     ],
 )
-def test_clusters_that_cannot_be(wrong: dict[str, float], text: str) -> None:
+def test_clusters_that_cannot_be(wrong: dict[str, object], text: str) -> None:
     values = {"ranks": 4, "bandwidth": 1e9, **wrong}
     with pytest.raises(ValueError, match=text):
         Cluster(**values)  # type: ignore[arg-type]
