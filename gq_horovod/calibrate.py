@@ -155,15 +155,22 @@ def _host() -> str:
 
 def _seconds(comm: MPI.Intracomm, rounds: int, call: Call) -> float:
     """Median over rounds of a call on all ranks together, until the last one is done."""
-    call()
-    taken = []
-    for _ in range(rounds):
-        comm.Barrier()
-        begin = time.perf_counter()
-        call()
-        comm.Barrier()
-        taken.append(time.perf_counter() - begin)
-    return float(comm.bcast(statistics.median(taken)))
+    return _in_turns(comm, rounds, call)[0]
+
+
+def _in_turns(comm: MPI.Intracomm, rounds: int, *calls: Call) -> list[float]:
+    """The same of several calls that take turns: other work on the machine hits them all."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds + 1):  # the first one makes connections
+        for call, seconds in zip(calls, taken, strict=True):
+            comm.Barrier()
+            begin = time.perf_counter()
+            call()
+            comm.Barrier()
+            if number:
+                seconds.append(time.perf_counter() - begin)
+    medians: list[float] = comm.bcast([statistics.median(seconds) for seconds in taken])
+    return medians
 
 
 def _latency(comm: MPI.Intracomm, trips: int = 200) -> float:
@@ -433,10 +440,13 @@ def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -
         exposed = 1 + (seconds - all_of_it) * 0.25 / (all_of_it - some)
 
         sizes = [LAYER_ELEMENTS] * LAYERS
-        alone = _seconds(comm, rounds, _backward(horovod, method, "alone", sizes))
         # Half of what would be needed, so that what is seen is not what comes last.
-        delay = alone / 2 / (LAYERS - 1)
-        beside = _seconds(comm, rounds, _backward(horovod, method, "beside", sizes, delay))
+        delay = seconds / 2 / (LAYERS - 1)
+        alone, beside = _in_turns(
+            *(comm, rounds),
+            _backward(horovod, method, "alone", sizes),
+            _backward(horovod, method, "beside", sizes, delay),
+        )
         hidden = (alone - (beside - LAYERS * delay)) / ((LAYERS - 1) * delay)
         # More than taking turns is no matter of overlap: the network was slower than a moment ago.
         shares = {"exposed": exposed, "hidden": hidden}

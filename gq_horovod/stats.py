@@ -149,9 +149,13 @@ def _second_rounding(plan: Plan, mean: NDArray[np.floating[Any]]) -> float:
         return _OCTAVE_VARIANCE * _square(mean)
     # Fractions of a level are uniform, of variance 1/6, in blocks of the mean's own norms.
     values = np.ascontiguousarray(mean, dtype=np.float32)
-    norms = codec.norms(Buffer.of(values), plan).view(np.float32)
-    size = min(plan.block_for(values.size), values.size)
-    return _square(norms) * size / (6 * plan.level_count**2)
+    norms = codec.norms(Buffer.of(values), plan).view(np.float32).astype(np.float64)
+    size = plan.block_for(values.size)
+    if plan.square:  # levels around y are 2√y/s apart
+        starts = np.arange(0, values.size, size)
+        magnitudes = np.add.reduceat(np.abs(values), starts, dtype=np.float64)
+        return float(4 * np.dot(norms, magnitudes)) / (6 * plan.level_count**2)
+    return _square(norms) * min(size, values.size) / (6 * plan.level_count**2)
 
 
 def _square(values: NDArray[np.floating[Any]]) -> float:

@@ -4,8 +4,9 @@ Every function gives its formula; docs/theory.md proves them. "Exact" means that
 variance itself, up to the rounding of float32 in the kernels; everything else is a bound and says
 so. Sizes, norms and levels are those of `mpi_ops`, called, not copied.
 
-Words: n ranks; s levels on each side of zero; a *position* is an element in units of a level; y is
-an element in units of its norm. Gradients are arrays of float32, a row for each rank.
+Words: n ranks; s levels on each side of zero; y is an element in units of its norm; a *position* is
+an element in units of a level: s·y where levels are even, and where they are square, linear between
+them. Gradients are arrays of float32, a row for each rank.
 """
 
 from __future__ import annotations
@@ -59,6 +60,35 @@ def standard_share(position: ArrayLike) -> Array:
     return result
 
 
+def square_position(y: ArrayLike, levels: int) -> Array:
+    """Where `y` = x/norm lies among square levels ±(k/s)²: k on level k, linear in between. Exact.
+
+    k + (s²|y| - k²)/(2k+1) for k² <= s²|y| <= (k+1)², with the sign of y.
+    """
+    magnitude = np.minimum(np.abs(np.asarray(y, dtype=np.float64)), 1.0) * levels**2
+    low = np.floor(np.sqrt(magnitude))
+    result: Array = np.copysign(low + (magnitude - low**2) / (2 * low + 1), y)
+    return result
+
+
+def square_width(position: ArrayLike) -> Array:
+    """Distance of the two square levels around a position, in units of norm/s²: 2k+1."""
+    fixed = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT
+    result: Array = np.abs(2 * np.floor(fixed) + 1)
+    return result
+
+
+def square_bound(magnitude: ArrayLike, levels: int) -> Array:
+    """Bound of the expected variance of rounding a random y to square levels, from E|y| or more.
+
+    (2s√E|y| + 1)²/(4s⁴) in squared norms: at most a quarter of (2k+1)²/s⁴, the squared distance of
+    the two levels around y, with k <= s√|y|; the bound is concave in |y|.
+    """
+    root = np.sqrt(np.asarray(magnitude, dtype=np.float64))
+    result: Array = np.square(2 * levels * root + 1) / (4 * levels**4)
+    return result
+
+
 def smallest_level(bits: int, headroom: int = 0) -> float:
     """Smallest exponential level above zero, in units of the norm: 2^(1-T+headroom).
 
@@ -99,7 +129,7 @@ def exponential_bound(second_moment: ArrayLike, magnitude: ArrayLike, smallest: 
 # ---------------------------------------------------------------------------- the mean over n ranks
 
 
-def repelled_covariance(shares: ArrayLike, strata: int) -> Array:
+def repelled_covariance(shares: ArrayLike, strata: int, widths: ArrayLike = 1.0) -> Array:
     """Sum of the covariances of all ordered pairs of ranks' roundings, in squared levels. Exact.
 
     Ranks stand in different ones of M = 2^strata equal parts of [0, 1), every pair of parts with
@@ -111,19 +141,21 @@ def repelled_covariance(shares: ArrayLike, strata: int) -> Array:
     Args:
         shares: probabilities of rounding up, shape (ranks, ...).
         strata: bits, as of `mpi_ops.dither`; 0 for independent dithers.
+        widths: distances of the two levels, of the same shape, where they are not 1.
 
     Returns: an array of the shape of one rank's, at most 0.
     """
     f = np.asarray(shares, dtype=np.float64)
+    widths = np.broadcast_to(widths, f.shape)
     total: Array = np.zeros(f.shape[1:])
     if strata == 0:
         return total
     parts = 2**strata
     for first in range(0, len(f), COHORT):
-        own = f[first : first + COHORT]
-        total += parts * (own.sum(axis=0) ** 2 - np.square(own).sum(axis=0))
+        own, width = f[first : first + COHORT], widths[first : first + COHORT]
+        total += parts * ((width * own).sum(axis=0) ** 2 - np.square(width * own).sum(axis=0))
         for part in range(parts):
-            below = np.clip(parts * own - part, 0.0, 1.0)
+            below = width * np.clip(parts * own - part, 0.0, 1.0)
             total -= below.sum(axis=0) ** 2 - np.square(below).sum(axis=0)
     return total / (parts * (parts - 1))
 
@@ -170,9 +202,10 @@ def _in_norms(x: NDArray[np.floating[Any]], norms: Array) -> Array:
 def quantization_variance(gradients: ArrayLike, plan: Plan, strata: int | None = None) -> Array:
     """Variance of each element of the mean of n quantized gradients. Exact.
 
-    (norm/n)²·(Σ_i v(x_i/norm) + C), with v = f(1-f)/s² for standard levels and
-    v = (high-|y|)(|y|-low) for exponential ones, and C ≤ 0 what the dithers of ranks gain by
-    repelling each other: `repelled_covariance`/s², and 0 for exponential levels. With standard
+    (norm/n)²·(Σ_i v(x_i/norm) + C), with v = f(1-f)/s² for even levels, f(1-f)(2k+1)²/s⁴ for square
+    ones and v = (high-|y|)(|y|-low) for exponential ones, and C ≤ 0 what the dithers of ranks gain
+    by repelling each other: `repelled_covariance` in the same units, and 0 for exponential levels.
+    With standard
     levels this is all the error of the mean, since their codes are added exactly; its sum over the
     elements is the expected squared error, with one norm or with blocks. The others round once
     more: `mean_bound`.
@@ -189,11 +222,12 @@ def quantization_variance(gradients: ArrayLike, plan: Plan, strata: int | None =
     norms = element_norms(x, plan)
     y = _in_norms(x, norms)
     if plan.levels != "exponential":
-        position = y * plan.level_count
-        variance = standard_variance(position).sum(axis=0)
+        position = square_position(y, plan.level_count) if plan.square else y * plan.level_count
+        width = square_width(position) if plan.square else np.ones(1)
+        variance = (width**2 * standard_variance(position)).sum(axis=0)
         strata = plan.strata if strata is None else strata
-        variance += repelled_covariance(standard_share(position), strata)
-        variance /= plan.level_count**2
+        variance += repelled_covariance(standard_share(position), strata, width)
+        variance /= plan.units**2
     else:
         variance = exponential_variance(y, plan.bits).sum(axis=0)
     result: Array = variance * (norms / plan.world_size) ** 2
@@ -216,11 +250,17 @@ def mean_bound(gradients: ArrayLike, plan: Plan, strata: int | None = None) -> A
     and rounded once, so V + E[v(M)] <= V + (mean² + V)/8 + norm²·min(2S²/9, S·Σ|y_i|/n), S the
     smallest level: one factor of 9/8, whatever n is. For one rank the mean is a level already, and
     the result is V. Two-hop levels: V + norm²/(4s²), since the mean's own norm is at most the
-    norm. Arguments, result and errors as in `quantization_variance`.
+    norm, or V + norm²·`square_bound`(√(mean² + V)/norm). Arguments, result and errors as in
+    `quantization_variance`.
     """
     variance = quantization_variance(gradients, plan, strata)
-    if plan.levels == "two-hop":
+    if plan.levels == "two-hop" and not plan.square:
         return variance + standard_bound(element_norms(gradients, plan), plan.level_count, 1)
+    if plan.levels == "two-hop":
+        norms = element_norms(gradients, plan)
+        mean = _checked("mean_bound", gradients, plan).mean(axis=0, dtype=np.float64)
+        magnitude = _in_norms(np.sqrt(mean**2 + variance), norms)
+        return variance + square_bound(magnitude, plan.level_count) * norms**2
     if plan.levels == "standard" or plan.world_size == 1:
         return variance
     x = _checked("mean_bound", gradients, plan)
@@ -327,13 +367,15 @@ def theta(plan: Plan, count: int) -> float:
     c = max(1, √(nB)/(2s)), which is √(nB)/s-1 for few levels.
     Exponential levels of one rounding: max(1/8, the same with s = 1/S), S the smallest level; times
     9/8, plus 2n²BS²/9, for the second. L2 norm: with c >= 9/8.
-    Two-hop levels: as standard ones, times 1 + ρ.
+    Two-hop levels: as standard ones, times 1 + ρ; square ones by `square_theta`.
     """
     n, block = plan.world_size, min(plan.block_for(count), count)
     standard = plan.levels != "exponential"
     level = 1 / plan.level_count if standard else smallest_level(plan.bits)
     least = 0.0 if standard else EXPONENTIAL_WORST
     many = n * block * level**2  # nB/s²
+    if plan.square:
+        return square_theta(n * block, plan.level_count, plan.norm) * (1 + rho(plan, count))
     if plan.norm == "l2":
         c = max(1 + least, math.sqrt(many) / 2)
         first = c - 1 + many / (4 * c)
@@ -350,11 +392,43 @@ def rho(plan: Plan, count: int) -> float:
     """Relative variance that does not fall with n, of rounding the mean of `count` elements itself.
 
     Exponential levels: 1/8. Two-hop levels: B/(4s²), since the square of a block's norm is at most
-    the sum of its squares, for B elements of at most norm²/(4s²) each. Standard levels: 0.
+    the sum of its squares, for B elements of at most norm²/(4s²) each, or `square_theta` of one
+    rank. Standard levels: 0.
     """
+    if plan.square:
+        return square_theta(min(plan.block_for(count), count), plan.level_count, plan.norm)
     if plan.levels == "two-hop":
         return min(plan.block_for(count), count) / (4 * plan.level_count**2)
     return EXPONENTIAL_WORST if plan.levels == "exponential" and plan.world_size > 1 else 0.0
+
+
+def square_theta(elements: int, levels: int, norm: str) -> float:
+    """Largest Σv(y)/Σy² of `elements` roundings to square levels, by one norm.
+
+    v(y) - ωy² is at most E(ω), the largest of (l+h)²/(4(1+ω)) - l·h over neighbouring levels l and
+    h between which it is reached, at y = (l+h)/(2(1+ω)). Max norm: the ω with
+    (elements-1)·E(ω) = ω, since one element is at the norm, without error; reached. L2 norm: the
+    least ω + elements·E(ω), since Σy² >= 1.
+    """
+    level = np.square(np.arange(levels + 1) / levels)
+    low, high = level[:-1], level[1:]
+
+    def excess(omega: float) -> float:
+        reached = (low + high) / (2 * (1 + omega)) >= low
+        values = np.square(low + high) / (4 * (1 + omega)) - low * high
+        return float(values[reached].max())
+
+    begin, end = 0.0, elements * (2 * levels - 1) ** 2 / (4 * levels**4)  # what all at most have
+    for _ in range(100):
+        if norm == "l2":  # convex: ω where the sum stops to fall
+            third = (end - begin) / 3
+            sums = [omega + elements * excess(omega) for omega in (begin + third, end - third)]
+            begin, end = (begin, end - third) if sums[0] <= sums[1] else (begin + third, end)
+        else:
+            middle = (begin + end) / 2
+            falls = (elements - 1) * excess(middle) > middle
+            begin, end = (middle, end) if falls else (begin, middle)
+    return end + elements * excess(end) if norm == "l2" else end
 
 
 def measured_theta(gradients: ArrayLike, plan: Plan) -> float:

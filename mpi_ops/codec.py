@@ -120,6 +120,7 @@ def quantize(
                 bits=plan.bits,
                 levels=plan.level_count,
                 dither=dither,
+                square=plan.square,
                 out=staged,
             )
         else:
@@ -191,6 +192,7 @@ def _requantize(
         block_size=block_size,
         bits=plan.bits,
         levels=plan.level_count,
+        square=plan.square,
     )
     buffer = Buffer.of(mean)
     number = lanes.blocks(count, block_size)
@@ -209,6 +211,7 @@ def _requantize(
         bits=plan.bits,
         levels=plan.level_count,
         dither=dither,
+        square=plan.square,
         out=codes,
     )
     return out
@@ -220,10 +223,10 @@ def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
     The payload is all ranks' reduced shares, one after the other, or the sum of all payloads.
     """
     kernels = kernels_for(out)
-    block_size, divisor = plan.block_for(out.size), plan.level_count * plan.world_size
+    block_size, divisor = plan.block_for(out.size), plan.units * plan.world_size
     if plan.levels == "two-hop":
         payload, norms, block_size = _shares(payload, plan, out.size)
-        divisor = plan.level_count
+        divisor = plan.units
     payload = payload[: payload_size(out.size, plan)]
     with kernels.on_device_of(out):
         if plan.levels == "exponential":
@@ -242,6 +245,7 @@ def dequantize(payload: Payload, norms: Norms, plan: Plan, out: Buffer) -> None:
                 block_size=block_size,
                 bits=plan.bits,
                 divisor=divisor,
+                square=plan.square,
             )
         kernels.wait()
 

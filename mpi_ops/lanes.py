@@ -12,6 +12,9 @@ ROW = 32
 WORD_BITS = 32
 STANDARD_BITS = range(2, 17)
 EXPONENTIAL_BITS = (4, 8)
+# Two-hop codes of so many bits or fewer have square levels: their squares have to be added, and
+# wider codes are so fine that it does not matter how they are spaced.
+SQUARE_BITS = 8
 
 # What the default lane width keeps at least: levels s on each side of zero. The squared error of
 # the mean is at most n * (norm / (2 s n))**2 per element, so at 7 levels the standard deviation of

@@ -33,8 +33,9 @@ class Scheme:
 
     # "standard": evenly spaced levels, summed in flight by Allreduce. "exponential": powers of two,
     # whose error does not grow with the number of ranks, reduced by Alltoall and Allgather.
-    # "two-hop": evenly spaced levels, reduced in the same way: each rank decodes one share of all
-    # ranks' codes and rounds its mean again, by norms of its own, so all levels of a code are used.
+    # "two-hop": reduced in the same way: each rank decodes one share of all ranks' codes and rounds
+    # its mean again, by norms of its own, so all levels of a code are used. Up to 8 bits they are
+    # the squares of evenly spaced ones, finer where most elements are; beyond, evenly spaced.
     levels: str = "standard"
     # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
     bits: int | None = None
@@ -96,14 +97,11 @@ class Scheme:
 
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""
-        if self.levels != "standard":
+        if self.levels == "exponential":
             bits = 8 if self.bits is None else self.bits
-            # Codes are added as integers of 32 bits, beside each other.
-            levels = lanes.levels(bits, 1) if self.levels == "two-hop" else 0
-            if levels * world_size >= 2**31:
-                expected = f"at most 8 for two-hop levels on {world_size} ranks"
-                self._fail("bits", expected, bits, "leave it out for the default of 8")
-            return Plan(self.levels, bits, levels, self._block_size(bits), self.norm, world_size)
+            return Plan(self.levels, bits, 0, self._block_size(bits), self.norm, world_size)
+        if self.levels == "two-hop":
+            return self._two_hop(8 if self.bits is None else self.bits, world_size)
         bits = lanes.default_bits(world_size) if self.bits is None else self.bits
         levels = lanes.levels(bits, world_size)
         if levels == 0:
@@ -122,6 +120,18 @@ class Scheme:
             )
         return Plan(self.levels, bits, levels, self._block_size(bits), self.norm, world_size)
 
+    def _two_hop(self, bits: int, world_size: int) -> Plan:
+        plan = Plan(
+            *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
+            *(world_size, bits <= lanes.SQUARE_BITS),
+        )
+        if plan.units * world_size >= 2**31:  # levels are added as integers of 32 bits
+            squares = ((most, lanes.levels(most, 1) ** 2) for most in (8, 7, 6, 5, 4, 3, 2))
+            most = next(most for most, units in squares if units * world_size < 2**31)
+            expected = f"at most {most} for two-hop levels on {world_size} ranks"
+            self._fail("bits", expected, bits, f"pass bits={most}")
+        return plan
+
     def _block_size(self, bits: int) -> int | None:
         if self.block_size != "auto":
             return self.block_size
@@ -139,10 +149,16 @@ class Plan:
 
     levels: str
     bits: int
-    level_count: int  # evenly spaced levels on each side of zero; 0 for exponential ones
+    level_count: int  # levels on each side of zero; 0 for exponential ones
     block_size: int | None  # None: one block
     norm: str
     world_size: int
+    square: bool = False  # code k of s stands for sign(k)·(k/s)² of its norm, and not for k/s
+
+    @property
+    def units(self) -> int:
+        """The norm as a multiple of what code 1 stands for."""
+        return self.level_count ** (2 if self.square else 1)
 
     @property
     def in_flight(self) -> bool:

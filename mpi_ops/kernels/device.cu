@@ -181,12 +181,12 @@ GQ_HD void random_column(const Random& random, int64_t group, uint32_t mask, uin
 // ------------------------------------------------------------------------------------- quantizing
 
 // kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere.
-template <int kLanes, typename T>
+template <int kLanes, bool kSquare, typename T>
 GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, const int32_t* norms,
                                   int bits, int levels, const Dither& dither, int32_t* payload) {
   const int lanes = kLanes > 0 ? kLanes : 32 / bits;
   const int walk = kLanes > 0 ? kGroupRows : walk_rows(lanes);
-  const float limit = 65536.0f * static_cast<float>(levels);
+  const float limit = limit_of<kSquare>(levels);
   const int64_t rows = rows_of(count);
   for (int64_t first = warp() * walk; first < rows; first += warps() * walk) {
     int32_t* to = payload + first / walk * (walk / lanes) * kRow + column();
@@ -207,7 +207,7 @@ GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, cons
         // Beyond the last row values are zero, and zero under any scale gives the code zero.
         if (row + h < rows && row_norms.advance()) scale = scale_down(row_norms.current, limit);
         const int32_t code =
-            quantize_standard(values[h], scale, limit, random_bits(words[h / 2], h));
+            quantize_level<kSquare>(values[h], scale, limit, random_bits(words[h / 2], h));
         word += static_cast<uint32_t>(code) << (bits * lane);
         if (lane == lanes - 1) {
           if (row + h - lane < rows) *to = static_cast<int32_t>(word);
@@ -258,7 +258,8 @@ GQ_HD void quantize_exponential_rows(const T* x, int64_t count, int64_t block, c
 
 template <typename T>
 GQ_HD void dequantize_standard_rows(const int32_t* payload, int64_t count, int64_t block,
-                                    const int32_t* norms, int bits, int64_t divisor, T* out) {
+                                    const int32_t* norms, int bits, bool square, int64_t divisor,
+                                    T* out) {
   const int lanes = 32 / bits;
   const int walk = walk_rows(lanes);
   const int64_t rows = rows_of(count);
@@ -275,7 +276,9 @@ GQ_HD void dequantize_standard_rows(const int32_t* payload, int64_t count, int64
         const int32_t code = lowest_lane(word, bits);
         word = drop_lane(word, code, bits);
         const int64_t i = row * kRow + column();
-        if (i < count) store(out + i, dequantize_standard(code, scale, norm_of(row_norms.current)));
+        const int32_t level = level_of(code, square);
+        if (i < count)
+          store(out + i, dequantize_standard(level, scale, norm_of(row_norms.current)));
       }
     }
   }
@@ -475,21 +478,25 @@ GQ_KERNEL gq_l2norm_of_partial(const double* partial, int64_t count, int64_t blo
 }
 
 // A kernel for each number of lanes that divides a group, and one for all others: in one kernel
-// their registers would add up.
-#define GQ_QUANTIZE_STANDARD(NAME, LANES)                                                        \
+// their registers would add up. And for square levels, which have eight bits or less.
+#define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE)                                                \
   GQ_KERNEL NAME(const Element* x, int64_t count, int64_t block, const int32_t* norms, int bits, \
-                 int levels, uint64_t key, uint64_t stream, int32_t* payload) {                  \
-    quantize_standard_rows<LANES>(x, count, block, norms, bits, levels,                          \
-                                  dither_of(random_of(key, stream)), payload);                   \
+                 int levels, int, uint64_t key, uint64_t stream, int32_t* payload) {             \
+    quantize_standard_rows<LANES, SQUARE>(x, count, block, norms, bits, levels,                  \
+                                          dither_of(random_of(key, stream)), payload);           \
   }
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_8, 8)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard, 0)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_8, 8, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard, 0, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_4_square, 4, true)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_8_square, 8, true)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_square, 0, true)
 
 GQ_KERNEL gq_dequantize_standard(const int32_t* payload, int64_t count, int64_t block,
-                                 const int32_t* norms, int bits, int64_t divisor, Element* out) {
-  dequantize_standard_rows(payload, count, block, norms, bits, divisor, out);
+                                 const int32_t* norms, int bits, int square, int64_t divisor,
+                                 Element* out) {
+  dequantize_standard_rows(payload, count, block, norms, bits, square != 0, divisor, out);
 }
 
 GQ_KERNEL gq_quantize_exponential(const Element* x, int64_t count, int64_t block,

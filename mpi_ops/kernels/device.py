@@ -203,6 +203,7 @@ class Device(Kernels):
         if name == "quantize_standard":
             number = lanes.WORD_BITS // arguments[4]  # of lanes; see SIGNATURES
             variant = f"_{number}" if number in _OWN_KERNEL else ""
+            variant += "_square" if arguments[6] else ""
         _launch(name, dtype, threads, *arguments, variant=variant)
 
 

@@ -70,6 +70,14 @@ GQ_HD int32_t round_to_int(float value) {
 GQ_HD float smaller(float a, float b) { return a < b ? a : b; }
 GQ_HD float larger(float a, float b) { return a > b ? a : b; }
 
+GQ_HD float square_root(float value) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(value);
+#else
+  return __builtin_sqrtf(value);
+#endif
+}
+
 // ---------------------------------------------------------------------------------- element types
 
 // IEEE half and bfloat16 as bit patterns: conversions are integer arithmetic, hence the same on all
@@ -346,6 +354,39 @@ GQ_HD int32_t quantize_standard(float value, Scale scale, float limit, uint32_t 
   const float scaled = value * scale.pre * scale.factor;
   const float clamped = larger(smaller(scaled, limit), -limit);
   return (round_to_int(clamped) + static_cast<int32_t>(random32 >> 16)) >> 16;
+}
+
+// Square levels: code k stands for sign(k) * k^2 / s^2, so levels are closer where most elements of
+// a block are. `scale` is s^2 / norm and `limit` s^2. For k^2 <= |scaled| <= (k + 1)^2 the position
+// k + (|scaled| - k^2) / (2k + 1), linear between the two, is rounded as one of even levels is.
+// Where the square root is rounded up to k + 1, the quotient is a little below zero.
+GQ_HD int32_t quantize_square(float value, Scale scale, float limit, uint32_t random32) {
+  const float scaled = value * scale.pre * scale.factor;
+  const float magnitude = smaller(float_of(bits_of(scaled) & kAbsMask), limit);
+  const float low = static_cast<float>(static_cast<int32_t>(square_root(magnitude)));
+  const float above = (magnitude - low * low) / (2.0f * low + 1.0f);
+  const float position = 65536.0f * (low + above);
+  // NaN counts as positive, as with even levels.
+  const int32_t fixed = round_to_int(scaled < 0.0f ? -position : position);
+  return (fixed + static_cast<int32_t>(random32 >> 16)) >> 16;
+}
+
+// `limit` is what `scale` makes of the norm.
+template <bool kSquare>
+GQ_HD float limit_of(int levels) {
+  const float top = static_cast<float>(levels);
+  return kSquare ? top * top : 65536.0f * top;
+}
+
+template <bool kSquare>
+GQ_HD int32_t quantize_level(float value, Scale scale, float limit, uint32_t random32) {
+  return kSquare ? quantize_square(value, scale, limit, random32)
+                 : quantize_standard(value, scale, limit, random32);
+}
+
+// What a code stands for, as a multiple of what code 1 does.
+GQ_HD int32_t level_of(int32_t code, bool square) {
+  return square ? code * (code < 0 ? -code : code) : code;
 }
 
 // The signed low `bits` bits of a balanced-radix word, and the word without them.

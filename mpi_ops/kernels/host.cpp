@@ -133,20 +133,20 @@ GQ_INLINE void next_scales(RowNorms& rows, int count, float numerator, Scale& sc
   }
 }
 
-template <typename T>
+template <bool kSquare, typename T>
 GQ_INLINE int32_t standard_code(const T* x, const uint32_t (*words)[kRow], const Scale* scales,
                                 float limit, int h, int j) {
-  return quantize_standard(load(x[h * kRow + j]), scales[h], limit,
-                           random_bits(words[h / 2][j], h));
+  return quantize_level<kSquare>(load(x[h * kRow + j]), scales[h], limit,
+                                 random_bits(words[h / 2][j], h));
 }
 
 // kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere.
-template <typename T, int kLanes>
+template <typename T, int kLanes, bool kSquare>
 GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
                                       const int32_t* norms, int bits, int levels,
                                       const Dither& dither, int32_t* payload) {
   const int lanes = 32 / bits;
-  const float limit = 65536.0f * static_cast<float>(levels);
+  const float limit = limit_of<kSquare>(levels);
   RowNorms row_norms{norms, block / kRow};
   Scale scale = {1.0f, 0.0f};
   int lane = 0;
@@ -169,7 +169,7 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
 #pragma GCC unroll 8
           for (int k = 0; k < kLanes; ++k)
             word += static_cast<uint32_t>(
-                        standard_code(values, words, scales, limit, p * kLanes + k, j))
+                        standard_code<kSquare>(values, words, scales, limit, p * kLanes + k, j))
                     << (bits * k);
           payload[j] = static_cast<int32_t>(word);
         }
@@ -180,7 +180,7 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
         if (lane == 0) __builtin_memset(payload, 0, sizeof(int32_t) * kRow);
         for (int j = 0; j < kRow; ++j)
           payload[j] += static_cast<int32_t>(
-              static_cast<uint32_t>(standard_code(values, words, scales, limit, h, j))
+              static_cast<uint32_t>(standard_code<kSquare>(values, words, scales, limit, h, j))
               << (bits * lane));
         if (++lane == lanes) {
           lane = 0;
@@ -251,7 +251,7 @@ GQ_INLINE void store_row(T* out, int64_t row, int64_t count, bool stream, const 
     __builtin_memcpy(to, values, sizeof(T) * kRow);
 }
 
-template <typename T>
+template <bool kSquare, typename T>
 GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, int64_t block,
                                         const int32_t* norms, int bits, int64_t divisor, T* out) {
   const int lanes = 32 / bits;
@@ -269,7 +269,7 @@ GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, i
       for (int j = 0; j < kRow; ++j) {
         const int32_t code = lowest_lane(words[j], bits);
         words[j] = drop_lane(words[j], code, bits);
-        store(values + j, dequantize_standard(code, scale, norm));
+        store(values + j, dequantize_standard(level_of(code, kSquare), scale, norm));
       }
       store_row(out, row, count, stream, values);
     }
@@ -277,9 +277,9 @@ GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, i
   if (stream) stream_fence();
 }
 
-// The mean of several ranks' codes by the same norms: lanes are added as integers, which is exact.
+// The mean of several ranks' codes by the same norms: levels are added as integers, which is exact.
 // kBits is the width where it is fixed, 0 where it is `bits`.
-template <int kBits>
+template <int kBits, bool kSquare>
 GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, int64_t count,
                                   int64_t block, const int32_t* norms, int bits, int64_t divisor,
                                   float* out) {
@@ -298,7 +298,7 @@ GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, in
         for (int j = 0; j < kRow; ++j) {
           const int32_t code = lowest_lane(words[j], width);
           words[j] = drop_lane(words[j], code, width);
-          sums[k][j] += code;
+          sums[k][j] += level_of(code, kSquare);
         }
     }
     for (int k = 0; k < lanes && row < rows; ++k, ++row) {
@@ -552,41 +552,70 @@ GQ_EXPORT(gq_l2norm)(int dtype, const void* x, int64_t count, int64_t block, int
   GQ_DISPATCH(dtype, l2norm(static_cast<const T*>(x), count, block, norms));
 }
 
-GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
-                                const int32_t* norms, int bits, int levels, const uint32_t* random,
-                                int32_t* payload) {
-  const Dither dither = dither_of({{random[0], random[1]}, {random[2], random[3]}});
+template <bool kSquare>
+GQ_INLINE int quantize_standard_any(int dtype, const void* x, int64_t count, int64_t block,
+                                    const int32_t* norms, int bits, int levels,
+                                    const Dither& dither, int32_t* payload) {
   switch (32 / bits) {
     case 2:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 2>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype,
+                  (quantize_standard_rows<T, 2, kSquare>(static_cast<const T*>(x), count, block,
+                                                         norms, bits, levels, dither, payload)));
     case 4:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 4>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype,
+                  (quantize_standard_rows<T, 4, kSquare>(static_cast<const T*>(x), count, block,
+                                                         norms, bits, levels, dither, payload)));
     case 8:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype,
+                  (quantize_standard_rows<T, 8, kSquare>(static_cast<const T*>(x), count, block,
+                                                         norms, bits, levels, dither, payload)));
     default:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 0>(static_cast<const T*>(x), count, block,
-                                                       norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype,
+                  (quantize_standard_rows<T, 0, kSquare>(static_cast<const T*>(x), count, block,
+                                                         norms, bits, levels, dither, payload)));
   }
 }
 
+GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
+                                const int32_t* norms, int bits, int levels, int square,
+                                const uint32_t* random, int32_t* payload) {
+  const Dither dither = dither_of({{random[0], random[1]}, {random[2], random[3]}});
+  return square ? quantize_standard_any<true>(dtype, x, count, block, norms, bits, levels, dither,
+                                              payload)
+                : quantize_standard_any<false>(dtype, x, count, block, norms, bits, levels, dither,
+                                               payload);
+}
+
 GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t count, int64_t block,
-                                  const int32_t* norms, int bits, int64_t divisor, void* out) {
-  GQ_DISPATCH(dtype, dequantize_standard_rows(payload, count, block, norms, bits, divisor,
-                                              static_cast<T*>(out)));
+                                  const int32_t* norms, int bits, int square, int64_t divisor,
+                                  void* out) {
+  if (square) {
+    GQ_DISPATCH(dtype, dequantize_standard_rows<true>(payload, count, block, norms, bits, divisor,
+                                                      static_cast<T*>(out)));
+  }
+  GQ_DISPATCH(dtype, dequantize_standard_rows<false>(payload, count, block, norms, bits, divisor,
+                                                     static_cast<T*>(out)));
+}
+
+template <bool kSquare>
+GQ_INLINE void mean_standard_any(const int32_t* const* payloads, int inputs, int64_t count,
+                                 int64_t block, const int32_t* norms, int bits, int64_t divisor,
+                                 float* out) {
+  if (bits == 8)
+    mean_standard_rows<8, kSquare>(payloads, inputs, count, block, norms, bits, divisor, out);
+  else if (bits == 4)
+    mean_standard_rows<4, kSquare>(payloads, inputs, count, block, norms, bits, divisor, out);
+  else
+    mean_standard_rows<0, kSquare>(payloads, inputs, count, block, norms, bits, divisor, out);
 }
 
 GQ_EXPORT(gq_mean_standard)
 (const int32_t* const* payloads, int inputs, int64_t count, int64_t block, const int32_t* norms,
- int bits, int64_t divisor, float* out) {
-  if (bits == 8)
-    mean_standard_rows<8>(payloads, inputs, count, block, norms, bits, divisor, out);
-  else if (bits == 4)
-    mean_standard_rows<4>(payloads, inputs, count, block, norms, bits, divisor, out);
+ int bits, int square, int64_t divisor, float* out) {
+  if (square)
+    mean_standard_any<true>(payloads, inputs, count, block, norms, bits, divisor, out);
   else
-    mean_standard_rows<0>(payloads, inputs, count, block, norms, bits, divisor, out);
+    mean_standard_any<false>(payloads, inputs, count, block, norms, bits, divisor, out);
   return kStatusOk;
 }
 

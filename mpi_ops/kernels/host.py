@@ -20,7 +20,7 @@ from .. import lanes
 
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
-from .interface import INT32, SIGNATURES, Kernels, host_address, require
+from .interface import INT32, SIGNATURES, Kernels, check_square, host_address, require
 from .interface import ITEM_BYTES as ITEM_BYTES
 from .interface import Buffer as Buffer
 
@@ -68,7 +68,7 @@ _TYPES = {
     "f": ctypes.c_float,
     "r": ctypes.c_void_p,
 }
-_SIGNATURES = {**SIGNATURES, "mean_standard": "pillpilp", "philox": "ppip"}
+_SIGNATURES = {**SIGNATURES, "mean_standard": "pillpiilp", "philox": "ppip"}
 
 
 @cache
@@ -137,17 +137,20 @@ class Host(Kernels):
         block_size: int,
         bits: int,
         levels: int,
+        square: bool = False,
     ) -> NDArray[np.float32]:
         """The mean of what several ranks' payloads of `count` elements stand for, float32.
 
-        They are quantized by the same `norms`, with `levels` levels on each side of zero, and need
-        not fit their lanes when added: the sums are integers of 32 bits. Elements of a block whose
-        norm is not finite become NaN; no |result| exceeds its norm.
+        They are quantized by the same `norms`, with `levels` levels on each side of zero, even ones
+        or, with `square`, square ones (see `quantize_standard`), and need not fit their lanes when
+        added: the sums are integers of 32 bits. Elements of a block whose norm is not finite become
+        NaN; no |result| exceeds its norm.
         """
         name = "mean_standard"
         self._check_norms(name, norms, count, block_size)
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
-        divisor = levels * len(payloads)
+        check_square(name, square, bits)
+        divisor = levels ** (2 if square else 1) * len(payloads)
         require(name, "levels x ranks", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
         words = lanes.standard_words(count, bits)
         for index, payload in enumerate(payloads):
@@ -156,7 +159,7 @@ class Host(Kernels):
         self.launch(
             *(name, None, count),
             *(self.table(payloads), len(payloads), count, block_size, self.address(norms)),
-            *(bits, divisor, self.address(mean)),
+            *(bits, square, divisor, self.address(mean)),
         )
         return mean
 

@@ -30,8 +30,8 @@ ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 SIGNATURES = {
     "absmax": "dpllp",
     "l2norm": "dpllp",
-    "quantize_standard": "dpllpiirp",
-    "dequantize_standard": "dpllpilp",
+    "quantize_standard": "dpllpiiirp",
+    "dequantize_standard": "dpllpiilp",
     "quantize_exponential": "dpllpiirp",
     "dequantize_exponential": "dpllpiip",
     "reduce_exponential": "pilifrp",
@@ -127,6 +127,12 @@ def _check_block(function: str, block_size: int) -> None:
 def _check_exponential(function: str, bits: int, headroom: int) -> None:
     require(function, "bits", bits in lanes.EXPONENTIAL_BITS, "4 or 8", bits)
     require(function, "headroom", 0 <= headroom <= 126, "between 0 and 126", headroom)
+
+
+def check_square(function: str, square: bool, bits: int) -> None:
+    """Raise ValueError where codes of `bits` bits have no square levels."""
+    fine = not square or bits <= lanes.SQUARE_BITS
+    require(function, "bits", fine, f"at most {lanes.SQUARE_BITS} with square levels", bits)
 
 
 def _check_dither(function: str, dither: NDArray[np.uint32]) -> None:
@@ -248,14 +254,17 @@ class Kernels(ABC):
         bits: int,
         levels: int,
         dither: NDArray[np.uint32],
+        square: bool = False,
         out: Array | None = None,
     ) -> Array:
         """Unbiased codes floor(levels * x / norm + u), as lanes of `bits` bits in int32 words.
 
-        |code| <= `levels` for every input (a larger |x| than its norm saturates); blocks whose norm
-        is zero or not finite give codes that decode to zeros or NaN. 1 <= `levels` <=
-        2**(bits-1) - 1. Adding the words of several ranks adds every lane as long as the sums stay
-        within 2**(bits-1) - 1 (`lanes.levels`). Returns `lanes.standard_words(x.size, bits)` words.
+        With `square`, which takes 8 bits at most, a code k stands for sign(k) * (k / levels)**2 in
+        place of k / levels. |code| <= `levels` for every input (a larger |x| than its norm
+        saturates); blocks whose norm is zero or not finite give codes that decode to zeros or NaN.
+        1 <= `levels` <= 2**(bits-1) - 1. Adding the words of several ranks adds every lane as long
+        as the sums stay within 2**(bits-1) - 1 (`lanes.levels`). Returns
+        `lanes.standard_words(x.size, bits)` words.
         """
         name = "quantize_standard"
         self._check_tensor(name, "x", x)
@@ -263,12 +272,13 @@ class Kernels(ABC):
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
         top = 2 ** (bits - 1) - 1
         require(name, "levels", 1 <= levels <= top, f"between 1 and {top} with {bits} bits", levels)
+        check_square(name, square, bits)
         _check_dither(name, dither)
         payload = self._output(name, out, lanes.standard_words(x.size, bits), INT32)
         self.launch(
             *(name, x.dtype, x.size),
             *(x.pointer, x.size, block_size, self.address(norms)),
-            *(bits, levels, *self.random(dither), self.address(payload)),
+            *(bits, levels, square, *self.random(dither), self.address(payload)),
         )
         return payload
 
@@ -281,9 +291,11 @@ class Kernels(ABC):
         block_size: int,
         bits: int,
         divisor: int,
+        square: bool = False,
     ) -> None:
         """Write norm * lane / divisor to `out`; with divisor = levels * ranks this is the mean.
 
+        With `square` it is norm * lane * |lane| / divisor, of codes that have not been added.
         Elements of a block whose norm is not finite become NaN; no |result| exceeds its norm.
         """
         name = "dequantize_standard"
@@ -293,10 +305,11 @@ class Kernels(ABC):
         words = lanes.standard_words(out.size, bits)
         self._check_array(name, "payload", payload, INT32, words)
         require(name, "divisor", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
+        check_square(name, square, bits)
         self.launch(
             *(name, out.dtype, out.size),
             *(self.address(payload), out.size, block_size, self.address(norms)),
-            *(bits, divisor, out.pointer),
+            *(bits, square, divisor, out.pointer),
         )
 
     def quantize_exponential(

@@ -87,9 +87,15 @@ def norms_of(inputs: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 def neighbours(y: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """The level that y rounds to, and the distance to the next one that it may round to instead."""
-    if plan.levels != "exponential":
+    if plan.levels != "exponential" and not plan.square:
         low = (y * plan.level_count).floor() / plan.level_count
         return low, torch.full_like(y, 1 / plan.level_count)
+    if plan.levels != "exponential":  # sign(k)·k² in units of 1/s²
+        magnitude = y.abs() * plan.level_count**2
+        below = magnitude.sqrt().floor()
+        down = (y < 0) & (magnitude > below**2)  # away from zero is down
+        number = torch.where(down, -below - 1, below.copysign(y))
+        return number * number.abs() / plan.units, (2 * number + 1).abs() / plan.units
     smallest = 2.0 ** (2 - 2 ** (plan.bits - 1))
     _, exponent = torch.frexp(y.abs())
     low = torch.where(y.abs() < smallest, 0.0, torch.ldexp(torch.ones_like(y), exponent - 1))
@@ -188,7 +194,9 @@ def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law
     infinity = torch.tensor(torch.inf, dtype=torch.float64)
     # Four roundings of float32, each half a unit of at most the norm; and a result that this moves
     # across the middle between two numbers of its dtype goes to the other one.
-    two_hop = plan.levels == "two-hop"
+    coarsest = 0.0  # distance of two levels of a second rounding, in norms
+    if plan.levels == "two-hop":
+        coarsest = (2 * plan.level_count - 1 if plan.square else 1) / plan.units
     slack = 2.0**-22 * norms * factor + torch.finfo(dtype).eps * value.abs().amax(dim=0)
     return Law(
         mean=mean,
@@ -197,7 +205,7 @@ def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law
         low=torch.where(probability > 0, value, infinity).amin(dim=0),
         high=torch.where(probability > 0, value, -infinity).amax(dim=0),
         slack=slack,
-        level=norms / plan.level_count * factor if two_hop else torch.zeros_like(norms),
+        level=norms * coarsest * factor,
         grouped=GROUPED if plan.strata else 1.0,
     )
 

@@ -141,8 +141,10 @@ def test_quantize_standard(bits: int, dtype: str, device: Any) -> None:
         norms = norms_of(count, block)
         args = {"block_size": block, "bits": bits, "dither": REPELLING if count % 2 else KEY}
         args["levels"] = 1 if block == 32 else top
-        got = device.quantize_standard(on_device(device, x)[1], asarray(norms), **args)
-        same(got, host.quantize_standard(buffer(x), norms, **args))
+        for square in {False, bits <= lanes.SQUARE_BITS}:
+            args["square"] = square
+            got = device.quantize_standard(on_device(device, x)[1], asarray(norms), **args)
+            same(got, host.quantize_standard(buffer(x), norms, **args))
 
 
 @pytest.mark.usefixtures("grid")
@@ -154,11 +156,13 @@ def test_dequantize_standard(bits: int, dtype: str, device: Any) -> None:
         norms = norms_of(count, block)
         words = random_bytes(4 * lanes.standard_words(count, bits)).view(np.int32)
         args = {"block_size": block, "bits": bits, "divisor": 3 * 2 ** (bits - 1)}
-        expected = np.empty_like(x)
-        host.dequantize_standard(words, norms, buffer(expected), **args)
-        got, out = on_device(device, np.zeros_like(x))
-        device.dequantize_standard(asarray(words), asarray(norms), out, **args)
-        same(got, expected)
+        for square in {False, bits <= lanes.SQUARE_BITS}:
+            args["square"] = square
+            expected = np.empty_like(x)
+            host.dequantize_standard(words, norms, buffer(expected), **args)
+            got, out = on_device(device, np.zeros_like(x))
+            device.dequantize_standard(asarray(words), asarray(norms), out, **args)
+            same(got, expected)
 
 
 @pytest.mark.usefixtures("grid")

@@ -166,6 +166,29 @@ def standard_codes(x: Array, norm: Array | float, levels: int, random: Array) ->
     return np.floor(levels * (x.astype(np.float64) / norm) + u).astype(np.int64)
 
 
+def square_level(code: Array, levels: int) -> Array:
+    """What a code of square levels stands for, in norms."""
+    return np.sign(code) * (np.abs(code) / levels) ** 2
+
+
+def square_places(y: Array, levels: int) -> Array:
+    """Where y lies among square levels: the number of the level below, and the share of the way up.
+
+    Found by looking through all of them.
+    """
+    numbers = np.arange(-levels, levels + 1)
+    values = square_level(numbers, levels)
+    below = np.clip(np.searchsorted(values, y, side="right") - 1, 0, 2 * levels - 1)
+    share = (y - values[below]) / (values[below + 1] - values[below])
+    return numbers[below] + np.clip(share, 0.0, 1.0)
+
+
+def square_codes(x: Array, norm: Array | float, levels: int, random: Array) -> Array:
+    """Codes of square levels, by the random numbers of `standard_codes`."""
+    u = (random // 65536 + 0.5) / 65536
+    return np.floor(square_places(x.astype(np.float64) / norm, levels) + u).astype(np.int64)
+
+
 def top_level(bits: int) -> int:
     """Number of the level 1; the smallest level above zero has number 1."""
     return 2 ** (bits - 1) - 1
@@ -256,6 +279,12 @@ def standard_law(y: Array, levels: int) -> Law:
     """Rounding of y to multiples of 1 / levels: the variance is f (1 - f) / levels**2."""
     low = np.floor(y * levels) / levels
     return two_point(y, low, low + 1 / levels)
+
+
+def square_law(y: Array, levels: int) -> Law:
+    """Rounding of y to square levels: the variance is (high - y) (y - low)."""
+    low = np.floor(square_places(y, levels))
+    return two_point(y, square_level(low, levels), square_level(low + 1, levels))
 
 
 def exponential_law(y: Array, bits: int) -> Law:

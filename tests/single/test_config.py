@@ -219,7 +219,12 @@ def test_two_hop_levels_of_many_ranks_still_add_up_in_32_bits() -> None:
     assert Config(levels="two-hop", bits=16).plan(2**16).level_count == 2**15 - 1
     with pytest.raises(ValueError, match="at most 8 for two-hop levels on 65539 ranks"):
         Config(levels="two-hop", bits=16).plan(65539)
-    assert Config(levels="two-hop").plan(10**6).bits == 8
+    widest = Config(levels="two-hop").plan(133_144)  # squares of up to 127
+    assert (widest.bits, widest.square, widest.units) == (8, True, 127**2)
+    assert not Config(levels="two-hop", bits=9).plan(4).square
+    with pytest.raises(ValueError, match="at most 7 for two-hop levels on 133145 ranks"):
+        Config(levels="two-hop").plan(133_145)
+    assert Config(levels="two-hop", bits=6).plan(2 * 10**6).units == 31**2
 
 
 @pytest.mark.parametrize("world_size", [1, 7, 64, 10**6])

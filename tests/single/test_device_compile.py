@@ -29,6 +29,7 @@ KERNELS = {
     "tensors": {
         *("gq_absmax", "gq_l2norm", "gq_l2norm_of_partial", "gq_dequantize_standard"),
         *(f"gq_quantize_standard{variant}" for variant in ("", "_2", "_4", "_8")),
+        *(f"gq_quantize_standard{variant}_square" for variant in ("", "_4", "_8")),
         *("gq_quantize_exponential", "gq_dequantize_exponential"),
     },
     "codes": {"gq_reduce_exponential", "gq_add_exponential"},

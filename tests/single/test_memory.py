@@ -53,8 +53,9 @@ def norm_case(measure: Callable[..., Array]) -> Case:
     )
 
 
-def quantize_standard_case(bits: int) -> Case:
+def quantize_standard_case(bits: int, square: bool = False) -> Case:
     args = {"block_size": BLOCK, "bits": bits, "levels": 2 ** (bits - 1) - 1, "dither": KEY}
+    args["square"] = square
     return Case(
         lambda inputs, out: host.quantize_standard(buffer(inputs[0]), inputs[1], **args, out=out),
         lambda count, dtype: [tensor(count, dtype), norms(count)],
@@ -62,8 +63,8 @@ def quantize_standard_case(bits: int) -> Case:
     )
 
 
-def dequantize_standard_case(bits: int) -> Case:
-    args = {"block_size": BLOCK, "bits": bits, "divisor": 2 ** (bits - 1) - 1}
+def dequantize_standard_case(bits: int, square: bool = False) -> Case:
+    args = {"block_size": BLOCK, "bits": bits, "divisor": 2 ** (bits - 1) - 1, "square": square}
     return Case(
         lambda inputs, out: host.dequantize_standard(*inputs, buffer(out), **args),
         lambda count, dtype: [
@@ -119,10 +120,11 @@ def add_case(bits: int) -> Case:
     )
 
 
-def mean_case(bits: int, number: int) -> Case:
+def mean_case(bits: int, number: int, square: bool = False) -> Case:
     def run(inputs: list[Array], out: Array) -> None:
         *payloads, own = inputs
         args = {"block_size": BLOCK, "bits": bits, "levels": 2 ** (bits - 1) - 1}
+        args["square"] = square
         out[:] = host.mean_standard(payloads, own, count=out.size, **args)
 
     return Case(
@@ -144,6 +146,9 @@ CASES = {
     **{f"quantize standard {bits}": quantize_standard_case(bits) for bits in (2, 4, 7, 8, 10, 16)},
     **{f"dequantize standard {bits}": dequantize_standard_case(bits) for bits in (2, 7, 8, 16)},
     **{f"mean standard {bits}": mean_case(bits, 3) for bits in (2, 4, 7, 8, 16)},
+    **{f"quantize square {bits}": quantize_standard_case(bits, True) for bits in (2, 4, 7, 8)},
+    **{f"dequantize square {bits}": dequantize_standard_case(bits, True) for bits in (2, 7, 8)},
+    **{f"mean square {bits}": mean_case(bits, 3, True) for bits in (2, 4, 7, 8)},
     **{f"quantize exponential {bits}": quantize_exponential_case(bits) for bits in (4, 8)},
     **{f"dequantize exponential {bits}": dequantize_exponential_case(bits) for bits in (4, 8)},
     **{
@@ -258,6 +263,9 @@ REFUSED = {
     ),
     "quantize_standard: levels must be between 1 and 127 with 8 bits, got 128": (
         lambda: host.quantize_standard(buffer(X), ONE, **{**STANDARD, "levels": 128})
+    ),
+    "quantize_standard: bits must be at most 8 with square levels, got 9": (
+        lambda: host.quantize_standard(buffer(X), ONE, **{**STANDARD, "bits": 9, "square": True})
     ),
     "quantize_standard: dither must be a contiguous uint32 array of 4 elements": (
         lambda: host.quantize_standard(buffer(X), ONE, **{**STANDARD, "dither": KEY[:3]})

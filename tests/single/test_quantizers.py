@@ -6,6 +6,7 @@ NumPy model must pass it, and each of a list of faulty variants of that model mu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +27,10 @@ from reference import (
     pack_exponential,
     pack_lanes,
     random_bits,
+    square_codes,
+    square_law,
+    square_level,
+    square_places,
     standard_codes,
     standard_law,
     top_level,
@@ -101,6 +106,66 @@ def test_standard_codes_of_any_float(bits: int) -> None:
     expected = standard_codes(x, spread(norms, count), levels, random)
     np.testing.assert_array_equal(got[certain], expected[certain])
     assert np.all(np.abs(got - expected) <= 1)
+
+
+SQUARE = range(2, lanes.SQUARE_BITS + 1)
+
+
+@pytest.mark.parametrize("key", KEYS, ids=["independent", "repelling"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bits", SQUARE)
+def test_square_codes_bit_for_bit(bits: int, dtype: str, key: Array) -> None:
+    """Sixteenths of the way between neighbours, where nothing has to be rounded."""
+    levels = 2 ** (bits - 1) - 1
+    for count in SIZES:
+        rng = np.random.default_rng(count)
+        scale = 2.0 ** rng.integers(-8, 9, lanes.blocks(count, BLOCK))  # of one s-th squared
+        number, sixteenths = rng.integers(0, levels, count), rng.integers(0, 17, count)
+        units = rng.choice([-1, 1], count) * (number**2 + (2 * number + 1) * sixteenths / 16)
+        norms = scale * levels**2
+        payload = host.quantize_standard(
+            buffer((units * spread(scale, count)).astype(DTYPES[dtype])),
+            float_bits(norms),
+            block_size=BLOCK,
+            bits=bits,
+            levels=levels,
+            dither=key,
+            square=True,
+        )
+        # The sixteenths, and not what division makes of them: that may be a tie.
+        place = np.sign(units) * (number + sixteenths / 16)
+        codes = np.floor(place + (random_bits(count, key) // 65536 + 0.5) / 65536)
+        np.testing.assert_array_equal(payload, pack_lanes(codes.astype(np.int64), bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", SQUARE)
+def test_square_codes_of_any_float(bits: int, dtype: str) -> None:
+    """They differ only where float32 cannot tell the two sides of a step apart; and decoding."""
+    count, levels = 40000, 2 ** (bits - 1) - 1
+    rng = np.random.default_rng(bits)
+    norms = random_norms(count, rng)
+    norm = spread(norms, count)
+    x = (rng.uniform(-1, 1, count) ** 3 * norm * 0.99).astype(DTYPES[dtype])
+    args = {"block_size": BLOCK, "bits": bits, "square": True}
+    payload = host.quantize_standard(
+        buffer(x), float_bits(norms), levels=levels, dither=KEY, **args
+    )
+    random = random_bits(count, KEY)
+    y = x.astype(np.float64) / norm
+    exact = square_places(y, levels) + (random // 65536 + 0.5) / 65536
+    # Five roundings of float32, of which those before the root count k^2/(2k+1) times; 2**-16.
+    unsure = levels * 2.0**-21 + 2.0**-17
+    certain = np.abs(exact - np.round(exact)) > unsure
+    assert np.mean(~certain) <= 2 * unsure + allowance(2 * unsure, 1.0, count)
+    got = host_lanes(payload, bits, count)
+    expected = square_codes(x, norm, levels, random)
+    np.testing.assert_array_equal(got[certain], expected[certain])
+    assert np.all(np.abs(got - expected) <= 1)
+    assert np.abs(got).max() <= levels
+    decoded = np.empty(count, np.float32)
+    host.dequantize_standard(payload, float_bits(norms), buffer(decoded), divisor=levels**2, **args)
+    np.testing.assert_allclose(decoded, square_level(got, levels) * norm, rtol=2.0**-22)
 
 
 def host_lanes(payload: Array, bits: int, count: int) -> Array:
@@ -403,6 +468,81 @@ def test_dither_shared_by_the_ranks_fails_the_check() -> None:
     check_standard(shared, 8, 1, 16384)
     with pytest.raises(AssertionError, match="variance is off"):
         check_standard(shared, 8, 3, 16384)
+
+
+# ----------------------------------------------------------------------- statistics: square levels
+
+
+def check_square(mean: StandardMean, bits: int, world_size: int, samples: int) -> None:
+    """Assert that `mean` is unbiased with variance sum (high - y) (y - low) norm**2 / ranks**2."""
+    levels = 2 ** (bits - 1) - 1
+    numbers = {0, levels // 2, levels - 1}
+    shares = [0.0, 0.5, 1 / 3, 0.99, 0.01, 1e-3]
+    places = [k**2 + (2 * k + 1) * share for k in numbers for share in shares]
+    units = np.array([sign * place for place in places for sign in (1, -1)] + [levels**2])
+    count = samples * len(units)
+    norms = random_norms(count, np.random.default_rng(bits))
+    norm = spread(norms, count)
+    place = np.stack([np.tile(np.roll(units, rank), samples) for rank in range(world_size)])
+    x = (place / levels**2 * norm).astype(np.float32)
+    y = x / norm
+    laws = [square_law(own.reshape(samples, -1), levels) for own in y]
+    law = sum(laws[1:], laws[0]) * (1 / world_size)
+    got = mean(x, norms, bits, levels) / norm
+    # Of the widest level: 16 fractional bits; of the norm: some roundings of float32.
+    tolerance = 2.0**-17 * (2 * levels - 1) / levels**2 + 8 * 2.0**-24
+    check_law(got.reshape(samples, -1), law, tolerance)
+
+
+def kernel_square(x: Array, norms: Array, bits: int, levels: int) -> Array:
+    args = {"block_size": BLOCK, "bits": bits, "levels": levels, "square": True}
+    payloads = [
+        host.quantize_standard(
+            buffer(own), float_bits(norms), dither=dither(0, "w", 0, rank, Stage.QUANTIZE), **args
+        )
+        for rank, own in enumerate(x)
+    ]
+    mean = host.mean_standard(payloads, float_bits(norms), count=x.shape[1], **args)
+    return mean.astype(np.float64)
+
+
+def numpy_square(rounding: Callable[..., Array]) -> StandardMean:
+    """A model whose codes are rounding(y, place, levels, u), u uniform in [0, 1)."""
+
+    def mean(x: Array, norms: Array, bits: int, levels: int) -> Array:
+        norm = spread(norms, x.shape[1])
+        u = np.random.default_rng(12).random(x.shape)
+        codes = rounding(x / norm, square_places(x / norm, levels), levels, u)
+        return square_level(codes, levels).mean(axis=0) * norm
+
+    return mean
+
+
+def test_square_levels_are_unbiased_with_the_variance_of_theory() -> None:
+    for bits, world_size in itertools.product(SQUARE, (1, 3)):
+        check_square(kernel_square, bits, world_size, samples=8192)
+    check_square(kernel_square, 4, 64, samples=512)
+
+
+def test_square_model_passes_the_same_check() -> None:
+    check_square(numpy_square(lambda y, place, levels, u: np.floor(place + u)), 4, 3, 8192)
+
+
+SQUARE_MUTANTS: dict[str, Callable[..., Array]] = {
+    # As if the root could be rounded in place of the value: every element comes out too large.
+    "rounds the root": lambda y, place, levels, u: np.floor(
+        np.copysign(np.sqrt(np.abs(y)) * levels, y) + u
+    ),
+    "rounds to nearest": lambda y, place, levels, u: np.rint(place),
+    "half the dither": lambda y, place, levels, u: np.floor(place + u / 2 + 0.25),
+    "half as many levels": lambda y, place, levels, u: 2 * np.floor(place / 2 + u),
+}
+
+
+@pytest.mark.parametrize("mutant", SQUARE_MUTANTS)
+def test_faulty_square_levels_fail_the_check(mutant: str) -> None:
+    with pytest.raises(AssertionError, match=FAILED):
+        check_square(numpy_square(SQUARE_MUTANTS[mutant]), 4, 1, 8192)
 
 
 # ------------------------------------------------------------------ statistics: exponential levels

@@ -14,7 +14,15 @@ from functools import cache
 
 import numpy as np
 import pytest
-from reference import Array, buffer, exponential_law, pack_lanes, standard_law, unpack_lanes
+from reference import (
+    Array,
+    buffer,
+    exponential_law,
+    pack_lanes,
+    square_law,
+    standard_law,
+    unpack_lanes,
+)
 
 from gq_horovod import model, theory
 from gq_horovod.config import Config
@@ -71,6 +79,12 @@ def kernels(x: Array, plan: Plan, step: int) -> tuple[Array, Array]:
     """The stages of the project."""
     norms = global_norms(x, plan)
     payloads = quantized(x, norms, plan, step)
+    if plan.levels == "two-hop":  # of the first hop; test_two_hop.py judges the second, given it
+        args = {"count": x.shape[1], "block_size": plan.block_for(x.shape[1]), "bits": plan.bits}
+        averaged = host.mean_standard(
+            payloads, norms, levels=plan.level_count, square=plan.square, **args
+        ).astype(np.float64)
+        return averaged, averaged
     random = dither(1, "w", step, 0, Stage.REDUCE)
     mean, own = np.empty((2, x.shape[1]), dtype=np.float32)
     codec.dequantize(codec.reduce(payloads, plan, random), norms, plan, buffer(mean))
@@ -93,8 +107,9 @@ def check_quantization(
     """
     norms = theory.element_norms(x, plan)
     y = x.astype(np.float64) / norms
-    if plan.levels == "standard":
-        laws = [standard_law(own, plan.level_count) for own in y]
+    if plan.levels != "exponential":
+        law_of = square_law if plan.square else standard_law
+        laws = [law_of(own, plan.level_count) for own in y]
     else:
         laws = [exponential_law(own, plan.bits) for own in y]
     law = sum(laws[1:], laws[0]) * (1 / len(x))
@@ -142,6 +157,13 @@ STANDARD = [
 @pytest.mark.parametrize(("bits", "ranks"), STANDARD)
 def test_standard_variance_is_exact(bits: int, ranks: int) -> None:
     for kind, plan in itertools.product(KINDS, plans("standard", bits, ranks)):
+        check_quantization(kernels, vectors(kind, ranks), plan)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("bits", [2, 4, 8, 10])
+def test_two_hop_variance_is_exact(bits: int, ranks: int) -> None:
+    for kind, plan in itertools.product(KINDS, plans("two-hop", bits, ranks)):
         check_quantization(kernels, vectors(kind, ranks), plan)
 
 
@@ -314,6 +336,37 @@ def test_theta_is_reached() -> None:
         x = np.full((ranks, 256), (math.sqrt(1 + a) - 1) / a / plan.level_count, np.float32)
         x[0, 0] = 1
         assert theory.measured_theta(x, plan) == pytest.approx(theory.theta(plan, 256), rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["max", "l2"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_theta_of_square_levels_bounds_any_vector(bits: int, norm: str) -> None:
+    """And is reached, with the max norm, where all but one lie where theta says."""
+    levels = 2 ** (bits - 1) - 1
+    for elements in (32, 1024, 16384):
+        worst = theory.square_theta(elements, levels, norm)
+        y = np.linspace(0, 1, 40_001)
+        variance = np.square(theory.square_width(theory.square_position(y, levels)) / levels**2)
+        variance *= theory.standard_variance(theory.square_position(y, levels))
+        if norm == "max":
+            ratios = (elements - 1) * variance / (1 + (elements - 1) * y**2)
+            assert ratios.max() == pytest.approx(worst, rel=2e-3)
+        else:  # no more than elements whose squares add up to 1
+            usable = y <= 1 / math.sqrt(elements)
+            assert elements * variance[usable].max() <= worst * (1 + 1e-9)
+    for kind in KINDS:
+        plan = Config(levels="two-hop", bits=bits, norm=norm).plan(4)
+        x = vectors(kind, 4)
+        assert theory.measured_theta(x, plan) <= theory.theta(plan, ELEMENTS)
+
+
+def test_square_bound_is_above_the_variance() -> None:
+    y = np.linspace(0, 1, 100_001)
+    for levels in (1, 7, 127):
+        place = theory.square_position(y, levels)
+        variance = theory.square_width(place) ** 2 * theory.standard_variance(place) / levels**4
+        assert np.all(variance <= theory.square_bound(y, levels) * (1 + 1e-9))
+        assert np.all(theory.square_position(-y, levels) == -place)
 
 
 def test_factors_of_the_number_of_steps() -> None:

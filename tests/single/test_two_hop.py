@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from reference import Array, Z, buffer
+from reference import Array, Z, buffer, square_law, square_level, square_places, standard_law
 
 from gq_horovod import theory
 from gq_horovod.config import Config, Plan
@@ -62,7 +63,7 @@ def reduce_all(x: Array, plan: Plan, step: int = 0) -> Array:
 def decoded(x: Array, plan: Plan, step: int) -> Array:
     """The mean of the codes of the first hop."""
     norms = global_norms(x, plan)
-    alone = Config(bits=plan.bits, block_size=plan.block_size).plan(1)
+    alone = replace(plan, levels="standard", world_size=1)
     total = np.zeros(x.shape[1])
     own = np.empty(x.shape[1], dtype=np.float32)
     for codes in all_codes(x, norms, plan, step):
@@ -94,7 +95,8 @@ def test_any_size_comes_back_within_a_level_of_each_hop(
     for count in (1, 31, 33, 255, 257, 1000, 4097, 70_001):
         x = gradients(ranks, count)
         error = np.abs(reduce_all(x, plan) - x.mean(axis=0, dtype=np.float64))
-        level = theory.element_norms(x, plan) / plan.level_count
+        coarsest = (2 * plan.level_count - 1 if plan.square else 1) / plan.units
+        level = theory.element_norms(x, plan) * coarsest
         assert np.all(error <= 2 * level * (1 + 1e-5)), count
 
 
@@ -116,8 +118,13 @@ def test_shares_are_whole_rows_and_whole_blocks(
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 100])
-@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8, 16])
-def test_codes_that_their_lanes_cannot_hold_are_added_exactly(bits: int, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "square"),
+    [(bits, bits <= lanes.SQUARE_BITS) for bits in (2, 3, 4, 7, 8, 16)] + [(4, False), (8, False)],
+)
+def test_codes_that_their_lanes_cannot_hold_are_added_exactly(
+    bits: int, square: bool, ranks: int
+) -> None:
     count, top = 1000, 2 ** (bits - 1) - 1
     x = np.full((ranks, count), 1, dtype=np.float32)  # all at the largest level
     x[:, ::2] = -1
@@ -130,10 +137,11 @@ def test_codes_that_their_lanes_cannot_hold_are_added_exactly(bits: int, ranks: 
             bits=bits,
             levels=top,
             dither=dither(0, "w", 0, 0, Stage.QUANTIZE),
+            square=square,
         )
         for own in x
     ]
-    args = {"count": count, "block_size": 64, "bits": bits, "levels": top}
+    args = {"count": count, "block_size": 64, "bits": bits, "levels": top, "square": square}
     mean = host.mean_standard(payloads, ones, **args)
     assert np.array_equal(mean, x[0])
     poisoned = np.where(np.arange(ones.size) == 1, INFINITY, ones).astype(np.int32)
@@ -161,23 +169,24 @@ def check_second_hop(reduction: Reduction, bits: int) -> None:
     for step in range(steps):
         mean = decoded(x, plan, step)
         norms = np.abs(mean).reshape(-1, 256).max(axis=1).repeat(256)
-        scale = np.divide(plan.level_count, norms, out=np.zeros_like(norms), where=norms > 0)
-        variance = theory.standard_variance(mean * scale)  # in squared levels
+        scale = np.divide(plan.units, norms, out=np.zeros_like(norms), where=norms > 0)
+        y = mean * scale / plan.units
+        law = (square_law if plan.square else standard_law)(y, plan.level_count) * plan.units
         error = (reduction(x, plan, step) - mean) * scale
         off += error.sum()
         away += (error * np.sign(mean)).sum()
         squares += np.square(error).sum()
-        expected += variance.sum()
-        fourth += (variance * (1 - 3 * variance)).sum() - np.square(variance).sum()
+        expected += law.variance.sum()
+        fourth += law.variance_of_square.sum()
     allowed = Z * np.sqrt(expected)
-    rounding = 1e-4 * steps * count  # of float32, in levels of up to 2**15
+    rounding = 1e-4 * steps * count  # of float32, in units of up to 2**15
     assert abs(off) <= allowed + rounding, f"biased by {off}, allowed {allowed}"
     assert abs(away) <= allowed + rounding, f"biased away from zero by {away}, allowed {allowed}"
     allowed = Z * np.sqrt(max(fourth, 0.0)) + rounding
     assert abs(squares - expected) <= allowed, f"variance is off: {squares}, not {expected}"
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 10])
 def test_the_second_hop_is_unbiased(bits: int) -> None:
     check_second_hop(reduce_all, bits)
 
@@ -190,17 +199,22 @@ def requantized(x: Array, plan: Plan, step: int, rounding: str) -> Array:
         norms = theory.element_norms(x, plan)
     u = np.random.default_rng(step).random(mean.size)
     u = {"to nearest": np.full_like(u, 0.5), "half the dither": u / 2 + 0.25}.get(rounding, u)
-    codes = np.floor(mean / norms * plan.level_count + u)
+    places = square_places(mean / norms, plan.level_count)
+    if rounding == "even levels":
+        places = mean / norms * plan.level_count
+    codes = np.floor(places + u)
     if rounding == "shrinks":
         codes = np.sign(codes) * np.minimum(np.abs(codes), plan.level_count - 1)
-    return codes * norms / plan.level_count
+    return square_level(codes, plan.level_count) * norms
 
 
 def test_the_model_passes() -> None:
     check_second_hop(partial(requantized, rounding="sound"), 8)
 
 
-@pytest.mark.parametrize("rounding", ["old norms", "to nearest", "half the dither", "shrinks"])
+@pytest.mark.parametrize(
+    "rounding", ["old norms", "to nearest", "half the dither", "shrinks", "even levels"]
+)
 def test_faulty_second_hops_fail_the_check(rounding: str) -> None:
     with pytest.raises(AssertionError, match=r"biased|variance"):
         check_second_hop(partial(requantized, rounding=rounding), 4)

@@ -46,6 +46,7 @@ static inline double __longlong_as_double(int64_t bits) {
   return value;
 }
 static inline int __float2int_rn(float value) { return static_cast<int>(__builtin_rintf(value)); }
+static inline float __fsqrt_rn(float value) { return __builtin_sqrtf(value); }
 static inline double __dsqrt_rn(double value) { return __builtin_sqrt(value); }
 
 static inline int atomicMax(int* address, int value) {

@@ -18,6 +18,9 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
   GQ_RUN(gq_quantize_standard_4);
   GQ_RUN(gq_quantize_standard_8);
   GQ_RUN(gq_quantize_standard);
+  GQ_RUN(gq_quantize_standard_4_square);
+  GQ_RUN(gq_quantize_standard_8_square);
+  GQ_RUN(gq_quantize_standard_square);
   GQ_RUN(gq_dequantize_standard);
   GQ_RUN(gq_quantize_exponential);
   GQ_RUN(gq_dequantize_exponential);

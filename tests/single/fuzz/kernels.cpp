@@ -114,12 +114,12 @@ struct Kernels {
   std::string name;
   int (*absmax)(int, const void*, int64_t, int64_t, int32_t*);
   int (*l2norm)(int, const void*, int64_t, int64_t, int32_t*);
-  int (*quantize_standard)(int, const void*, int64_t, int64_t, const int32_t*, int, int,
+  int (*quantize_standard)(int, const void*, int64_t, int64_t, const int32_t*, int, int, int,
                            const uint32_t*, int32_t*);
-  int (*dequantize_standard)(int, const int32_t*, int64_t, int64_t, const int32_t*, int, int64_t,
-                             void*);
-  int (*mean_standard)(const int32_t* const*, int, int64_t, int64_t, const int32_t*, int, int64_t,
-                       float*);
+  int (*dequantize_standard)(int, const int32_t*, int64_t, int64_t, const int32_t*, int, int,
+                             int64_t, void*);
+  int (*mean_standard)(const int32_t* const*, int, int64_t, int64_t, const int32_t*, int, int,
+                       int64_t, float*);
   int (*quantize_exponential)(int, const void*, int64_t, int64_t, const int32_t*, int, int,
                               const uint32_t*, uint8_t*);
   int (*dequantize_exponential)(int, const uint8_t*, int64_t, int64_t, const int32_t*, int, int,
@@ -328,12 +328,12 @@ struct Case {
   int64_t count;  // elements
   int64_t block;  // elements that share a norm
   int norms;      // which ones
-  int bits, levels;
-  int64_t divisor;
-  int narrow, headroom;  // bits of exponential codes
-  int inputs;            // of a reduction
-  bool copies;           // all inputs are this rank's own codes
-  int target;            // the input that is the output as well, or `inputs`
+  int bits, levels, square;
+  int64_t divisor, units;  // units: the norm as a multiple of what code 1 stands for
+  int narrow, headroom;    // bits of exponential codes
+  int inputs;              // of a reduction
+  bool copies;             // all inputs are this rank's own codes
+  int target;              // the input that is the output as well, or `inputs`
   bool average;
 
   int64_t rows, blocks, words, codes;  // sizes that follow
@@ -391,6 +391,8 @@ Case draw(Source& source) {
 
   c.bits = static_cast<int>(source.between(2, 16));
   c.levels = static_cast<int>(source.between(1, (1 << (c.bits - 1)) - 1));
+  c.square = c.bits <= 8 && source.number(1) % 2 == 1;
+  c.units = int64_t{c.levels} * (c.square ? c.levels : 1);
   c.divisor = source.between(1, std::numeric_limits<int32_t>::max());
   c.words = (c.rows + 32 / c.bits - 1) / (32 / c.bits) * kRow;
   c.narrow = source.number(1) % 2 == 0 ? 8 : 4;
@@ -465,8 +467,8 @@ Results run(const Kernels& k, const Case& c, uint8_t fill) {
   const int32_t* norms = as<int32_t>(r.norms);
 
   r.words = fresh(4 * c.words);
-  good(k.quantize_standard(c.dtype, c.x.data(), c.count, c.block, norms, c.bits, c.levels, c.random,
-                           as<int32_t>(r.words)));
+  good(k.quantize_standard(c.dtype, c.x.data(), c.count, c.block, norms, c.bits, c.levels, c.square,
+                           c.random, as<int32_t>(r.words)));
   r.codes = fresh(c.codes);
   good(k.quantize_exponential(c.dtype, c.x.data(), c.count, c.block, norms, c.narrow, c.headroom,
                               c.random, r.codes.data()));
@@ -474,10 +476,10 @@ Results run(const Kernels& k, const Case& c, uint8_t fill) {
 
   r.rounded = fresh(c.count * item);
   good(k.dequantize_standard(c.dtype, as<int32_t>(r.words), c.count, c.block, norms, c.bits,
-                             c.levels, r.rounded.data()));
+                             c.square, c.units, r.rounded.data()));
   r.hostile = fresh(c.count * item);
   good(k.dequantize_standard(c.dtype, as<int32_t>(c.payloads[0]), c.count, c.block, norms, c.bits,
-                             c.divisor, r.hostile.data()));
+                             c.square, c.divisor, r.hostile.data()));
   r.decoded = fresh(c.count * item);
   good(k.dequantize_exponential(c.dtype, r.codes.data(), c.count, c.block, norms, c.narrow,
                                 c.headroom, r.decoded.data()));
@@ -488,18 +490,18 @@ Results run(const Kernels& k, const Case& c, uint8_t fill) {
   std::vector<const int32_t*> payloads;
   for (const Bytes& words : c.payloads) payloads.push_back(as<int32_t>(c.copies ? r.words : words));
   r.mean = fresh(4 * c.count);
-  good(k.mean_standard(payloads.data(), c.inputs, c.count, c.block, norms, c.bits,
-                       int64_t{c.levels} * c.inputs, as<float>(r.mean)));
+  good(k.mean_standard(payloads.data(), c.inputs, c.count, c.block, norms, c.bits, c.square,
+                       c.units * c.inputs, as<float>(r.mean)));
   r.mean_norms = fresh(4 * c.blocks);
   const auto measure = c.norms == kL2 ? k.l2norm : k.absmax;
   good(measure(kFloat32, r.mean.data(), c.count, c.block, as<int32_t>(r.mean_norms)));
   limit_norms(c, r.norms, r.mean_norms);
   r.second = fresh(4 * c.words);
   good(k.quantize_standard(kFloat32, r.mean.data(), c.count, c.block, as<int32_t>(r.mean_norms),
-                           c.bits, c.levels, c.random, as<int32_t>(r.second)));
+                           c.bits, c.levels, c.square, c.random, as<int32_t>(r.second)));
   r.share = fresh(4 * c.count);
   good(k.dequantize_standard(kFloat32, as<int32_t>(r.second), c.count, c.block,
-                             as<int32_t>(r.mean_norms), c.bits, c.levels, r.share.data()));
+                             as<int32_t>(r.mean_norms), c.bits, c.square, c.units, r.share.data()));
 
   std::vector<const uint8_t*> pieces;
   for (const Bytes& codes : c.pieces) pieces.push_back((c.copies ? r.codes : codes).data());
@@ -619,7 +621,7 @@ void check_reductions(const Case& c, const Results& r) {
 
 void check(const Case& c, const Results& r) {
   check_norms(c, r);
-  const double step = 1.0 / c.levels;
+  const double step = (c.square ? 2.0 * c.levels - 1 : 1.0) / static_cast<double>(c.units);
   const Decoded rounded = {"standard", c.dtype, r.rounded, r.norms};
   check_range(c, rounded, 1);
   check_rounding(c, c.dtype, c.x, rounded, step, false);
