@@ -357,25 +357,29 @@ GQ_HD int32_t quantize_standard(float value, Scale scale, float limit, uint32_t 
 }
 
 // Square levels: code k stands for sign(k) * k^2 / s^2, so levels are closer where most elements of
-// a block are. `scale` is s^2 / norm and `limit` s^2. For k^2 <= |scaled| <= (k + 1)^2 the position
-// k + (|scaled| - k^2) / (2k + 1), linear between the two, is rounded as one of even levels is.
-// Where the square root is rounded up to k + 1, the quotient is a little below zero.
+// a block are. `scale` is 65536 * s^2 / norm and `limit` 65536 * s^2. For k^2 <= m <= (k + 1)^2, m
+// the magnitude in units of the first level, the fraction (m - k^2) / (2k + 1) of the way to the
+// next level is compared with 16 random bits, as with even levels, but without dividing. They are
+// turned round for positive values, so that for both signs larger numbers round up and not
+// outwards. Where the square root is rounded up to k + 1, the fraction is a little below zero.
 GQ_HD int32_t quantize_square(float value, Scale scale, float limit, uint32_t random32) {
   const float scaled = value * scale.pre * scale.factor;
   const float magnitude = smaller(float_of(bits_of(scaled) & kAbsMask), limit);
-  const float low = static_cast<float>(static_cast<int32_t>(square_root(magnitude)));
-  const float above = (magnitude - low * low) / (2.0f * low + 1.0f);
-  const float position = 65536.0f * (low + above);
-  // NaN counts as positive, as with even levels.
-  const int32_t fixed = round_to_int(scaled < 0.0f ? -position : position);
-  return (fixed + static_cast<int32_t>(random32 >> 16)) >> 16;
+  const bool negative = scaled < 0.0f;  // NaN counts as positive, as with even levels
+  const int32_t below = static_cast<int32_t>(square_root(magnitude) * 0x1p-8f);
+  const float low = static_cast<float>(below);
+  const float above = magnitude - low * low * 65536.0f;
+  const uint32_t number = (random32 >> 16) ^ (negative ? 0u : 0xffffu);
+  const float needed = static_cast<float>(static_cast<int32_t>(number)) + 0.5f;
+  const int32_t level = below + (needed * (2.0f * low + 1.0f) < above ? 1 : 0);
+  return negative ? -level : level;
 }
 
 // `limit` is what `scale` makes of the norm.
 template <bool kSquare>
 GQ_HD float limit_of(int levels) {
   const float top = static_cast<float>(levels);
-  return kSquare ? top * top : 65536.0f * top;
+  return 65536.0f * (kSquare ? top * top : top);
 }
 
 template <bool kSquare>
