@@ -28,6 +28,7 @@ from mpi_ops import lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
+from mpi_ops.scheme import Scheme
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -88,19 +89,21 @@ def cases(count: int) -> list[Case]:
         Case("absmax", x.nbytes, lambda: host.absmax(source, BLOCK_SIZE, scratch)),
         Case("l2 norm", x.nbytes, lambda: host.l2norm(source, BLOCK_SIZE, scratch)),
     ]
-    for bits in (8, 4, 10, 16):
-        levels = lanes.levels(bits, 1)
-        payload = aligned(lanes.standard_words(count, bits), np.int32)
-        quantize = {"block_size": BLOCK_SIZE, "bits": bits, "levels": levels, "dither": random}
-        decode = {"block_size": BLOCK_SIZE, "bits": bits, "divisor": levels}
+    plans = [Scheme(bits=bits).plan(1) for bits in (8, 4, 10, 16)]
+    plans += [Scheme(levels="two-hop", bits=bits).plan(1) for bits in (8, 4)]
+    for plan in plans:
+        payload = aligned(lanes.standard_words(count, plan.bits), np.int32)
+        shared = {"block_size": BLOCK_SIZE, "bits": plan.bits, "square": plan.square}
+        quantize = {**shared, "levels": plan.level_count, "dither": random}
+        decode = {**shared, "divisor": plan.units}
         found += [
             Case(
-                f"quantize standard {bits} bit",
+                f"quantize {plan.levels} {plan.bits} bit",
                 x.nbytes + payload.nbytes,
                 lambda p=payload, o=quantize: host.quantize_standard(source, norms, out=p, **o),
             ),
             Case(
-                f"dequantize standard {bits} bit",
+                f"dequantize {plan.levels} {plan.bits} bit",
                 x.nbytes + payload.nbytes,
                 lambda p=payload, o=decode: host.dequantize_standard(p, norms, target, **o),
             ),

@@ -244,28 +244,41 @@ def rotated(
     return back[: blocks * BLOCK].reshape(blocks, BLOCK)
 
 
-def rounded(x: Array, norm: Array, bits: int, mantissa: int | None, u: Array) -> Array:
-    """x, rounded without bias to the levels of a code of `bits` bits, at most `norm` large.
+# Spacing of levels: one of these, or an integer m for floating ones, 2^m steps in each octave.
+EVEN, SQUARE, TRIANGULAR = "even", "square", "triangular"
 
-    mantissa=None: evenly spaced, s = 2^(bits-1)-1. Otherwise floating levels: 2^mantissa of them in
-    each octave, as many octaves as there are codes, and the lowest spacing down to zero.
-    mantissa=0 are the exponential levels.
-    """
+
+def levels_of(bits: int, spacing: str | int) -> Array:
+    """The magnitudes that codes of `bits` bits stand for, from 0 to 1."""
     top = 2 ** (bits - 1) - 1
-    y = np.abs(x) / norm
-    if mantissa is None:
-        step: Array | float = 1 / top
-    else:
-        octaves = top // 2**mantissa - 1
-        _, exponent = np.frexp(np.maximum(y, 2.0**-octaves))
-        step = np.ldexp(1.0, exponent - 1 - mantissa)
+    number = np.arange(top + 1.0)
+    if spacing == EVEN:
+        return number / top
+    if spacing == SQUARE:
+        return (number / top) ** 2
+    if spacing == TRIANGULAR:
+        return number * (number + 1) / (top * (top + 1))
+    assert isinstance(spacing, int)
+    steps = 2**spacing
+    octaves = top // steps - 1  # as many as there are codes; below them, the lowest spacing
+    parts = [np.arange(steps + 1) / steps * 2.0**-octaves]
+    parts += [(1 + np.arange(1, steps + 1) / steps) * 2.0**-o for o in range(octaves, 0, -1)]
+    return np.concatenate(parts)
+
+
+def rounded(x: Array, norm: Array, bits: int, spacing: str | int, u: Array) -> Array:
+    """x, rounded without bias to the levels of a code of `bits` bits, at most `norm` large."""
+    levels = levels_of(bits, spacing)
+    y = np.minimum(np.abs(x) / norm, 1.0)
+    below = np.minimum(np.searchsorted(levels, y, side="right") - 1, levels.size - 2)
+    share = (y - levels[below]) / (levels[below + 1] - levels[below])
     # Magnitudes are rounded; negative ones the other way round, so that errors are signed alike.
     u = np.where(x < 0, 1 - u, u)
-    return np.copysign(np.minimum(np.floor(y / step + u) * step, 1.0), x) * norm
+    return np.copysign(levels[below + np.floor(share + u).astype(int)], x) * norm
 
 
 def two_hop(
-    x: Array, bits: int, draw: Dither, rng: np.random.Generator, mantissa: int | None = None
+    x: Array, bits: int, draw: Dither, rng: np.random.Generator, spacing: str | int = EVEN
 ) -> Array:
     """Alltoall of codes, their mean rounded once by the rank that owns it, Allgather.
 
@@ -273,10 +286,10 @@ def two_hop(
     """
     norm = np.abs(x).max(axis=(0, 2))[:, None]
     u = draw((len(x), x[0].size), rng).reshape(x.shape)
-    mean = rounded(x, np.where(norm > 0, norm, 1.0), bits, mantissa, u).mean(axis=0)
+    mean = rounded(x, np.where(norm > 0, norm, 1.0), bits, spacing, u).mean(axis=0)
     norm = np.abs(mean).max(axis=1)[:, None]
     u = rng.random(mean.shape)
-    return rounded(mean, np.where(norm > 0, norm, 1.0), bits, mantissa, u)
+    return rounded(mean, np.where(norm > 0, norm, 1.0), bits, spacing, u)
 
 
 def clipped(
@@ -349,8 +362,10 @@ CANDIDATES = {
     "two-hop, even levels": hops(independent),
     "two-hop, even levels, stratified": hops(stratified),
     "two-hop, even levels, rotated 256": hops(independent, method=rotated, inner=two_hop),
+    "two-hop, square levels, stratified": hops(stratified, spacing=SQUARE),
+    "two-hop, triangular levels, stratified": hops(stratified, spacing=TRIANGULAR),
     **{
-        f"two-hop, {2**m} an octave": hops(independent, (4, 8) if m < 2 else (8,), mantissa=m)
+        f"two-hop, {2**m} an octave": hops(independent, (4, 8) if m < 2 else (8,), spacing=m)
         for m in range(6)
     },
 }

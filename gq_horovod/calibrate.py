@@ -329,7 +329,7 @@ def _efficiencies(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: i
         shares = []
         for size in sizes:
             call, operations, modelled = _payload(comm, horovod, way, size)
-            seconds = _seconds(comm, rounds if size < FEW_ROUNDS_BYTES else 2, call)
+            seconds = _seconds(comm, rounds if size < FEW_ROUNDS_BYTES else 3, call)
             share = _efficiency(cluster, seconds - operations * started, modelled)
             shares.append((float(size), share))
         cluster = _with(cluster, way, efficiency=tuple(shares))
