@@ -52,7 +52,6 @@ class Model:
     overlap: float  # what `gq-horovod advise --overlap` is told
 
 
-# None of these sizes is one that calibration measures.
 MODELS = {
     # One gradient that comes last: nothing of it can hide.
     "embedding": Model(1, 16_000_000, 0.1, overlap=0),

@@ -251,6 +251,8 @@ def _kernels(comm: MPI.Intracomm, with_torch: bool, rounds: int) -> Kernels:
     random = dither(0, "calibrate", 0, comm.rank, Stage.QUANTIZE, plan.strata)
     norms = codec.norms(source, plan)
     payload = codec.quantize(source, norms, plan, random)
+    square = Config(levels="two-hop").plan(comm.size)
+    squares = codec.quantize(source, norms, square, random)
     exponential = Config(levels="exponential").plan(comm.size)
     codes = codec.quantize(source, codec.norms(source, exponential), exponential, random)
     share = codec.shard_size(count, exponential)
@@ -278,6 +280,10 @@ def _kernels(comm: MPI.Intracomm, with_torch: bool, rounds: int) -> Kernels:
     return Kernels(
         norm=rate(x.nbytes, lambda: codec.norms(source, plan)),
         quantize=rate(moved, lambda: codec.quantize(source, norms, plan, random, out=payload)),
+        square=rate(
+            x.nbytes + squares.nbytes,
+            lambda: codec.quantize(source, norms, square, random, out=squares),
+        ),
         reduce=rate(
             reduced.nbytes * (comm.size + 1),
             lambda: codec.reduce(pieces, exponential, random, out=reduced),

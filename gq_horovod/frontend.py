@@ -186,10 +186,11 @@ class Compression(Frontend):
         Arguments:
             levels: "standard" (evenly spaced levels, summed by Allreduce), "exponential" (powers of
                 two, an error that does not grow with the number of ranks) or "two-hop" (squares of
-                evenly spaced numbers, evenly spaced from 9 bits on, by Alltoall and Allgather; the
-                most accurate at its width for any number of ranks). "auto" tries standard and
-                two-hop levels, float16 and no compression on the first 99 steps, and then stays
-                with what was fastest (PyTorch only; see gq_horovod.auto).
+                evenly spaced numbers, by Alltoall and Allgather; the most accurate at its width for
+                any number of ranks. From 9 bits on levels are evenly spaced, and with 9 no better
+                than with 8). "auto" tries standard and two-hop levels, float16 and no compression
+                on the first 99 steps, and then stays with what was fastest (PyTorch only; see
+                gq_horovod.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;

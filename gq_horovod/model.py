@@ -96,6 +96,7 @@ class Kernels:
 
     norm: float = 12e9  # largest magnitude of each block
     quantize: float = 11e9  # float32 in, payload out
+    square: float = 6e9  # the same to the square levels of two-hop codes
     reduce: float = 7e9  # decode, average and round exponential codes
     dequantize: float = 19e9  # payload in, float32 out
     cast: float = 10e9  # float32 to float16, or back
@@ -453,13 +454,14 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     norms = _operations(norm_bytes, cluster)
     tokens = len(sizes) * (cluster.operation_overhead + cluster.allreduce(TOKEN_BYTES))
     moved = FLOAT32_BYTES * elements + payload
-    compute = moved / kernels.quantize + moved / kernels.dequantize
+    quantize = kernels.square if plan.square else kernels.quantize
+    compute = moved / quantize + moved / kernels.dequantize
     if plan.levels == "exponential":  # reads n shares, writes one
         compute += payload * (1 + 1 / n) / kernels.reduce
     elif plan.levels == "two-hop":  # n shares decoded and added in the cache; one measured, rounded
         share = FLOAT32_BYTES * elements / n
         compute += moved / kernels.dequantize + 3 * share * (n - 1) / kernels.sum
-        compute += share / kernels.norm + moved / n / kernels.quantize
+        compute += share / kernels.norm + moved / n / quantize
     elif config.transport == "mpi":  # n - 1 additions to a share
         compute += 3 * payload * (n - 1) / n / kernels.sum
 

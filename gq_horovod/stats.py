@@ -102,6 +102,8 @@ class Sample:
         self._x = x
         self._signal = self._noise = 0.0  # ‖x‖² and ‖Q(x) - x‖²
         self._result = self._second = 0.0  # ‖result‖², and what its own rounding adds to the error
+        # Of square levels: Σ width², and as much as widths of different ranks have in common.
+        self._widths = self._common = 0.0
         self._saturated = self._to_zero = 0
 
     def add(self, task: Task, chunk: Chunk, result: NDArray[np.floating[Any]]) -> None:
@@ -124,11 +126,20 @@ class Sample:
         self._noise += _square(decoded - own.astype(np.float64))
         self._result += _square(result)
         self._second += _second_rounding(plan, result)
+        if plan.square:
+            y = np.divide(own, norm, out=np.zeros(own.size), where=norm > 0)
+            width = norm * theory.square_width(theory.square_position(y, plan.level_count))
+            starts = np.arange(0, own.size, plan.block_for(own.size))
+            self._widths += _square(width)
+            counts = np.diff(np.append(starts, own.size))
+            self._common += float((np.add.reduceat(width, starts) ** 2 / counts).sum())
 
     def stats(self, task: Task, transport: str) -> TensorStats:
         """The figures, after all chunks."""
         plan, count = task.plan, task.x.size
         gain = theory.repelled_factor(plan.world_size) if plan.strata else 1.0
+        if self._widths > 0:  # ranks whose levels differ in width repel each other less
+            gain = 1 - (1 - gain) * self._common / self._widths
         error = gain * self._noise / plan.world_size + self._second
         return TensorStats(
             step=task.step,
@@ -151,10 +162,11 @@ def _second_rounding(plan: Plan, mean: NDArray[np.floating[Any]]) -> float:
     values = np.ascontiguousarray(mean, dtype=np.float32)
     norms = codec.norms(Buffer.of(values), plan).view(np.float32).astype(np.float64)
     size = plan.block_for(values.size)
-    if plan.square:  # levels around y are 2√y/s apart
+    if plan.square:  # levels around y are 2√y/s apart; with the max norm, the largest is on one
         starts = np.arange(0, values.size, size)
         magnitudes = np.add.reduceat(np.abs(values), starts, dtype=np.float64)
-        return float(4 * np.dot(norms, magnitudes)) / (6 * plan.level_count**2)
+        exact = _square(norms) if plan.norm == "max" else 0.0
+        return 4 * (float(np.dot(norms, magnitudes)) - exact) / (6 * plan.level_count**2)
     return _square(norms) * min(size, values.size) / (6 * plan.level_count**2)
 
 

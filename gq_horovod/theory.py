@@ -205,10 +205,9 @@ def quantization_variance(gradients: ArrayLike, plan: Plan, strata: int | None =
     (norm/n)²·(Σ_i v(x_i/norm) + C), with v = f(1-f)/s² for even levels, f(1-f)(2k+1)²/s⁴ for square
     ones and v = (high-|y|)(|y|-low) for exponential ones, and C ≤ 0 what the dithers of ranks gain
     by repelling each other: `repelled_covariance` in the same units, and 0 for exponential levels.
-    With standard
-    levels this is all the error of the mean, since their codes are added exactly; its sum over the
-    elements is the expected squared error, with one norm or with blocks. The others round once
-    more: `mean_bound`.
+    With standard levels this is all the error of the mean, since their codes are added exactly; its
+    sum over the elements is the expected squared error, with one norm or with blocks. The others
+    round once more: `mean_bound`.
 
     Args:
         gradients: float32 of shape (ranks, elements), finite; not modified.

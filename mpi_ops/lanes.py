@@ -12,8 +12,8 @@ ROW = 32
 WORD_BITS = 32
 STANDARD_BITS = range(2, 17)
 EXPONENTIAL_BITS = (4, 8)
-# Two-hop codes of so many bits or fewer have square levels: their squares have to be added, and
-# wider codes are so fine that it does not matter how they are spaced.
+# Two-hop codes of so many bits or fewer have square levels: the kernel compares 65536 * s**2 as a
+# float with 24 bits, and sums of the squares of many ranks have to fit 32 bits.
 SQUARE_BITS = 8
 
 # What the default lane width keeps at least: levels s on each side of zero. The squared error of

@@ -101,7 +101,7 @@ class Scheme:
             bits = 8 if self.bits is None else self.bits
             return Plan(self.levels, bits, 0, self._block_size(bits), self.norm, world_size)
         if self.levels == "two-hop":
-            return self._two_hop(8 if self.bits is None else self.bits, world_size)
+            return self._two_hop(world_size)
         bits = lanes.default_bits(world_size) if self.bits is None else self.bits
         levels = lanes.levels(bits, world_size)
         if levels == 0:
@@ -120,17 +120,20 @@ class Scheme:
             )
         return Plan(self.levels, bits, levels, self._block_size(bits), self.norm, world_size)
 
-    def _two_hop(self, bits: int, world_size: int) -> Plan:
-        plan = Plan(
-            *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
-            *(world_size, bits <= lanes.SQUARE_BITS),
-        )
-        if plan.units * world_size >= 2**31:  # levels are added as integers of 32 bits
-            squares = ((most, lanes.levels(most, 1) ** 2) for most in (8, 7, 6, 5, 4, 3, 2))
-            most = next(most for most, units in squares if units * world_size < 2**31)
-            expected = f"at most {most} for two-hop levels on {world_size} ranks"
-            self._fail("bits", expected, bits, f"pass bits={most}")
-        return plan
+    def _two_hop(self, world_size: int) -> Plan:
+        """The plan of two-hop levels, which are added as integers of 32 bits."""
+        plans = [
+            Plan(
+                *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
+                *(world_size, bits <= lanes.SQUARE_BITS),
+            )
+            for bits in range(8 if self.bits is None else self.bits, 1, -1)
+        ]
+        fitting = next(plan for plan in plans if plan.units * world_size < 2**31)
+        if self.bits is not None and fitting is not plans[0]:
+            expected = f"one whose levels of {world_size} ranks add up in 32 bits"
+            self._fail("bits", expected, self.bits, f"pass bits={fitting.bits}")
+        return fitting
 
     def _block_size(self, bits: int) -> int | None:
         if self.block_size != "auto":

@@ -151,7 +151,8 @@ class Host(Kernels):
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
         check_square(name, square, bits)
         divisor = levels ** (2 if square else 1) * len(payloads)
-        require(name, "levels x ranks", 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
+        summed = "levels**2 x ranks" if square else "levels x ranks"
+        require(name, summed, 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
         words = lanes.standard_words(count, bits)
         for index, payload in enumerate(payloads):
             self._check_array(name, f"payloads[{index}]", payload, INT32, words)

@@ -47,6 +47,21 @@ def test_figures(levels: str, bits: int | None, dtype: torch.dtype, name: str) -
     assert (found.to_zero > 0) == (levels != "exponential" or bits == 4)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_figures_of_heavy_tails_and_square_levels(bits: int, name: str) -> None:
+    """Widths of levels differ between ranks, so that dithers that repel each other gain less."""
+    compression = GlobalQSGD(levels="two-hop", bits=bits, transport=TRANSPORT, stats=True)
+    generator = torch.Generator().manual_seed(4)
+    shape = (hvd.size(), 4, ELEMENTS)  # Student t3: a normal over the root of three squares
+    normal = torch.randn(shape, generator=generator)
+    inputs = normal[:, 0] / (normal[:, 1:].square().mean(dim=1)).sqrt()
+    result = allreduce(inputs[hvd.rank()].clone(), name, compression=compression)
+    truth = inputs.double().mean(dim=0)
+    error = float((result.double() - truth).square().sum())
+    (found,) = compression.stats.values()
+    assert found.mean_error * float(result.double().square().sum()) == pytest.approx(error, rel=0.1)
+
+
 def test_sampled_steps_and_what_the_reduction_gives(name: str) -> None:
     plain = GlobalQSGD(min_elements=0, transport=TRANSPORT)
     watched = GlobalQSGD(min_elements=0, transport=TRANSPORT, stats=2)

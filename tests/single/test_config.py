@@ -217,13 +217,17 @@ def test_default_plans() -> None:
 
 def test_two_hop_levels_of_many_ranks_still_add_up_in_32_bits() -> None:
     assert Config(levels="two-hop", bits=16).plan(2**16).level_count == 2**15 - 1
-    with pytest.raises(ValueError, match="at most 8 for two-hop levels on 65539 ranks"):
+    text = "one whose levels of 65539 ranks add up in 32 bits, got 16; pass bits=15"
+    with pytest.raises(ValueError, match=text):
         Config(levels="two-hop", bits=16).plan(65539)
+    assert Config(levels="two-hop", bits=15).plan(65539).bits == 15
     widest = Config(levels="two-hop").plan(133_144)  # squares of up to 127
     assert (widest.bits, widest.square, widest.units) == (8, True, 127**2)
     assert not Config(levels="two-hop", bits=9).plan(4).square
-    with pytest.raises(ValueError, match="at most 7 for two-hop levels on 133145 ranks"):
-        Config(levels="two-hop").plan(133_145)
+    with pytest.raises(ValueError, match="got 8; pass bits=7"):
+        Config(levels="two-hop", bits=8).plan(133_145)
+    assert Config(levels="two-hop").plan(133_145).bits == 7
+    assert Config(levels="two-hop").plan(10**6).bits == 6
     assert Config(levels="two-hop", bits=6).plan(2 * 10**6).units == 31**2
 
 

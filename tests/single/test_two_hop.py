@@ -230,6 +230,9 @@ def test_the_error_of_the_mean_is_within_its_bound(ranks: int, norm: str) -> Non
     bound = theory.mean_bound(x, plan).sum()
     first = theory.quantization_variance(x, plan).sum()
     assert first < np.mean(errors) <= bound
+    energy = np.square(x, dtype=np.float64).sum() / ranks
+    worst = theory.theta(plan, 4096) / ranks * energy + theory.rho(plan, 4096) * np.sum(exact**2)
+    assert np.mean(errors) <= worst
 
 
 def test_more_ranks_do_not_need_more_bits() -> None:
