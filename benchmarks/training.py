@@ -393,6 +393,7 @@ def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a row of figures for each method, in seconds and bytes; COMPUTE is one of them."""
     measured = result["measured"]
     compute = statistics.median(map(total, measured[COMPUTE]["steps"]))
+    forward = statistics.median(step["forward"] for step in measured[COMPUTE]["steps"])
     rows: dict[str, dict[str, Any]] = {}
     for name, own in measured.items():
         step, quartiles = spread([total(phases) for phases in own["steps"]])
@@ -411,6 +412,8 @@ def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         if row["alone"]:
             row["overlap"] = step / max(compute, row["alone"])
+            # There are no gradients to reduce before the forward pass has ended.
+            row["to possible"] = step / max(compute, forward + row["alone"])
     for baseline in ("none", "fp16"):
         for name, row in rows.items():
             known = baseline in rows and name != COMPUTE
@@ -479,7 +482,7 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
     title += f"milliseconds of a step, median of {len(result['measured'][COMPUTE]['steps'])}"
     table = Table(title=title)
     table.add_column("method", no_wrap=True)
-    headings = ["step", "IQR", "/none", "/fp16", *PARTS, "alone", "overlap", "MB"]
+    headings = ["step", "IQR", "/none", "/fp16", *PARTS, "alone", "overlap", "possible", "MB"]
     headings += [result["metric"]] if result["quality"] else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -500,7 +503,8 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
         cells = [ms(row["step"]), ms(row["spread"])]
         cells += [times(row[f"faster than {baseline}"]) for baseline in ("none", "fp16")]
         cells += ["" if name == COMPUTE else ms(row["parts"][part]) for part in PARTS]
-        cells += [ms(row["alone"]), times(row.get("overlap")), f"{row['bytes'] / 1e6:.2f}"]
+        cells += [ms(row["alone"]), times(row.get("overlap")), times(row.get("to possible"))]
+        cells += [f"{row['bytes'] / 1e6:.2f}"]
         cells += [times(row["quality"], 4)] if result["quality"] else []
         table.add_row(name, *cells)
         found = row["phases"]
@@ -510,9 +514,11 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
     console.print(table)
     console.print(detail)
     console.print(
-        f"/none, /fp16: times as fast. overlap: step / max(compute alone, alone). {os.cpu_count()} "
-        f"cores, load average {result['load'][0]:.1f} before and {result['load'][1]:.1f} after, "
-        f"{result['torch_threads']} torch thread, Horovod cycle {options.cycle_time} ms.",
+        "/none, /fp16: times as fast. overlap: step / max(compute alone, alone). possible: step / "
+        "max(compute alone, forward + alone), since nothing can be reduced before backward. "
+        f"{os.cpu_count()} cores, load average {result['load'][0]:.1f} before and "
+        f"{result['load'][1]:.1f} after, {result['torch_threads']} torch thread, Horovod cycle "
+        f"{options.cycle_time} ms.",
         highlight=False,
     )
     if options.replay:

@@ -62,7 +62,7 @@ def test_mean_over_ranks():
 
 def measured(*seconds, alone):
     return {
-        "steps": [phases(0.0, value, 0.0, 0.0) for value in seconds],
+        "steps": [phases(0.25 * value, 0.75 * value, 0.0, 0.0) for value in seconds],
         "alone": [alone] if alone else [],
         "bytes": [10.0, 20.0, 30.0],
         "busy": [0.5],
@@ -87,6 +87,9 @@ def test_summary_compares_with_the_baselines_of_the_run():
     # Against the longer of computing and of reducing.
     assert rows["none"]["overlap"] == pytest.approx(8.5 / 7.0)
     assert rows["fp16"]["overlap"] == pytest.approx(4.5 / 1.1)
+    # And of reducing what there is only after the forward pass, a quarter of computing here.
+    assert rows["none"]["to possible"] == pytest.approx(8.5 / (0.275 + 7.0))
+    assert rows["fp16"]["to possible"] == pytest.approx(4.5 / 1.1)
     assert rows["fp16"]["bytes"] == 20.0
     assert rows["fp16"]["quality"] == 0.69
     compute = rows[training.COMPUTE]
