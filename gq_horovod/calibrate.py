@@ -23,7 +23,18 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
 from .config import Config
-from .model import STANDARD, TWO_HOP, TWO_HOP_MPI, WAYS, Cluster, Efficiency, Kernels, Method, cost
+from .model import (
+    EXCHANGE_MINIMUM_CHUNKS,
+    STANDARD,
+    TWO_HOP,
+    TWO_HOP_MPI,
+    WAYS,
+    Cluster,
+    Efficiency,
+    Kernels,
+    Method,
+    cost,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -347,7 +358,7 @@ def _payload(
 ) -> tuple[Call, int, Callable[[Cluster], float]]:
     """An exchange of `size` bytes, how many operations of Horovod it has, and its model."""
     if way == "message":
-        phases = 2 * _message_chunks()
+        phases = 2 * EXCHANGE_MINIMUM_CHUNKS
         return _message_call(comm, size), 0, lambda cluster: phases * cluster.messages(size)
     reduce, gather = (_mpi_calls if horovod is None else _horovod_calls)(comm, size)
     if way == "allreduce":
@@ -385,12 +396,6 @@ def _horovod_calls(comm: MPI.Intracomm, size: int) -> tuple[Call, Call]:
     return lambda: hvd.allreduce_(x, name="calibrate.allreduce"), gather
 
 
-def _message_chunks() -> int:
-    from mpi_ops.exchange import MINIMUM_CHUNKS
-
-    return MINIMUM_CHUNKS
-
-
 def _message_call(comm: MPI.Intracomm, size: int) -> Call:
     """The messages of mpi_ops.exchange for chunks of `size` bytes, and no computation.
 
@@ -403,7 +408,7 @@ def _message_call(comm: MPI.Intracomm, size: int) -> Call:
     others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
     def chunks(place: int) -> Steps:
-        for _ in range(_message_chunks() // CHUNKS_IN_FLIGHT):
+        for _ in range(EXCHANGE_MINIMUM_CHUNKS // CHUNKS_IN_FLIGHT):
             for phase, (sent, received) in enumerate(((here, there), (there, here))):
                 tag = 2 * place + phase
                 requests = [comm.Irecv(received[place, r], r, tag) for r in reversed(others)]

@@ -228,6 +228,7 @@ class Cluster:
         return self.latency + (self.ranks - 1) * self.message_overhead + wire
 
 
+@lru_cache(maxsize=4096)  # asked for every chunk, at every bandwidth that `break_even` tries
 def share_reached(efficiency: Efficiency, size: float) -> float:
     """The share of the bandwidth that a payload of `size` bytes reaches.
 

@@ -56,7 +56,12 @@ def standard_variance(position: ArrayLike) -> Array:
 
 def standard_share(position: ArrayLike) -> Array:
     """Probability that an element at `position` is rounded up: the f of `standard_variance`."""
-    result: Array = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT % 1.0
+    return _fixed_point(position) % 1.0
+
+
+def _fixed_point(position: ArrayLike) -> Array:
+    """A position as the kernel has it, with 16 fractional bits."""
+    result: Array = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT
     return result
 
 
@@ -73,8 +78,7 @@ def square_position(y: ArrayLike, levels: int) -> Array:
 
 def square_width(position: ArrayLike) -> Array:
     """Distance of the two square levels around a position, in units of norm/s²: 2k+1."""
-    fixed = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT
-    result: Array = np.abs(2 * np.floor(fixed) + 1)
+    result: Array = np.abs(2 * np.floor(_fixed_point(position)) + 1)
     return result
 
 

@@ -33,6 +33,11 @@ def levels(bits: int, world_size: int) -> int:
     return (2 ** (bits - 1) - 1) // world_size
 
 
+def units(levels: int, square: bool) -> int:
+    """The norm as a multiple of what code 1 stands for, of `levels` even or square levels."""
+    return levels**2 if square else levels
+
+
 def minimum_bits(world_size: int, minimum_levels: int = 1) -> int:
     """Smallest lane width that leaves at least `minimum_levels` levels (may exceed 16)."""
     return (minimum_levels * world_size).bit_length() + 1

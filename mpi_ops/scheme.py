@@ -122,18 +122,20 @@ class Scheme:
 
     def _two_hop(self, world_size: int) -> Plan:
         """The plan of two-hop levels, which are added as integers of 32 bits."""
-        plans = [
-            Plan(
-                *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
-                *(world_size, bits <= lanes.SQUARE_BITS),
-            )
-            for bits in range(8 if self.bits is None else self.bits, 1, -1)
-        ]
-        fitting = next(plan for plan in plans if plan.units * world_size < 2**31)
-        if self.bits is not None and fitting is not plans[0]:
+
+        def fits(bits: int) -> bool:
+            units = lanes.units(lanes.levels(bits, 1), bits <= lanes.SQUARE_BITS)
+            return units * world_size < 2**31
+
+        wanted = 8 if self.bits is None else self.bits
+        bits = next(filter(fits, range(wanted, 1, -1)))
+        if self.bits is not None and bits != wanted:
             expected = f"one whose levels of {world_size} ranks add up in 32 bits"
-            self._fail("bits", expected, self.bits, f"pass bits={fitting.bits}")
-        return fitting
+            self._fail("bits", expected, wanted, f"pass bits={bits}")
+        return Plan(
+            *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
+            *(world_size, bits <= lanes.SQUARE_BITS),
+        )
 
     def _block_size(self, bits: int) -> int | None:
         if self.block_size != "auto":
@@ -161,7 +163,7 @@ class Plan:
     @property
     def units(self) -> int:
         """The norm as a multiple of what code 1 stands for."""
-        return self.level_count ** (2 if self.square else 1)
+        return lanes.units(self.level_count, self.square)
 
     @property
     def in_flight(self) -> bool:

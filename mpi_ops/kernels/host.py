@@ -150,7 +150,7 @@ class Host(Kernels):
         self._check_norms(name, norms, count, block_size)
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
         check_square(name, square, bits)
-        divisor = levels ** (2 if square else 1) * len(payloads)
+        divisor = lanes.units(levels, square) * len(payloads)
         summed = "levels**2 x ranks" if square else "levels x ranks"
         require(name, summed, 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
         words = lanes.standard_words(count, bits)

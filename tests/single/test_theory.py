@@ -350,17 +350,13 @@ def test_theta_of_square_levels_bounds_any_vector(bits: int, norm: str) -> None:
     levels = 2 ** (bits - 1) - 1
     for elements in (32, 1024, 16384):
         worst = theory.square_theta(elements, levels, norm)
-        y = np.linspace(0, 1, 40_001)
-        variance = np.square(theory.square_width(theory.square_position(y, levels)) / levels**2)
-        variance *= theory.standard_variance(theory.square_position(y, levels))
+        y = np.linspace(0, 1, 400_001)[1:]
+        place = theory.square_position(y, levels)
+        variance = (theory.square_width(place) / levels**2) ** 2 * theory.standard_variance(place)
         if norm == "max":
             ratios = (elements - 1) * variance / (1 + (elements - 1) * y**2)
             assert ratios.max() == pytest.approx(worst, rel=2e-3)
         else:  # no less than equal elements have, with at least one at the norm's length, and near
-            y = np.linspace(0, 1, 400_001)[1:]
-            place = theory.square_position(y, levels)
-            variance = (theory.square_width(place) / levels**2) ** 2
-            variance *= theory.standard_variance(place)
             least = elements * y**2 >= 1
             reached = (variance / y**2)[least].max()
             assert 0.7 * worst <= reached <= worst * (1 + 1e-6)
