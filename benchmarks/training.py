@@ -136,7 +136,14 @@ class Stopwatch:
 class Contestant:
     """One method's optimizer, over parameters and Adam's state that it may share with others."""
 
-    def __init__(self, name: str, workload: Any, watch: Stopwatch, like: Contestant | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        workload: Any,
+        watch: Stopwatch,
+        like: Contestant | None = None,
+        groups: int = 0,
+    ) -> None:
         import horovod.torch as hvd
         import torch
 
@@ -154,7 +161,9 @@ class Contestant:
         # the memory. Names differ, because Horovod remembers shapes by name.
         named = [(f"{name}.{key}", value) for key, value in self.model.named_parameters()]
         compression = METHODS[name]()
-        self.optimizer = hvd.DistributedOptimizer(inner, named, compression=compression)
+        self.optimizer = hvd.DistributedOptimizer(
+            inner, named, compression=compression, groups=groups or None
+        )
         if like is None:
             hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
             self._fill_state()
@@ -224,10 +233,13 @@ class Contestant:
 
         hvd.barrier()
         began = time.perf_counter()
-        for parameter in reversed(list(self.model.parameters())):  # the order of backward, roughly
-            submitted = self.optimizer._allreduce_grad_async(parameter)
-            self.optimizer._handles[parameter] = submitted
-        self.optimizer.synchronize()
+        optimizer, submit = self.optimizer, self.optimizer._allreduce_grad_async
+        members: list[Any] = list(self.model.parameters())
+        if optimizer._group_counts:
+            members, submit = list(optimizer._group_counts), optimizer._grouped_allreduce_grad_async
+        for each in reversed(members):  # the order of backward, roughly
+            optimizer._handles[each] = submit(each)
+        optimizer.synchronize()
         seconds = time.perf_counter() - began
         self.optimizer.zero_grad()
         return seconds
@@ -255,10 +267,10 @@ def run_rank(options: argparse.Namespace) -> None:
         watch.watch(codec, name, name)
     for name in ("compress", "decompress"):
         watch.watch(hvd.Compression.fp16, name, "cast")
-    contestants = [Contestant(COMPUTE, workload, watch, None)]
+    contestants = [Contestant(COMPUTE, workload, watch)]
     shared: Contestant | None = None
     for name in options.methods:
-        contestants.append(Contestant(name, workload, watch, shared))
+        contestants.append(Contestant(name, workload, watch, shared, options.groups))
         shared = shared or contestants[-1]
     assert shared is not None
     initial = {key: value.clone() for key, value in shared.model.state_dict().items()}
@@ -453,7 +465,7 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
         script = [sys.executable, str(Path(__file__).resolve()), options.model]
         script += ["--methods", ",".join(options.methods), "--interface", interface]
         script += ["--times", json.dumps(times)]
-        for name in ("rounds", "steps", "warm_up", "quality", "budget", "cache"):
+        for name in ("rounds", "steps", "warm_up", "quality", "budget", "cache", "groups"):
             script += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         start = getattr(launcher, options.launcher)
         if bed and options.launcher == "horovodrun":
@@ -586,6 +598,7 @@ def main() -> None:
     parser.add_argument("--replay", type=float, default=0, help="times its duration (0: compute)")
     parser.add_argument("--budget", type=float, default=0, help="seconds to the last round's start")
     parser.add_argument("--cycle-time", type=float, default=1, help="Horovod's, ms (default 1)")
+    parser.add_argument("--groups", type=int, default=0, help="Horovod's, of tensors (0: none)")
     parser.add_argument(
         "--launcher",
         choices=("mpirun", "horovodrun"),

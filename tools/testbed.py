@@ -48,7 +48,7 @@ SHIM = Path(__file__).resolve().parent / "shim"  # holds what horovodrun finds i
 
 def unavailable() -> str | None:
     """Return why hosts cannot be made here, or None if they can (as root, or after `as_root`)."""
-    needed = ("ip", "tc", "nsenter", "unshare", "hostname", "mount")
+    needed = ("ip", "tc", "nsenter", "unshare", "taskset", "hostname", "mount")
     missing = [tool for tool in needed if not shutil.which(tool, path=_path())]
     if missing:
         return (
@@ -109,7 +109,18 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _enter(host: str, table: Path) -> list[str]:
+def host_cpus(hosts: int, cpus: Sequence[int]) -> list[list[int]]:
+    """Return the CPUs of each host: as many for each, and shared by as many hosts each.
+
+    All have all of them where they cannot be dealt out evenly.
+    """
+    if hosts > len(cpus) and hosts % len(cpus):
+        return [list(cpus)] * hosts
+    each = max(len(cpus) // hosts, 1)
+    return [[cpus[(i * each + j) % len(cpus)] for j in range(each)] for i in range(hosts)]
+
+
+def _enter(host: str, table: Path, cpus: Sequence[int]) -> list[str]:
     """Return the words that make the command after them run on a host.
 
     table is its /etc/hosts.
@@ -119,7 +130,10 @@ def _enter(host: str, table: Path) -> list[str]:
     # ten hangs. Gloo looks up the address of its own host's name.
     name = f'hostname {host} && mount --bind {table} /etc/hosts && exec "$@"'
     named = ("unshare", "--uts", "--mount", "sh", "-c", name, "sh")
-    return ["nsenter", f"--net=/run/netns/{host}", "--", *named]
+    # On CPUs of its own, as far as there are enough: processes that may use all of them take them
+    # from hosts that compute, even where they only ask whether a message has come.
+    placed = ("taskset", "--cpu-list", ",".join(map(str, cpus)))
+    return ["nsenter", f"--net=/run/netns/{host}", "--", *placed, *named]
 
 
 def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
@@ -160,7 +174,7 @@ def link_rates(rate: str | Sequence[str], hosts: int) -> list[tuple[str, str]]:
 
 
 class Testbed:
-    """`hosts` hosts, each on a link of its own to one switch; a context manager.
+    """`hosts` hosts, each on a link and CPUs of its own, at one switch; a context manager.
 
     Args:
         hosts: number of hosts, 1 to 250. Host i is the namespace `{prefix}{i}`.
@@ -189,6 +203,7 @@ class Testbed:
         self.rates = link_rates(rate, hosts)
         self.names = [f"{prefix}{i}" for i in range(hosts)]
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(hosts)]
+        self.cpus = host_cpus(hosts, sorted(os.sched_getaffinity(0)))
         self._prefix = prefix
         self._switch = f"{prefix}switch"
         self._lock: IO[str] | None = None
@@ -235,7 +250,7 @@ class Testbed:
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
         """Return the command that runs `command` on a host."""
-        return [*_enter(self.names[host], self._table), *command]
+        return [*_enter(self.names[host], self._table, self.cpus[host]), *command]
 
     def mpirun_args(self, slots: int = 1) -> list[str]:
         """Return the options with which Open MPI's mpirun, run on host 0, uses all hosts.
@@ -251,7 +266,7 @@ class Testbed:
             *("--mca", "oob_tcp_if_include", network),
             *("--mca", "pml", "ob1", "--mca", "btl", "tcp,self"),
             *("--mca", "btl_tcp_if_include", network),
-            # The hosts share this machine's cores: whoever waits for the network gives its own
+            # The hosts may share this machine's cores: whoever waits for the network gives its own
             # away, instead of taking it from a host that computes.
             *("--mca", "mpi_yield_when_idle", "1"),
         ]
@@ -336,13 +351,13 @@ class Testbed:
 
     def _write_files(self) -> None:
         """Write the /etc/hosts of the hosts, and the agent: `sh AGENT ADDRESS COMMAND ...`."""
-        pairs = list(zip(self.addresses, self.names, strict=True))
+        pairs = zip(self.addresses, self.names, strict=True)
         lines = "".join(f"{address} {name}\n" for address, name in pairs)
         self._table.write_text(f"127.0.0.1 localhost\n{lines}")
         # As ssh does, give the words to a shell: mpirun sends one line of shell script.
         cases = "".join(
-            f'{address}) exec {shlex.join(_enter(name, self._table))} sh -c "$*" ;;\n'
-            for address, name in pairs
+            f'{address}) exec {shlex.join(self.command(host, []))} sh -c "$*" ;;\n'
+            for host, address in enumerate(self.addresses)
         )
         self._agent.write_text(
             f'address=$1\nshift\ncase "$address" in\n{cases}esac\n'

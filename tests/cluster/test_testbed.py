@@ -316,6 +316,24 @@ def test_rates_of_all_hosts() -> None:
     assert testbed.link_rates(rates, 2) == [("1.5gbit", "1.5gbit"), ("200mbit", "1gbit")]
 
 
+def test_cpus_of_all_hosts() -> None:
+    assert testbed.host_cpus(2, [0, 1]) == [[0], [1]]
+    assert testbed.host_cpus(4, [3, 5]) == [[3], [5], [3], [5]]
+    assert testbed.host_cpus(2, [0, 1, 2, 3, 4]) == [[0, 1], [2, 3]]
+    assert testbed.host_cpus(3, [0, 1]) == [[0, 1]] * 3  # else one host would have twice as much
+    assert testbed.host_cpus(1, [7]) == [[7]]
+
+
+@needs_hosts
+def test_a_host_stays_on_its_cpus() -> None:
+    script = "import os; print(sorted(os.sched_getaffinity(0)))"
+    with testbed.Testbed(2, prefix=PREFIX) as bed:
+        for host in range(2):
+            command = bed.command(host, [sys.executable, "-c", script])
+            seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert seen == f"{bed.cpus[host]}\n"
+
+
 def test_buckets_hold_as_long_a_time_at_every_rate() -> None:
     assert testbed.bits_per_second("1.5gbit") == 1.5e9
     assert testbed.bucket_bytes("10gbit") == 2_500_000
