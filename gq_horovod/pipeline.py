@@ -103,6 +103,8 @@ class Task:
     rank: int  # in the group that reduces
     seed: int
     step: int  # how many times this tensor was reduced before
+    # Complete when x has been written: an accelerator may be at it still. None: it has been.
+    written: Handle | None = None
     exchanges: Exchanges | None = None  # where codes are to travel beside `collectives`
     method: Method | None = None  # another way than Global-QSGD's
     # What the method keeps of this tensor from step to step.
@@ -264,8 +266,13 @@ class InFlight:
         self._delivered: list[tuple[Chunk, Any]] = []
         self._output: Buffer | None = None
         self._method = method(task)
-        self._reduction = self._method.reduce(task, self._deliver)
+        self._reduction = self._reduce()
         self._handle: Handle | None = next(self._reduction, None)
+
+    def _reduce(self) -> Reduction:
+        if self.task.written is not None and not self.task.written.ready():
+            yield self.task.written
+        yield from self._method.reduce(self.task, self._deliver)
 
     def _deliver(self, chunk: Chunk, payload: Any) -> None:
         self._delivered.append((chunk, payload))

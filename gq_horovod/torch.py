@@ -74,6 +74,18 @@ _STEP = "step"  # of what ranks tell each other when they compare configurations
 # -------------------------------------------------------------------------------------- collectives
 
 
+class _Written(NamedTuple):
+    """What a GPU had to do when a gradient was handed over; `Handle` of the pipeline."""
+
+    event: torch.cuda.Event
+
+    def ready(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
 class _Handle(NamedTuple):
     """A Horovod operation in flight; `Handle` of the pipeline."""
 
@@ -349,14 +361,13 @@ class TorchFrontend(Frontend):
         task = Task(
             name=f"gq.{caller.name}",
             x=_buffer(values),
-            new_output=lambda: _buffer(
-                values if ours else torch.empty_like(values, dtype=result_dtype)
-            ),
+            new_output=lambda: _buffer(values if ours else _new_output(values, result_dtype)),
             plan=plan,
             collectives=group.collectives,
             rank=group.rank,
             seed=self.config.seed,
             step=step,
+            written=_written(values),
             exchanges=group.exchanges,
             method=self._method(),
             memory=group.memories.setdefault(caller.name, {}),
@@ -665,12 +676,30 @@ def _left_to_horovod(
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy, where kernels can read it: contiguous, and written already."""
+    """The tensor, or a copy, where kernels can read it, contiguous."""
     if tensor.is_cuda and _cupy_is_there():
-        tensor = tensor.contiguous()
-        torch.cuda.current_stream(tensor.device).synchronize()  # CuPy has streams of its own
-        return tensor
+        return tensor.contiguous()
     return tensor.to("cpu").contiguous()
+
+
+def _written(tensor: torch.Tensor) -> _Written | None:
+    """What has to be complete before anybody else's kernels read a tensor of this moment.
+
+    PyTorch gives a GPU its work far ahead. A hook that waited for it would leave the GPU without
+    work afterwards, until the next layer's is there.
+    """
+    if not tensor.is_cuda:
+        return None
+    return _Written(torch.cuda.current_stream(tensor.device).record_event())
+
+
+def _new_output(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a mean, which kernels may write to at once."""
+    output = torch.empty_like(like, dtype=dtype)
+    if output.is_cuda:
+        # What had this memory before may not be done with it on PyTorch's stream.
+        torch.cuda.current_stream(output.device).synchronize()
+    return output
 
 
 def _bytes(parameter: torch.Tensor) -> NDArray[np.uint8]:
@@ -698,8 +727,12 @@ def _cupy_is_there() -> bool:
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:
-    memory = "device" if tensor.is_cuda else "host"
-    return Buffer(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.numel(), tensor, memory)
+    memory, stream = "host", None
+    if tensor.is_cuda:
+        from mpi_ops.kernels import device  # imports CuPy
+
+        memory, stream = "device", device.own_stream(tensor.get_device())
+    return Buffer(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.numel(), tensor, memory, stream)
 
 
 def allreduce(

@@ -3,9 +3,9 @@
 Every transport is made of these four and of its own communication. A *payload* is what travels:
 int32 words of lanes (standard and two-hop levels) or bytes of codes (exponential levels). Norms and
 payloads are NumPy arrays, wherever the tensor lies: a tensor on a GPU is measured, quantized and
-dequantized there, on CuPy's current stream, and only what travels passes through host memory. A
-stage is complete when its function returns. What writes the tensor must be complete before, or on
-that stream.
+dequantized there, on its buffer's stream (CuPy's current one if it names none), and only what
+travels passes through host memory. A stage is complete when its function returns. What writes the
+tensor must be complete before, or on that stream.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The functions are those of `interface.Kernels`, for CuPy arrays and for buffers on the device, and
 give the bytes that `host` gives (see `l2norm` for the one exception). A call enqueues its kernel on
-CuPy's current stream of the current device and returns; nothing waits for the device. Memory comes
+CuPy's current stream of the current device and returns; nothing waits for the device. (Within
+`on_device_of` a buffer, that is the buffer's device and the stream that it names.) Memory comes
 from CuPy's pool: the results, the pointers of `reduce_exponential`, and 8 bytes for 2048 elements
 where `l2norm` has blocks larger than that.
 
@@ -11,8 +12,8 @@ Importing this module imports CuPy, so callers import it where they have a buffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,11 @@ class Device(Kernels):
     def table(self, arrays: Sequence[Any]) -> Any:
         return cupy.asarray(np.array([self.address(array) for array in arrays], dtype=np.uint64))
 
-    def on_device_of(self, buffer: Buffer) -> AbstractContextManager[object]:
-        device: AbstractContextManager[object] = cupy.cuda.Device(_device_of(buffer.pointer))
-        return device
+    @contextmanager
+    def on_device_of(self, buffer: Buffer) -> Iterator[None]:
+        stream = nullcontext() if buffer.stream is None else buffer.stream
+        with cupy.cuda.Device(_device_of(buffer.pointer)), stream:
+            yield
 
     def upload(self, array: NDArray[Any]) -> Any:
         return cupy.asarray(array)
@@ -205,6 +208,13 @@ class Device(Kernels):
             variant = f"_{number}" if number in _OWN_KERNEL else ""
             variant += "_square" if arguments[6] else ""
         _launch(name, dtype, threads, *arguments, variant=variant)
+
+
+@cache
+def own_stream(device: int) -> Any:
+    """A stream for kernels that are not to wait for what the device's other streams have to do."""
+    with cupy.cuda.Device(device):
+        return cupy.cuda.Stream(non_blocking=True)
 
 
 KERNELS = Device()

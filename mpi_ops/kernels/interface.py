@@ -67,6 +67,8 @@ class Buffer(NamedTuple):
     size: int  # elements
     owner: object  # keeps the memory alive
     memory: str = "host"  # or "device"
+    # A stream of CuPy's on which a device's kernels are called for it; None: the current one.
+    stream: Any = None
 
     @classmethod
     def of(cls, array: Any) -> Buffer:

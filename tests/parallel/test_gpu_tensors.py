@@ -28,7 +28,28 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:
-    return Buffer(tensor.data_ptr(), "float32", tensor.numel(), tensor, "device")
+    from mpi_ops.kernels import device
+
+    size, stream = tensor.numel(), device.own_stream(0)
+    return Buffer(tensor.data_ptr(), "float32", size, tensor, "device", stream)
+
+
+class _Event:
+    """What a GPU still has to do to a tensor: it is done the third time that somebody asks."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._values = tensor, tensor.clone()
+        self._asked = 0
+        tensor.fill_(torch.nan)  # nobody may look at it before
+
+    def query(self) -> bool:
+        self._asked += 1
+        if self._asked == 3:
+            self._tensor.copy_(self._values)
+        return self._asked >= 3
+
+    def synchronize(self) -> None:
+        assert self._asked >= 3, "a hook waits for the GPU"
 
 
 @pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
@@ -46,9 +67,13 @@ def test_the_same_bytes_as_in_host_memory(
     with fake_cupy.installed(tmp_path / "emulation", ["float32"]):
         monkeypatch.setattr(plugin, "_readable", _on_gpu)
         monkeypatch.setattr(plugin, "_buffer", _buffer)
+        monkeypatch.setattr(plugin, "_written", lambda values: plugin._Written(_Event(values)))
         launches = fake_cupy.Module.launches
         result = mean()
         kernels = {kernel for kernel, *_ in launches}
+        streams = {stream for *_, stream in launches}
     assert len(kernels) == 3, kernels  # norms, quantize, dequantize; codes are reduced on the host
+    assert len(streams) == 1
+    assert fake_cupy.DEFAULT_STREAM not in streams
     assert torch.equal(result, expected)
     check_replicas(result)

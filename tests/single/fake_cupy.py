@@ -17,7 +17,7 @@ import types
 import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -145,7 +145,8 @@ class Module:
     """A loaded module; its machine code is the name of an emulated library."""
 
     built: dict[str, ctypes.CDLL]
-    launches: list[tuple[str, int, int]]  # of all kernels: name, grid, threads of a block
+    # Of all kernels: name, grid, threads of a block, stream.
+    launches: list[tuple[str, int, int, Stream]]
 
     def load(self, code: bytes) -> None:
         self._library = self.built[code.decode()]
@@ -167,7 +168,7 @@ class Module:
             name.encode(), grid[0], block[0], len(cells), kinds.encode(), sizes, places
         )
         assert problem is None, f"{name}: {problem.decode()}"
-        self.launches.append((name, grid[0], block[0]))
+        self.launches.append((name, grid[0], block[0], Stream.current()))
 
 
 class Device:
@@ -186,11 +187,30 @@ class Device:
 
 
 class Stream:
+    """Knows only whether it is the current one."""
+
     ptr = 0
-    synchronized = 0
+    _entered: ClassVar[list[Stream]] = []
+
+    def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+        assert non_blocking != null
+
+    @classmethod
+    def current(cls) -> Stream:
+        return cls._entered[-1] if cls._entered else DEFAULT_STREAM
+
+    def __enter__(self) -> Stream:
+        self._entered.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._entered.pop() is self
 
     def synchronize(self) -> None:
-        Stream.synchronized += 1
+        pass
+
+
+DEFAULT_STREAM = Stream(null=True)
 
 
 def pointer_attributes(pointer: int) -> Any:
@@ -225,7 +245,8 @@ def modules() -> dict[str, types.ModuleType]:
                 "ascontiguousarray": ascontiguousarray,
             },
         ),
-        (cuda, {"Module": Module, "Device": Device, "get_current_stream": Stream}),
+        (cuda, {"Module": Module, "Device": Device, "Stream": Stream}),
+        (cuda, {"get_current_stream": Stream.current}),
         (
             runtime,
             {

@@ -34,10 +34,11 @@ from fake_cupy import asarray
 from reference import buffer, float_bits
 
 import mpi_ops
-from mpi_ops import lanes
+from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.interface import Buffer
+from mpi_ops.scheme import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +80,33 @@ def test_grids_are_as_large_as_the_work(device: Any) -> None:
     norms = device.l2norm(x, 1 << 40)
     device.quantize_exponential(x, norms, block_size=1 << 40, bits=8, dither=KEY)
     half_warps = (-(-100_000 // 256), -(-100_000 // 2048))
-    assert launches == [
+    assert [launch[:3] for launch in launches] == [
         ("gq_absmax", -(-half_warps[0] * 16 // 256), 256),
         ("gq_absmax", -(-half_warps[1] * 16 // 256), 256),
         ("gq_l2norm", -(-half_warps[1] * 16 // 256), 256),
         ("gq_l2norm_of_partial", 1, 256),
         ("gq_quantize_exponential", -(-100_000 // (256 * 8)), 256),
     ]
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_all_stages_use_the_stream_of_their_buffer(device: Any, levels: str) -> None:
+    plan = Scheme(levels=levels).plan(2)
+    launches = fake_cupy.Module.launches
+    launches.clear()
+    own, default = device.own_stream(0), fake_cupy.DEFAULT_STREAM
+    assert own is device.own_stream(0) is not default
+    x = on_device(device, np.ones(1000, dtype=np.float32))[1]
+    for stream in (own, None):
+        there = x._replace(stream=stream)
+        norms = codec.norms(there, plan)
+        codes = codec.quantize(there, norms, plan, KEY)
+        if levels == "standard":
+            codec.dequantize(codes, norms, plan, there)
+        assert fake_cupy.Stream.current() is default
+    number = len(launches) // 2
+    assert [launch[3] for launch in launches] == [own] * number + [default] * number
+    assert number == (3 if levels == "standard" else 2)
 
 
 def test_empty_tensors_launch_nothing(device: Any) -> None:

@@ -439,6 +439,46 @@ def test_submitting_waits_for_nothing() -> None:
     assert {f"{name}.codes.0" for name in names} <= sent
 
 
+class Writing:
+    """An accelerator that computes a tensor."""
+
+    def __init__(self, x: Array) -> None:
+        self.x, self._values = x, x.copy()
+        self.done = False
+        self.x[:] = np.nan  # nobody may look at it before
+
+    def complete(self) -> None:
+        self.x[:] = self._values
+        self.done = True
+
+    def ready(self) -> bool:
+        return self.done
+
+    def wait(self) -> None:
+        assert self.done
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_nobody_reads_or_waits_for_a_tensor_that_is_being_written(config: str) -> None:
+    xs = gradients(2, 1000)
+    expected = Job(2, CONFIGS[config]).mean(xs)
+    job = Job(2, CONFIGS[config])
+    writing = [Writing(x) for x in xs]
+    writing[0].complete()  # this rank's accelerator was done when it was asked for
+    started = []
+    for rank, own in enumerate(writing):
+        task = dataclasses.replace(job.task(rank, own.x), written=own)
+        started.append(job.pipelines[rank].submit(task))
+    assert job.network.log == [(0, "w.norm")]
+    others = [job.submit(rank, x, "other") for rank, x in enumerate(gradients(2, 1000))]
+    job.poll_until(lambda: all(other.done for other in others))  # they pass it
+    assert [name for _, name in job.network.log if name.startswith("w.")] == ["w.norm"]
+    writing[1].complete()
+    job.poll_until(lambda: all(reduction.done for reduction in started))
+    for rank, reduction in enumerate(started):
+        assert job.pipelines[rank].finish(reduction).owner.tobytes() == expected.tobytes()
+
+
 def test_finishing_one_tensor_advances_the_others() -> None:
     job = Job(1)
     x = np.ones(100, dtype=np.float32)
