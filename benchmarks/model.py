@@ -92,9 +92,9 @@ def run_rank(name: str, rounds: int) -> None:
     delay = (1 - FORWARD) * shape.compute / shape.tensors
     times = {f"{index}": delay for index in reversed(range(shape.tensors))}
     times |= {"forward": FORWARD * shape.compute, "rest": 0.0, "update": 0.0}
-    workload = replay.Replay(Tensors(), times)
+    workload = replay.Replay(Tensors(), times, ahead=False)  # the model's hosts compute themselves
     watch = training.Stopwatch()
-    contestants = [training.Contestant(training.COMPUTE, workload, watch, None)]
+    contestants = [training.Contestant(training.COMPUTE, workload, watch)]
     for method in model.METHODS:
         if method.why_not(hvd.size()) is None:
             training.METHODS[method.name] = partial(compression, method)

@@ -2,8 +2,12 @@
 
 Ranks that share a machine's cores cannot show how a reduction hides behind the computation, because
 the computation takes the cores that the reduction needs. A Replay is a workload that records what
-another's forward pass, every gradient and update take, and then sleeps for as long. Gradients come
+another's forward pass, every gradient and update take, and then waits for as long. Gradients come
 out of autograd one after the other, as recorded, so Horovod's hooks run as in any training.
+
+An accelerator has its work far ahead, and goes on while the host is in a hook: if that takes longer
+than the next gradient, that one is there already when it returns. A host that computes by itself
+does not. A Replay is either of them.
 """
 
 from __future__ import annotations
@@ -27,15 +31,17 @@ class Replay:
     """A workload with the gradients of another's first step, which come when they came there.
 
     `times` is what record() returned, or a multiple of it: a tenth is an accelerator ten times as
-    fast. Parameters never change, since the update only sleeps.
+    fast. Parameters never change, since the update only sleeps. `ahead` says whether computation
+    goes on while the host is in a hook.
     """
 
-    def __init__(self, workload: Workload, times: dict[str, float]) -> None:
+    def __init__(self, workload: Workload, times: dict[str, float], ahead: bool) -> None:
         self.metric = workload.metric
         self._workload = workload
         self._delays = dict(times)
         self._forward, self._rest = self._delays.pop("forward"), self._delays.pop("rest")
         self._update = self._delays.pop("update")
+        self._ahead = ahead
         torch.manual_seed(0)
         model = workload.build()
         workload.loss(model, workload.batch(0)).backward()
@@ -59,15 +65,28 @@ class Replay:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """A zero, behind which are the recorded gradients."""
-        time.sleep(self._forward)
+        compute = _Accelerator().run if self._ahead else time.sleep
+        compute(self._forward)
         parameters = dict(model.named_parameters())
         scalar = torch.zeros((), requires_grad=True)
         # What follows the last gradient comes first here, because backward goes the other way.
-        scalar = Layer.apply(scalar, None, None, self._rest)
+        scalar = Layer.apply(scalar, None, None, self._rest, compute)
         for name in reversed(self._delays):
             delay = self._delays[name]
-            scalar = Layer.apply(scalar, parameters[name], self._gradients[name], delay)
+            scalar = Layer.apply(scalar, parameters[name], self._gradients[name], delay, compute)
         return scalar
+
+
+class _Accelerator:
+    """Does one thing after the other, whatever the host does meanwhile."""
+
+    def __init__(self) -> None:
+        self._done = time.perf_counter()  # when all is that it was given
+
+    def run(self, seconds: float) -> None:
+        """Give it so many seconds of work, and wait until that is done."""
+        self._done += seconds
+        time.sleep(max(self._done - time.perf_counter(), 0.0))
 
 
 class _Sleeper(torch.optim.Optimizer):

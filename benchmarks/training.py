@@ -25,7 +25,8 @@ steps. Ranks share cores here, so waiting for the network includes waiting for s
 "auto" takes its trial's steps before the rounds, so they show what it decided.
 
 With --replay F the model's computation only takes time, F times what one process alone takes for a
-rank's share, and leaves the cores to the reduction, as an accelerator would: see replay.py.
+rank's share, and leaves the cores to the reduction, as an accelerator would, which also goes on
+while the host is in a hook; with --serial it does not, as where hosts compute. See replay.py.
 
 With --quality N each method then trains N steps from the same initial state, and is evaluated.
 Prints tables, writes training-MODEL.json and training-MODEL.png.
@@ -261,7 +262,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
     workload = workloads.WORKLOADS[options.model](options.cache)
     if options.times:
-        workload = replay.Replay(workload, options.times)
+        workload = replay.Replay(workload, options.times, ahead=not options.serial)
     watch = Stopwatch()
     for name in ("norms", "quantize", "reduce", "dequantize"):
         watch.watch(codec, name, name)
@@ -464,7 +465,7 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
         print(f"{options.model}: {where}", flush=True)
         script = [sys.executable, str(Path(__file__).resolve()), options.model]
         script += ["--methods", ",".join(options.methods), "--interface", interface]
-        script += ["--times", json.dumps(times)]
+        script += ["--times", json.dumps(times)] + ["--serial"] * options.serial
         for name in ("rounds", "steps", "warm_up", "quality", "budget", "cache", "groups"):
             script += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         start = getattr(launcher, options.launcher)
@@ -534,7 +535,10 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
         highlight=False,
     )
     if options.replay:
-        console.print(f"Computation replayed at {options.replay:g} times its recorded duration.")
+        console.print(
+            f"Computation replayed at {options.replay:g} times its recorded duration"
+            f"{', standing still during hooks' if options.serial else ''}."
+        )
     if options.quality:
         console.print(f"{result['metric']}: held out, after {options.quality} steps of each method")
     different = [name for name, equal in result["replicas_equal"].items() if not equal]
@@ -596,6 +600,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--quality", type=int, default=0, help="steps to the evaluation (0: none)")
     parser.add_argument("--replay", type=float, default=0, help="times its duration (0: compute)")
+    parser.add_argument("--serial", action="store_true", help="replay stands still during hooks")
     parser.add_argument("--budget", type=float, default=0, help="seconds to the last round's start")
     parser.add_argument("--cycle-time", type=float, default=1, help="Horovod's, ms (default 1)")
     parser.add_argument("--groups", type=int, default=0, help="Horovod's, of tensors (0: none)")
@@ -641,7 +646,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"training-{options.model}"
     document = {"model": options.model, "cores": os.cpu_count(), "cycle_ms": options.cycle_time}
-    document["replay"] = options.replay
+    document |= {"replay": options.replay, "serial": options.serial, "groups": options.groups}
     stem.with_suffix(".json").write_text(json.dumps({**document, "jobs": results}, indent=2) + "\n")
     plot(results, options.model, stem.with_suffix(".png"))
     print(f"Wrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")

@@ -64,7 +64,8 @@ def test_training(tmp_path: Path) -> None:
 
 def test_training_with_replayed_computation(tmp_path: Path) -> None:
     options = ["--rates", "loopback", "--ranks", "2", "--rounds", "2", "--steps", "1"]
-    options += ["--methods", "none,two-hop-8", "--replay", "0.5", "--launcher", "horovodrun"]
+    options += ["--methods", "none,two-hop-8", "--groups", "3"]
+    options += ["--replay", "0.5", "--launcher", "horovodrun"]
     printed = run("training.py", "convnet", *options, output=tmp_path)
     assert "Computation replayed at 0.5 times its recorded duration" in printed
     job = json.loads((tmp_path / "training-convnet.json").read_text())["jobs"][0]

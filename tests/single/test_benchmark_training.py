@@ -151,3 +151,36 @@ def test_methods_that_are_not_installed_are_named(monkeypatch):
     usable, remarks = training.available(["here", "elsewhere"])
     assert usable == ["here"]
     assert remarks == ["elsewhere left out: no such module"]
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.now += seconds
+
+
+def test_a_replayed_accelerator_goes_on_while_its_host_does_something_else(monkeypatch):
+    pytest.importorskip("torch")
+    import replay
+
+    clock = Clock()
+    monkeypatch.setattr(replay, "time", clock)
+    accelerator = replay._Accelerator()
+    ends = []
+    for hook in (0.5, 2.5, 0.0, 0.0):
+        accelerator.run(1.0)
+        ends.append(clock.now)
+        clock.sleep(hook)
+    # The third piece was done during the second hook, half of the fourth as well.
+    assert ends == [101.0, 102.0, 104.5, 104.5]
+    assert clock.now == 104.5
+    accelerator.run(1.0)
+    assert clock.now == 105.0
