@@ -1,4 +1,4 @@
-"""Training whose computation only takes time: what a host sees of an accelerator.
+"""Training whose computation only takes time: much of what a host sees of an accelerator.
 
 Ranks that share a machine's cores cannot show how a reduction hides behind the computation, because
 the computation takes the cores that the reduction needs. A Replay is a workload that records what
@@ -7,7 +7,8 @@ out of autograd one after the other, as recorded, so Horovod's hooks run as in a
 
 An accelerator has its work far ahead, and goes on while the host is in a hook: if that takes longer
 than the next gradient, that one is there already when it returns. A host that computes by itself
-does not. A Replay is either of them.
+does not. A Replay is either of them. But its gradients lie in host memory, its kernels run on the
+host, and a hook runs when its gradient is computed, which PyTorch lets it do far earlier on a GPU.
 """
 
 from __future__ import annotations

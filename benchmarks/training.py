@@ -163,7 +163,10 @@ class Contestant:
         named = [(f"{name}.{key}", value) for key, value in self.model.named_parameters()]
         compression = METHODS[name]()
         self.optimizer = hvd.DistributedOptimizer(
-            inner, named, compression=compression, groups=groups or None
+            inner,
+            named,
+            compression=compression,
+            groups=groups if groups and hvd.size() > 1 else None,  # one rank has no hooks for them
         )
         if like is None:
             hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
@@ -531,7 +534,7 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
         "max(compute alone, forward + alone), since nothing can be reduced before backward. "
         f"{os.cpu_count()} cores, load average {result['load'][0]:.1f} before and "
         f"{result['load'][1]:.1f} after, {result['torch_threads']} torch thread, Horovod cycle "
-        f"{options.cycle_time} ms.",
+        f"{options.cycle_time} ms{f', {options.groups} groups' if options.groups else ''}.",
         highlight=False,
     )
     if options.replay:
@@ -623,6 +626,8 @@ def main() -> None:
         parser.error(f"--methods: expected some of {', '.join(METHODS)}; got {', '.join(unknown)}")
     if min(options.rounds, options.steps) < 1 or min(options.warm_up, options.quality) < 0:
         parser.error("--rounds and --steps must be at least 1, --warm-up and --quality at least 0")
+    if options.serial and not (options.replay or options.times):
+        parser.error("--serial says how computation is replayed; add --replay")
     if options.replay < 0 or (options.replay and options.quality):
         parser.error("--replay must not be negative, and trains nothing for --quality to evaluate")
     if options.record:

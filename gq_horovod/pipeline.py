@@ -282,6 +282,16 @@ class InFlight:
         """Whether every operation is complete, or one has failed."""
         return self._handle is None
 
+    @property
+    def begun(self) -> bool:
+        """Whether its tensor has been written, which every reduction waits for first."""
+        return self._handle is None or self._handle is not self.task.written
+
+    @property
+    def delivered(self) -> bool:
+        """Whether there is something to decode."""
+        return bool(self._delivered)
+
     def advance(self) -> bool:
         """Go on to the next operation if this one is complete. Whether there was progress.
 
@@ -323,6 +333,7 @@ class Pipeline:
     def __init__(self, function: str = "GlobalQSGD") -> None:
         self._function = function  # what errors name
         self._in_flight: dict[str, InFlight] = {}  # those not asked for yet
+        self._unwritten: dict[str, InFlight] = {}  # not begun, in the order of their hooks
         self._waiting: dict[str, InFlight] = {}  # not done, by when they last advanced
         self._advances = 0
         # The tensor that is waited for, and what changes with every progress; None: nobody waits.
@@ -340,17 +351,27 @@ class Pipeline:
         self.poll(_PATIENCE)
         started = InFlight(task)
         self._in_flight[task.name] = started
-        if not started.done:
-            self._waiting[task.name] = started
+        self._await(started)
         return started
+
+    def _await(self, reduction: InFlight) -> None:
+        """Keep a reduction where it is found when what it waits for may be complete."""
+        if not reduction.begun:
+            self._unwritten[reduction.name] = reduction
+        elif not reduction.done:
+            self._waiting[reduction.name] = reduction
 
     def poll(self, patience: int | None = None) -> bool:
         """Advance the reductions whose operations are complete. Whether any was.
 
         About in the order in which those operations began; with `patience`, until so many in a row
-        are not complete.
+        are not complete. Of the tensors that an accelerator has still to write, which it does in
+        the order of their hooks, until one is not.
         """
         before, missed = self._advances, 0
+        for reduction in list(self._unwritten.values()):
+            if not self._advance(reduction) and patience is not None:
+                break
         for reduction in list(self._waiting.values()):
             if self._advance(reduction):
                 missed = 0
@@ -365,9 +386,9 @@ class Pipeline:
         if not reduction.advance():
             return False
         self._advances += 1
-        del self._waiting[reduction.task.name]
-        if not reduction.done:
-            self._waiting[reduction.task.name] = reduction
+        self._unwritten.pop(reduction.name, None)
+        self._waiting.pop(reduction.name, None)
+        self._await(reduction)
         return True
 
     @property
@@ -379,6 +400,7 @@ class Pipeline:
         """Forget what is in flight: after a failed operation none of it can be trusted."""
         self.idle = None
         self._in_flight.clear()
+        self._unwritten.clear()
         self._waiting.clear()
 
     def finish(self, reduction: InFlight) -> Buffer:
@@ -387,7 +409,7 @@ class Pipeline:
         Raises what its operations or stages raised, and then gives up the others too.
         """
         try:
-            self._settle(reduction, reduction.decode)
+            self._settle(reduction, decode=True)
             if reduction.error is not None:
                 raise reduction.error
             return reduction.decode()
@@ -395,8 +417,8 @@ class Pipeline:
             self.give_up()
             raise
 
-    def _settle(self, reduction: InFlight, meanwhile: Callable[[], object] = bool) -> None:
-        """Advance everything until a reduction is done, and forget that one.
+    def _settle(self, reduction: InFlight, decode: bool = False) -> None:
+        """Advance everything until a reduction is done, decode it meanwhile, and forget it.
 
         Now and then everything at once: another rank may wait for one that is far behind here.
         """
@@ -413,7 +435,8 @@ class Pipeline:
             moved = self.poll(None if everything else _PATIENCE)
             if not (moved or self._advance(reduction)):
                 time.sleep(_POLL_SECONDS)
-            meanwhile()
+            if decode and reduction.delivered:
+                reduction.decode()
         self.idle = None
         if self._in_flight.get(reduction.name) is reduction:
             del self._in_flight[reduction.name]

@@ -11,8 +11,9 @@ What happens to a gradient, from its backward hook on:
 
 1. The hook calls `GlobalQSGD.compress(gradient)`. Tensors that do not qualify (integers, sparse,
    fewer than `min_elements`) are left to Horovod.
-2. The norms of its blocks go out as an asynchronous Max-allreduce under the parameter's name, and
-   Horovod gets a token to reduce in place of the gradient (see `token`).
+2. The norms of its blocks go out as an asynchronous Max-allreduce under the parameter's name (from
+   a GPU, once it is done with the gradient), and Horovod gets a token to reduce in place of the
+   gradient (see `token`).
 3. Whenever a later hook calls, the norms that have arrived are used: the codes go out.
 4. `decompress(token)` waits for the codes, and returns the mean, or what else the user's `op` and
    scaling make of it.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import weakref
 import zlib
 from dataclasses import dataclass, field, replace
@@ -278,6 +280,11 @@ class TorchFrontend(Frontend):
         return {}
 
     @cached_property
+    def _hooks(self) -> threading.RLock:
+        """Held by a hook: autograd has a thread for each device that parameters lie on."""
+        return threading.RLock()
+
+    @cached_property
     def _handed(self) -> dict[str, weakref.ref[torch.Tensor]]:
         """What Horovod was last given to reduce for a tensor, by its name."""
         return {}
@@ -319,8 +326,9 @@ class TorchFrontend(Frontend):
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
         caller = _find_caller(tensor, sys._getframe(1), self.config.FUNCTION)
-        handed, context = self._start(tensor, caller)
-        self._handed[caller.name] = weakref.ref(handed)
+        with self._hooks:
+            handed, context = self._start(tensor, caller)
+            self._handed[caller.name] = weakref.ref(handed)
         return handed, context
 
     def _start(self, tensor: torch.Tensor, caller: _Caller) -> tuple[torch.Tensor, Any]:

@@ -110,9 +110,10 @@ def _run(command: Sequence[str]) -> str:
 
 
 def host_cpus(hosts: int, cpus: Sequence[int]) -> list[list[int]]:
-    """Return the CPUs of each host: as many for each, and shared by as many hosts each.
+    """Return the CPUs that each host is kept to.
 
-    All have all of them where they cannot be dealt out evenly.
+    They are its own where there are enough; else as many hosts share each of them, or, where that
+    does not come out even, all hosts all of them.
     """
     if hosts > len(cpus) and hosts % len(cpus):
         return [list(cpus)] * hosts
@@ -130,8 +131,8 @@ def _enter(host: str, table: Path, cpus: Sequence[int]) -> list[str]:
     # ten hangs. Gloo looks up the address of its own host's name.
     name = f'hostname {host} && mount --bind {table} /etc/hosts && exec "$@"'
     named = ("unshare", "--uts", "--mount", "sh", "-c", name, "sh")
-    # On CPUs of its own, as far as there are enough: processes that may use all of them take them
-    # from hosts that compute, even where they only ask whether a message has come.
+    # Kept to its CPUs: processes that may use all of them take them from hosts that compute, even
+    # where they only ask whether a message has come.
     placed = ("taskset", "--cpu-list", ",".join(map(str, cpus)))
     return ["nsenter", f"--net=/run/netns/{host}", "--", *placed, *named]
 
@@ -174,7 +175,9 @@ def link_rates(rate: str | Sequence[str], hosts: int) -> list[tuple[str, str]]:
 
 
 class Testbed:
-    """`hosts` hosts, each on a link and CPUs of its own, at one switch; a context manager.
+    """`hosts` hosts, each on a link of its own to one switch; a context manager.
+
+    Each is kept to CPUs of its own if there are enough, see `host_cpus`.
 
     Args:
         hosts: number of hosts, 1 to 250. Host i is the namespace `{prefix}{i}`.

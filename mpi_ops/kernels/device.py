@@ -214,7 +214,10 @@ class Device(Kernels):
 def own_stream(device: int) -> Any:
     """A stream for kernels that are not to wait for what the device's other streams have to do."""
     with cupy.cuda.Device(device):
-        return cupy.cuda.Stream(non_blocking=True)
+        try:  # of what is ready, first: short kernels whose results the network waits for
+            return cupy.cuda.Stream(non_blocking=True, priority=-1)
+        except TypeError:  # an older CuPy
+            return cupy.cuda.Stream(non_blocking=True)
 
 
 KERNELS = Device()

@@ -326,6 +326,8 @@ def test_cpus_of_all_hosts() -> None:
 
 @needs_hosts
 def test_a_host_stays_on_its_cpus() -> None:
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("all hosts have the one CPU that there is")
     script = "import os; print(sorted(os.sched_getaffinity(0)))"
     with testbed.Testbed(2, prefix=PREFIX) as bed:
         for host in range(2):

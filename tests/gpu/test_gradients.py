@@ -46,19 +46,24 @@ def test_a_hook_leaves_the_gpu_its_work(levels: Any) -> None:
         optimizer.synchronize()
     assert busy
     error = (parameter.grad - values).norm() / values.norm()
-    assert 0 < error < 0.2
+    assert 0 < error < (0.4 if levels == "exponential" else 0.02)
 
 
 def test_a_mean_of_its_own_is_not_written_too_early() -> None:
     """Its memory has been another tensor's, with which the GPU is not done."""
-    from gq_horovod.torch import allreduce
+    from gq_horovod import torch as plugin
 
     values = torch.ones(ELEMENTS, device="cuda")
-    allreduce(values, "mean")
     other = torch.full_like(values, 2.0)
+    doubled = torch.empty_like(values)
+    pointer = other.data_ptr()
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
-    doubled = 2 * other
+    torch.mul(other, 2, out=doubled)
     del other  # PyTorch hands its memory out again
-    assert torch.equal(allreduce(values, "mean"), values)
+    output = plugin._new_output(values, values.dtype)
+    assert output.data_ptr() == pointer
+    with torch.cuda.stream(torch.cuda.Stream()):
+        output.zero_()
+    torch.cuda.synchronize()
     assert torch.equal(doubled, torch.full_like(values, 4.0))

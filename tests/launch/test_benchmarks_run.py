@@ -68,7 +68,9 @@ def test_training_with_replayed_computation(tmp_path: Path) -> None:
     options += ["--replay", "0.5", "--launcher", "horovodrun"]
     printed = run("training.py", "convnet", *options, output=tmp_path)
     assert "Computation replayed at 0.5 times its recorded duration" in printed
-    job = json.loads((tmp_path / "training-convnet.json").read_text())["jobs"][0]
+    document = json.loads((tmp_path / "training-convnet.json").read_text())
+    assert (document["groups"], document["serial"]) == (3, False)
+    job = document["jobs"][0]
     times = job["replayed"]
     names = [name for name in times if name not in ("forward", "rest", "update")]
     # The last layer's gradients come first.

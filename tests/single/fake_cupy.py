@@ -108,6 +108,7 @@ class ndarray:
         assert (out.shape, out.dtype) == (self.shape, self.dtype)
         assert out.flags.c_contiguous
         out[...] = self._values
+        Stream.current().synchronize()
         return out
 
 
@@ -168,7 +169,9 @@ class Module:
             name.encode(), grid[0], block[0], len(cells), kinds.encode(), sizes, places
         )
         assert problem is None, f"{name}: {problem.decode()}"
-        self.launches.append((name, grid[0], block[0], Stream.current()))
+        stream = Stream.current()
+        stream.running += 1
+        self.launches.append((name, grid[0], block[0], stream))
 
 
 class Device:
@@ -187,13 +190,14 @@ class Device:
 
 
 class Stream:
-    """Knows only whether it is the current one."""
+    """Knows whether it is the current one, and how many kernels nobody has waited for."""
 
     ptr = 0
     _entered: ClassVar[list[Stream]] = []
 
-    def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+    def __init__(self, null: bool = False, non_blocking: bool = False, priority: int = 0) -> None:
         assert non_blocking != null
+        self.running = 0
 
     @classmethod
     def current(cls) -> Stream:
@@ -207,7 +211,7 @@ class Stream:
         assert self._entered.pop() is self
 
     def synchronize(self) -> None:
-        pass
+        self.running = 0
 
 
 DEFAULT_STREAM = Stream(null=True)

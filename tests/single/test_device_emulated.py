@@ -94,15 +94,19 @@ def test_all_stages_use_the_stream_of_their_buffer(device: Any, levels: str) -> 
     plan = Scheme(levels=levels).plan(2)
     launches = fake_cupy.Module.launches
     launches.clear()
+    fake_cupy.DEFAULT_STREAM.synchronize()
     own, default = device.own_stream(0), fake_cupy.DEFAULT_STREAM
     assert own is device.own_stream(0) is not default
     x = on_device(device, np.ones(1000, dtype=np.float32))[1]
     for stream in (own, None):
         there = x._replace(stream=stream)
         norms = codec.norms(there, plan)
+        assert own.running == default.running == 0  # a stage is complete when it returns
         codes = codec.quantize(there, norms, plan, KEY)
+        assert own.running == default.running == 0
         if levels == "standard":
             codec.dequantize(codes, norms, plan, there)
+            assert own.running == default.running == 0
         assert fake_cupy.Stream.current() is default
     number = len(launches) // 2
     assert [launch[3] for launch in launches] == [own] * number + [default] * number

@@ -479,6 +479,28 @@ def test_nobody_reads_or_waits_for_a_tensor_that_is_being_written(config: str) -
         assert job.pipelines[rank].finish(reduction).owner.tobytes() == expected.tobytes()
 
 
+def test_tensors_that_are_being_written_are_in_nobodys_way() -> None:
+    """A host is many layers ahead of its GPU: norms that have arrived are used all the same."""
+    job = Job(1)
+    first = job.submit(0, gradients(1, 100)[0], "first")
+    writing = [Writing(x) for x in gradients(10, 100)]
+    for index, own in enumerate(writing):
+        task = dataclasses.replace(job.task(0, own.x, f"late.{index}"), written=own)
+        job.pipelines[0].submit(task)
+    for _ in range(100):
+        job.pipelines[0].poll(pipeline._PATIENCE)
+    assert first.done
+    assert not any("late" in name for _, name in job.network.log)
+    # They begin in order, and some that are written wait for one before them that is not.
+    for index in (0, 1, 3):
+        writing[index].complete()
+    job.pipelines[0].poll(pipeline._PATIENCE)
+    begun = {name for _, name in job.network.log if "late" in name and name.endswith("norm")}
+    assert begun == {"late.0.norm", "late.1.norm"}
+    job.pipelines[0].poll()  # everything
+    assert "late.3.norm" in {name for _, name in job.network.log}
+
+
 def test_finishing_one_tensor_advances_the_others() -> None:
     job = Job(1)
     x = np.ones(100, dtype=np.float32)
