@@ -237,15 +237,18 @@ class Contestant:
 
         hvd.barrier()
         began = time.perf_counter()
-        optimizer, submit = self.optimizer, self.optimizer._allreduce_grad_async
-        members: list[Any] = list(self.model.parameters())
-        if optimizer._group_counts:
-            members, submit = list(optimizer._group_counts), optimizer._grouped_allreduce_grad_async
-        for each in reversed(members):  # the order of backward, roughly
+        optimizer = self.optimizer
+        groups = list(optimizer._group_counts)
+        if groups:
+            submit = optimizer._grouped_allreduce_grad_async
+        else:
+            submit = optimizer._allreduce_grad_async
+        # The order of backward, roughly.
+        for each in reversed(groups or list(self.model.parameters())):
             optimizer._handles[each] = submit(each)
         optimizer.synchronize()
         seconds = time.perf_counter() - began
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         return seconds
 
 

@@ -72,6 +72,10 @@ _DTYPES = {
 
 _STEP = "step"  # of what ranks tell each other when they compare configurations: may differ
 
+# Held by a hook: autograd has a thread for each device that parameters lie on. Of the module, since
+# instances may be copied and pickled.
+_HOOKS = threading.RLock()
+
 
 # -------------------------------------------------------------------------------------- collectives
 
@@ -280,11 +284,6 @@ class TorchFrontend(Frontend):
         return {}
 
     @cached_property
-    def _hooks(self) -> threading.RLock:
-        """Held by a hook: autograd has a thread for each device that parameters lie on."""
-        return threading.RLock()
-
-    @cached_property
     def _handed(self) -> dict[str, weakref.ref[torch.Tensor]]:
         """What Horovod was last given to reduce for a tensor, by its name."""
         return {}
@@ -326,7 +325,7 @@ class TorchFrontend(Frontend):
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
         caller = _find_caller(tensor, sys._getframe(1), self.config.FUNCTION)
-        with self._hooks:
+        with _HOOKS:
             handed, context = self._start(tensor, caller)
             self._handed[caller.name] = weakref.ref(handed)
         return handed, context

@@ -78,8 +78,8 @@ def message(function: str, rank: int, name: str, timeout: float) -> str:
     return (
         f"{function}: rank {rank} on {socket.gethostname()}: the reduction of {name!r} has not "
         f"moved for {timeout:g} s, so this rank ends. Another rank is stopped, cut off from the "
-        "network, or busy with something else (or this rank's GPU has not finished the "
-        "gradient); see its output. Where ranks may wait longer for "
+        "network, or busy with something else; see its output. Or this rank's GPU has not "
+        "finished the gradient. Where ranks may wait longer for "
         f"each other, such as for a validation on one of them, pass a larger {function}(timeout=), "
         "or None."
     )

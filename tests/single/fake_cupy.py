@@ -249,8 +249,15 @@ def modules() -> dict[str, types.ModuleType]:
                 "ascontiguousarray": ascontiguousarray,
             },
         ),
-        (cuda, {"Module": Module, "Device": Device, "Stream": Stream}),
-        (cuda, {"get_current_stream": Stream.current}),
+        (
+            cuda,
+            {
+                "Module": Module,
+                "Device": Device,
+                "Stream": Stream,
+                "get_current_stream": Stream.current,
+            },
+        ),
         (
             runtime,
             {
