@@ -1,11 +1,19 @@
-"""Whether all ranks run the same configuration: checked once, before the first gradient moves."""
+"""Whether all ranks run the same configuration: checked before the first gradient moves.
+
+Ranks that have called hvd.join() take no part: they contribute zeros to an Allreduce, and no other
+operation of Horovod works meanwhile.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ops.agreement import decode, encode, require_same
@@ -14,15 +22,17 @@ from mpi_ops.kernels import host
 from . import __version__
 from .config import Config, ConfigMismatchError
 from .log import Log
-from .pipeline import Handle
+from .pipeline import PRESENT, Handle
 
-__all__ = ["decode", "describe", "encode", "require_same", "wait"]
+__all__ = ["agree", "decode", "describe", "encode", "require_same", "wait"]
 
 _log = Log(__name__)
 
 _POLL_SECONDS = 1e-3
 # Before the first word about a wait; from then on after twice as long each time.
 WARN_SECONDS = 30.0
+_LARGEST = 2**31 - 1
+
 # Ranks may be minutes apart at the first step (data loading, compilation); for ever is a bug.
 TIMEOUT_SECONDS = 600.0
 
@@ -31,6 +41,43 @@ def describe(config: Config) -> dict[str, Any]:
     """What has to be the same on every rank of any framework: the software, and the options."""
     software = {"gq-horovod version": __version__, "kernels": host.fingerprint()}
     return {**software, "compression": config.FUNCTION, **config.describe()}
+
+
+def agree(
+    allreduce_max: Callable[[NDArray[np.int32], str], NDArray[np.int32]],
+    description: dict[str, Any],
+    numbers: Sequence[int],
+    rank: int,
+    ranks: int,
+    function: str = "GlobalQSGD",
+) -> tuple[list[int], bool]:
+    """Compare a description between ranks, and take the largest of each of some numbers.
+
+    Arguments:
+        allreduce_max: the element-wise maximum over ranks of an int32 array, under a name; blocks.
+        description: plain data; what could not even start has "error" in it.
+        numbers: from 0 to 2**31 - 1, as many on every rank.
+        rank, ranks: this rank, of how many, in the group that compares.
+        function: what errors name.
+
+    Returns the largest numbers, and whether every rank took part: those that have called hvd.join()
+    do not. Raises ConfigMismatchError, with the same text on every rank, unless all descriptions
+    are equal and none is an error.
+    """
+    text = json.dumps(description, sort_keys=True).encode()
+    checksum = zlib.crc32(text) & _LARGEST
+    opening = [PRESENT, checksum, _LARGEST - checksum, len(text), *numbers]
+    found = allreduce_max(np.array(opening, dtype=np.int32), "gq.configuration").tolist()
+    present, largest, complement, length, *agreed = found
+    # Every rank sees the same two extremes. Where descriptions are equal, so are errors in them.
+    if largest + complement != _LARGEST or "error" in description:
+        table = np.zeros((ranks, length), dtype=np.int32)
+        table[rank, : len(text)] = list(text)
+        rows = allreduce_max(table.reshape(-1), "gq.configuration.details").reshape(ranks, length)
+        # JSON has no zeros; a row without anything else is that of a rank that has joined.
+        texts = [row[row > 0].astype(np.uint8).tobytes() for row in rows]
+        require_same([json.loads(own) if own else None for own in texts], function)
+    return agreed, present == PRESENT
 
 
 def wait(handle: Handle, function: str = "GlobalQSGD") -> NDArray[Any]:

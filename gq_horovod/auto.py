@@ -4,8 +4,9 @@ What a step takes is measured whole, because its parts cannot be added up: kerne
 and the backward pass share cores, and communication hides behind computation, more or less of it
 (docs/advisor.md has how far a model of the parts is off). So each setting is used for some steps in
 turn, and the times between the steps' first gradients are compared: first of all settings, then,
-for longer, of the fastest ones and of no compression. A setting is a way (Horovod alone, float16,
-standard or two-hop levels) and the tensor size from which on it is used.
+for longer, of the fastest ones and of no compression. A setting is a way (Horovod alone, standard
+levels of 16 bits or of the default width, two-hop levels) and the tensor size from which on it is
+used. None of them turns a finite gradient into Inf, as float16 would.
 
 Ranks agree on the slowest rank's times, so all take the same decision. Which setting a tensor has
 is a function of its name's number of reductions, so ranks whose hooks fire in different orders
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -49,8 +51,7 @@ class Way:
     """How tensors of a step are reduced."""
 
     name: str
-    plan: Plan | None = None  # of the codes; None: Horovod reduces the tensor itself,
-    half: bool = False  # as float16
+    plan: Plan | None = None  # of the codes; None: Horovod reduces the tensor itself
     min_elements: int = 0  # smaller tensors are left to Horovod as they are
 
     def __str__(self) -> str:
@@ -68,7 +69,9 @@ def settings(config: Config, world_size: int) -> list[Way]:
         for levels in ("standard", "two-hop")
         for factor in THRESHOLD_FACTORS
     ]
-    return [NONE, Way("fp16", half=True), *quantizing]
+    # As many bytes as float16, whose range is too small for the gradients of some models.
+    wide = replace(config, levels="standard", bits=16).plan(world_size)
+    return [NONE, Way("16 bits", wide, min_elements=least), *quantizing]
 
 
 class _Trial:
@@ -124,19 +127,21 @@ class Trials:
         self._began: dict[int, float] = {}
         self._latest = -1
         self._trials = [_Trial(WARM_UP_STEPS, STEPS[0], settings(config, world_size))]
+        self._lock = threading.RLock()
 
     def way(self, step: int, size: int) -> Way:
         """How to reduce a tensor of `size` elements, `step` times reduced before.
 
         Collective where the first tensor of a step that follows a trial comes by.
         """
-        if step > self._latest:
-            self._latest = step
-            if self.decision is None:
-                self._began[step] = self._clock()
-                if step == self._trials[-1].end:
-                    self._conclude()
-        chosen = self._setting(step)
+        with self._lock:
+            if step > self._latest:
+                self._latest = step
+                if self.decision is None:
+                    self._began[step] = self._clock()
+                    if step == self._trials[-1].end:
+                        self._conclude()
+            chosen = self._setting(step)
         return chosen if size >= chosen.min_elements else NONE
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,6 +165,26 @@ class Trials:
         self._began = {step: when for step, when in state["began"].items() if step != last}
         self.decision = None if state["decision"] is None else known[state["decision"]]
 
+    def outcome(self) -> tuple[int, int]:
+        """What has been settled so far, as numbers that grow with it, for adopt() of another rank.
+
+        The decision's place among all settings from 1 on, 0 for none yet; a bit for each finalist.
+        """
+        places = {str(way): place for place, way in enumerate(self._trials[0].settings)}
+        decision = 0 if self.decision is None else places[str(self.decision)] + 1
+        finalists = [way for trial in self._trials[1:] for way in trial.settings]
+        return decision, sum(1 << places[str(way)] for way in finalists)
+
+    def adopt(self, decision: int, finalists: int) -> None:
+        """Take over what other ranks have settled while this one had called hvd.join()."""
+        every = self._trials[0].settings
+        if finalists and len(self._trials) == 1:
+            chosen = [way for place, way in enumerate(every) if finalists >> place & 1]
+            self._trials.append(_Trial(self._trials[0].end, STEPS[1], chosen))
+        if decision and self.decision is None:
+            self.decision = every[decision - 1]
+            self._began.clear()
+
     def _setting(self, step: int) -> Way:
         for trial in self._trials:
             if step < trial.begin:
@@ -173,9 +198,11 @@ class Trials:
         """Settle the trial that has ended: begin the next, or decide."""
         trial = self._trials[-1]
         longest = np.iinfo(np.int32).max
-        micros = [min(1e6 * own, longest) for own in trial.medians(self._began)]
+        # A rank that was away (hvd.join()) has no times of some settings, and says nothing of them.
+        known = [own if own < float("inf") else 0.0 for own in trial.medians(self._began)]
+        micros = [min(1e6 * own, longest) for own in known]
         agreed = self._agree(np.array(micros, dtype=np.int32), f"gq.auto.{len(self._trials)}")
-        seconds = [float(own) / 1e6 for own in agreed]
+        seconds = [float(own) / 1e6 if own else float("inf") for own in agreed]
         self.seconds = dict(zip(map(str, trial.settings), seconds, strict=True))
         if len(self._trials) < len(STEPS):
             self._say("trial")

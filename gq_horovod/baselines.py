@@ -234,12 +234,12 @@ def array_of(buffer: Buffer) -> NDArray[np.float32]:
 # ------------------------------------------------------------------------------- rounded to nearest
 
 
-def nearest(task: Task, chunk: Chunk) -> Payload:
+def nearest(task: Task, chunk: Chunk, plan: Plan) -> Payload:
     """This rank's codes of a chunk of float32, each rounded to the nearest level.
 
     The kernel packs them: it gets integers, in units in which no fraction is left to round.
     """
-    plan, block = task.plan, task.plan.block_for(chunk.stop - chunk.start)
+    block = plan.block_for(chunk.stop - chunk.start)
     x = array_of(chunk.of(task.x))
     norms = chunk.norms.view(np.float32).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):

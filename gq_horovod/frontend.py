@@ -6,7 +6,9 @@ It knows no framework. `hvd` stands for horovod.torch or horovod.tensorflow.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from functools import cached_property
 from types import MethodType
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +32,7 @@ __all__ = [
     "Compression",
     "Frontend",
     "Preset",
+    "per_process",
     "require_linear",
     "require_name",
 ]
@@ -39,6 +42,19 @@ _log = log.Log(__name__)
 # Here, because all that a training imports begins with this module: a variable that is wrong ends a
 # rank before it has begun.
 log.configure()
+
+
+_making = threading.RLock()  # of what exists once
+
+
+class per_process(cached_property[Any]):
+    """A cached property that belongs to this process: threads share one, copies begin anew."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        with _making:
+            return super().__get__(instance, owner)
 
 
 class ClassOrInstance:
@@ -86,8 +102,18 @@ class Frontend:
         """The instance that stands for the class, or for one of its presets."""
         key = (cls, config)  # a subclass has instances of its own
         if key not in cls._instances:
-            cls._instances[key] = cls(**config.describe())
+            with _making:
+                if key not in cls._instances:
+                    cls._instances[key] = cls(**config.describe())
         return cls._instances[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy take: the options. A copy begins anew, as in another process."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(type(self), name, None), cached_property)
+        }
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
@@ -138,13 +164,24 @@ class Frontend:
         return None
 
     def require_process_set(self, callers: Any) -> None:
-        """Raise ValueError if Horovod reduces over other ranks than `process_set`."""
-        if self.process_set is not None and self.process_set != callers:
+        """Raise ValueError if Horovod reduces over no ranks, or others than `process_set`."""
+        if callers.process_set_id is None:
+            raise ValueError(
+                f"{self.config.FUNCTION}: process_set must be one that hvd.init or "
+                f"hvd.add_process_set knows, got one of ranks {callers.ranks} that was removed or "
+                "never added; add it on every rank."
+            )
+        if self.process_set is not None and not _same(self.process_set, callers):
             raise ValueError(
                 f"{self.config.FUNCTION}: process_set must be that of the caller, ranks "
                 f"{callers.ranks}, got ranks {self.process_set.ranks}; pass the same process_set "
                 "to both, or only to Horovod."
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two process sets have the same ranks; a copy is not known to Horovod by its id."""
+    return one is other or (bool(one.ranks) and one.ranks == other.ranks)
 
 
 class Compression(Frontend):
@@ -188,9 +225,9 @@ class Compression(Frontend):
                 two, an error that does not grow with the number of ranks) or "two-hop" (squares of
                 evenly spaced numbers, by Alltoall and Allgather; the most accurate at its width for
                 any number of ranks. From 9 bits on levels are evenly spaced, and with 9 no better
-                than with 8). "auto" tries standard and two-hop levels, float16 and no compression
-                on the first 99 steps, and then stays with what was fastest (PyTorch only; see
-                gq_horovod.auto).
+                than with 8). "auto" tries standard and two-hop levels, standard ones of 16 bits and
+                no compression on the first 99 steps, and then stays with what was fastest (PyTorch
+                only; see gq_horovod.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
@@ -242,8 +279,12 @@ class Compression(Frontend):
                     f"got {value!r}; leave it out."
                 )
         super().__init__(config, process_set)
-        self.stats: dict[str, statistics.TensorStats] = {}
         self._stats_interval = interval
+
+    @per_process
+    def stats(self) -> dict[str, statistics.TensorStats]:
+        """The newest figures of each tensor, by its name."""
+        return {}
 
     def wire_bytes(self, elements: int, plan: Plan) -> float | None:
         """Codes and norms; None with levels="auto", which tries several ways."""

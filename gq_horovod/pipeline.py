@@ -8,15 +8,17 @@ backward hook ever waits for a round trip.
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops import codec
+from mpi_ops import codec, lanes
 from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.codec import Payload
 from mpi_ops.dither import Dithers, Stage, dither
@@ -40,6 +42,10 @@ _PATIENCE = 3
 
 # Who waits for one reduction asks about all others every so many times, some two milliseconds.
 _ROUNDS_TO_EVERYTHING = 16
+
+# What every rank adds to the norms where codes are to travel by other operations than Allreduce. A
+# rank that has called hvd.join() adds a zero, which then is the maximum.
+PRESENT = -1
 
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
 _POLL_SECONDS = 50e-6
@@ -93,7 +99,8 @@ class Exchanges(Protocol):
 class Task:
     """One tensor to average over ranks."""
 
-    name: str  # the same on every rank, and different for tensors in flight together
+    name: str  # of operations: the same on every rank, another for each tensor in flight
+    key: str  # of the dither: the same on every rank, another for each tensor of the program
     x: Buffer  # must not change until the reduction is done
     # Called when the mean is asked for, by when x is not needed any more: memory for the mean, with
     # as many elements as x; may be x itself.
@@ -114,7 +121,7 @@ class Task:
 
     def dither(self, chunk: int, stage: Stage, strata: int = 0) -> NDArray[np.uint32]:
         """Randomness of one stage of a chunk on this rank."""
-        return dither(self.seed, f"{self.name}.{chunk}", self.step, self.rank, stage, strata)
+        return dither(self.seed, f"{self.key}.{chunk}", self.step, self.rank, stage, strata)
 
     def chunks(self, norms: NDArray[np.int32]) -> list[Chunk]:
         """The chunks in which codes travel through `collectives`."""
@@ -127,9 +134,19 @@ Deliver = Callable[[Chunk, Any], None]
 Reduction = Generator[Handle, Any, None]
 
 
+class Summed(NamedTuple):
+    """A reduced payload of another plan than its task's."""
+
+    plan: Plan
+    payload: Payload
+
+
 def dequantize(task: Task, chunk: Chunk, payload: Any, out: Buffer) -> None:
     """Decode a reduced payload of `chunk` to `out`, the chunk's part of the mean."""
-    codec.dequantize(payload, chunk.norms, task.plan, out)
+    plan = task.plan
+    if isinstance(payload, Summed):
+        plan, payload = payload
+    codec.dequantize(payload, chunk.norms, plan, out)
 
 
 @dataclass(frozen=True)
@@ -167,32 +184,70 @@ def own_norms(task: Task) -> NDArray[np.int32]:
     return norms
 
 
-def global_norms(task: Task) -> Generator[Handle, Any, NDArray[np.int32]]:
-    """Norm of each block over all ranks, as bit patterns; NaN and Inf of one rank reach all."""
-    norms: NDArray[np.int32] = yield task.collectives.allreduce_max(
-        own_norms(task), f"{task.name}.norm"
-    )
-    return norms
+def global_norms(
+    task: Task, *beside: int
+) -> Generator[Handle, Any, tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Norm of each block over all ranks, as bit patterns; NaN and Inf of one rank reach all.
+
+    And the maximum over ranks of what goes beside them.
+    """
+    own = own_norms(task)
+    both = np.concatenate([own, np.array(beside, dtype=np.int32)]) if beside else own
+    both = yield task.collectives.allreduce_max(both, f"{task.name}.norm")
+    return both[: own.size], both[own.size :]
 
 
-def quantize(task: Task, chunk: Chunk, out: Payload | None = None) -> Payload:
+def quantize(task: Task, chunk: Chunk, plan: Plan, out: Payload | None = None) -> Payload:
     """This rank's codes of a chunk, in `out` if it is given."""
-    random = task.dither(chunk.index, Stage.QUANTIZE, task.plan.strata)
-    return codec.quantize(chunk.of(task.x), chunk.norms, task.plan, random, out)
+    random = task.dither(chunk.index, Stage.QUANTIZE, plan.strata)
+    return codec.quantize(chunk.of(task.x), chunk.norms, plan, random, out)
 
 
 def standard(
-    task: Task, deliver: Deliver, quantize: Callable[[Task, Chunk], Payload] = quantize
+    task: Task, deliver: Deliver, quantize: Callable[[Task, Chunk, Plan], Payload] = quantize
 ) -> Reduction:
     """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
-    norms = yield from global_norms(task)
+    norms, _ = yield from global_norms(task)
+    yield from _sum(task, norms, task.plan, "codes", deliver, quantize)
+
+
+def _sum(
+    task: Task,
+    norms: NDArray[np.int32],
+    plan: Plan,
+    part: str,
+    deliver: Deliver,
+    quantize: Callable[[Task, Chunk, Plan], Payload] = quantize,
+) -> Reduction:
+    """Deliver the sums of all ranks' codes of each chunk; `part` names the operations."""
     sums = []
     for chunk in task.chunks(norms):
-        payload = quantize(task, chunk)
-        name = f"{task.name}.codes.{chunk.index}"
+        payload = quantize(task, chunk, plan)
+        name = f"{task.name}.{part}.{chunk.index}"
         sums.append((chunk, task.collectives.allreduce_sum(payload, name)))
     for chunk, handle in sums:
         deliver(chunk, (yield handle))
+
+
+def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliver) -> Reduction:
+    """The way of a tensor while some rank has called hvd.join(), whatever its levels.
+
+    Horovod lets such a rank take part in an Allreduce, with zeros, and in nothing else. So codes
+    travel as standard levels of the widest lanes, which are finer than those of any other plan.
+    """
+    bits, ranks = max(lanes.STANDARD_BITS), task.plan.world_size
+    count = lanes.levels(bits, ranks)
+    if count == 0:
+        raise RuntimeError(
+            f"GlobalQSGD: a rank has called hvd.join(), and codes of {ranks} ranks cannot be "
+            f"summed in {bits} bits meanwhile; give every rank as many batches."
+        )
+    plan = replace(task.plan, levels="standard", bits=bits, level_count=count, square=False)
+
+    def deliver_summed(chunk: Chunk, payload: Payload) -> None:
+        deliver(chunk, Summed(plan, payload))
+
+    yield from _sum(task, norms, plan, "joined", deliver_summed)
 
 
 def by_shares(task: Task, deliver: Deliver) -> Reduction:
@@ -201,13 +256,16 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
     Two hops: Alltoall of codes, Allgather of the reduced shares.
     """
     plan = task.plan
-    norms = yield from global_norms(task)
+    norms, (present,) = yield from global_norms(task, PRESENT)
+    if present != PRESENT:
+        yield from _sum_without_the_joined(task, norms, deliver)
+        return
     received = []
     for chunk in task.chunks(norms):
         x = chunk.of(task.x)
         size = codec.shard_size(x.size, plan) * plan.world_size
         codes = np.empty(size, dtype=codec.payload_dtype(plan))
-        quantize(task, chunk, codes)
+        quantize(task, chunk, plan, codes)
         name = f"{task.name}.codes.{chunk.index}"
         received.append((chunk, task.collectives.alltoall(codes, name)))
     means = []
@@ -225,20 +283,15 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
 def exchange(task: Task, deliver: Deliver) -> Reduction:
     """Codes of either kind, in messages between ranks (`mpi_ops.exchange`)."""
     assert task.exchanges is not None
-    own = own_norms(task)
     # Every rank's proposal comes back with the norms. A rank that has called hvd.join() takes part
     # in Horovod's operations with zeros, and in no exchange.
-    proposals = np.zeros(task.plan.world_size, dtype=np.int32)
+    proposals = [0] * task.plan.world_size
     proposals[task.rank] = task.exchanges.propose() + 1
-    both = np.concatenate([own, proposals])
-    both = yield task.collectives.allreduce_max(both, f"{task.name}.norm")
-    norms, proposals = np.split(both, [own.size])
-    if not proposals.all():
-        raise RuntimeError(
-            f"GlobalQSGD: rank {int(np.argmin(proposals))} has called hvd.join(), which "
-            "transport='mpi' cannot do without it; use transport='horovod'."
-        )
-    number = int(proposals[0]) - 1
+    norms, numbers = yield from global_norms(task, *proposals)
+    if not numbers.all():
+        yield from _sum_without_the_joined(task, norms, deliver)
+        return
+    number = int(numbers[0]) - 1
     yield task.exchanges.start(number, task.x, norms, task.plan, task.dither, deliver)
 
 
@@ -263,7 +316,7 @@ class InFlight:
         self.name = task.name
         self.error: Exception | None = None  # what one of its operations or stages raised
         self.task = task
-        self._delivered: list[tuple[Chunk, Any]] = []
+        self._delivered: deque[tuple[Chunk, Any]] = deque()
         self._output: Buffer | None = None
         self._method = method(task)
         self._reduction = self._reduce()
@@ -319,25 +372,29 @@ class InFlight:
         """
         if self._output is None:
             self._output = self.task.new_output()
-        for chunk, payload in self._delivered:
+        while self._delivered:  # another thread may add to it
+            chunk, payload = self._delivered.popleft()
             self._method.decode(self.task, chunk, payload, chunk.of(self._output))
             if self.task.observe is not None:
                 self.task.observe(self.task, chunk, self._output)
-        self._delivered.clear()
         return self._output
 
 
 class Pipeline:
-    """The reductions in flight. Not thread-safe; one for each group of ranks that reduces."""
+    """The reductions in flight, of one group of ranks. Threads may share it.
+
+    No thread holds the lock while it waits for other ranks: they may wait for another thread.
+    """
 
     def __init__(self, function: str = "GlobalQSGD") -> None:
         self._function = function  # what errors name
+        self._lock = threading.RLock()
         self._in_flight: dict[str, InFlight] = {}  # those not asked for yet
         self._unwritten: dict[str, InFlight] = {}  # not begun, in the order of their hooks
         self._waiting: dict[str, InFlight] = {}  # not done, by when they last advanced
         self._advances = 0
-        # The tensor that is waited for, and what changes with every progress; None: nobody waits.
-        self.idle: tuple[str, int] | None = None
+        # By thread that waits: for which tensor, and what changes with every progress.
+        self.idle: dict[int, tuple[str, int]] = {}
 
     def submit(self, task: Task) -> InFlight:
         """Start reducing a tensor and advance others. Waits for nothing.
@@ -345,14 +402,16 @@ class Pipeline:
         (But for one case: a reduction of the same name that was started and never asked for,
         because the step failed in between. It is finished first, as it is on every other rank.)
         """
-        abandoned = self._in_flight.get(task.name)
-        if abandoned is not None:
+        while True:
+            with self._lock:
+                abandoned = self._in_flight.get(task.name)
+                if abandoned is None:
+                    self.poll(_PATIENCE)
+                    started = InFlight(task)
+                    self._in_flight[task.name] = started
+                    self._await(started)
+                    return started
             self._settle(abandoned)  # nobody asked for its error either
-        self.poll(_PATIENCE)
-        started = InFlight(task)
-        self._in_flight[task.name] = started
-        self._await(started)
-        return started
 
     def _await(self, reduction: InFlight) -> None:
         """Keep a reduction where it is found when what it waits for may be complete."""
@@ -368,18 +427,19 @@ class Pipeline:
         are not complete. Of the tensors that an accelerator has still to write, which it does in
         the order of their hooks, until one is not.
         """
-        before, missed = self._advances, 0
-        for reduction in list(self._unwritten.values()):
-            if not self._advance(reduction) and patience is not None:
-                break
-        for reduction in list(self._waiting.values()):
-            if self._advance(reduction):
-                missed = 0
-            else:
-                missed += 1
-                if missed == patience:
+        with self._lock:
+            before, missed = self._advances, 0
+            for reduction in list(self._unwritten.values()):
+                if not self._advance(reduction) and patience is not None:
                     break
-        return self._advances > before
+            for reduction in list(self._waiting.values()):
+                if self._advance(reduction):
+                    missed = 0
+                else:
+                    missed += 1
+                    if missed == patience:
+                        break
+            return self._advances > before
 
     def _advance(self, reduction: InFlight) -> bool:
         """Advance one, and wait for its next operation behind those that began before it."""
@@ -398,10 +458,10 @@ class Pipeline:
 
     def give_up(self) -> None:
         """Forget what is in flight: after a failed operation none of it can be trusted."""
-        self.idle = None
-        self._in_flight.clear()
-        self._unwritten.clear()
-        self._waiting.clear()
+        with self._lock:
+            self._in_flight.clear()
+            self._unwritten.clear()
+            self._waiting.clear()
 
     def finish(self, reduction: InFlight) -> Buffer:
         """The mean of a tensor. Blocks, and advances the others meanwhile.
@@ -422,21 +482,27 @@ class Pipeline:
 
         Now and then everything at once: another rank may wait for one that is far behind here.
         """
-        rounds = 0
-        while not reduction.done:
-            self.idle = (reduction.name, self._advances)
-            if self._in_flight.get(reduction.name) is not reduction:
-                raise RuntimeError(
-                    f"{self._function}: the reduction of {reduction.name!r} was given up, because "
-                    "an operation that was in flight with it failed; see the first error."
-                )
-            rounds += 1
-            everything = rounds % _ROUNDS_TO_EVERYTHING == 0
-            moved = self.poll(None if everything else _PATIENCE)
-            if not (moved or self._advance(reduction)):
-                time.sleep(_POLL_SECONDS)
-            if decode and reduction.delivered:
-                reduction.decode()
-        self.idle = None
-        if self._in_flight.get(reduction.name) is reduction:
-            del self._in_flight[reduction.name]
+        rounds, thread = 0, threading.get_ident()
+        try:
+            while not reduction.done:
+                self.idle[thread] = (reduction.name, self._advances)
+                rounds += 1
+                everything = rounds % _ROUNDS_TO_EVERYTHING == 0
+                with self._lock:
+                    if self._in_flight.get(reduction.name) is not reduction:
+                        raise RuntimeError(
+                            f"{self._function}: the reduction of {reduction.name!r} was given up, "
+                            "because an operation that was in flight with it failed; see the first "
+                            "error."
+                        )
+                    moved = self.poll(None if everything else _PATIENCE)
+                    moved = moved or self._advance(reduction)
+                if not moved:
+                    time.sleep(_POLL_SECONDS)
+                if decode and reduction.delivered:
+                    reduction.decode()
+        finally:
+            self.idle.pop(thread, None)
+        with self._lock:
+            if self._in_flight.get(reduction.name) is reduction:
+                del self._in_flight[reduction.name]

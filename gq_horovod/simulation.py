@@ -144,6 +144,7 @@ class SimulatedRanks:
             InFlight(
                 Task(
                     name=f"gq.{name}",
+                    key=f"gq.{name}",
                     x=own,
                     new_output=lambda: out,
                     plan=self._plan,

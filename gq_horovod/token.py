@@ -15,13 +15,15 @@ from collections.abc import Sequence
 
 from .config import ConfigMismatchError
 
+NUMBERS = 4  # in a token
+
 # Fingerprints are small integers, so that sums over any number of ranks stay exact enough.
 _FINGERPRINT_RANGE = 251
 
 
 def make(name: str, count: int, dtype: str) -> tuple[float, ...]:
     """Token of a tensor: 1, then its fingerprint."""
-    digest = hashlib.blake2b(f"{name}\0{count}\0{dtype}".encode(), digest_size=3).digest()
+    digest = hashlib.blake2b(f"{name}\0{count}\0{dtype}".encode(), digest_size=NUMBERS - 1).digest()
     return (1.0, *(1.0 + byte % _FINGERPRINT_RANGE for byte in digest))
 
 

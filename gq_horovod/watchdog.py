@@ -76,7 +76,7 @@ def start(
 def message(function: str, rank: int, name: str, timeout: float) -> str:
     """What is said before the end."""
     return (
-        f"{function}: rank {rank} on {socket.gethostname()}: the reduction of {name!r} has not "
+        f"{function}: rank {rank} on {socket.gethostname()}: the operation {name!r} has not "
         f"moved for {timeout:g} s, so this rank ends. Another rank is stopped, cut off from the "
         "network, or busy with something else; see its output. Or this rank's GPU has not "
         "finished the gradient. Where ranks may wait longer for "

@@ -39,21 +39,21 @@ def decode(gathered: NDArray[np.uint8], stride: int | None = None) -> list[dict[
     return descriptions
 
 
-def require_same(descriptions: list[dict[str, Any]], function: str = "GlobalQSGD") -> None:
-    """Raise ConfigMismatchError, with the same text on every rank, unless all are equal."""
-    failed = {
-        rank: description["error"]
-        for rank, description in enumerate(descriptions)
-        if "error" in description
-    }
+def require_same(
+    descriptions: Sequence[dict[str, Any] | None], function: str = "GlobalQSGD"
+) -> None:
+    """Raise ConfigMismatchError, with the same text on every rank, unless all are equal.
+
+    None stands for a rank that was not asked.
+    """
+    given = {rank: own for rank, own in enumerate(descriptions) if own is not None}
+    failed = {rank: own["error"] for rank, own in given.items() if "error" in own}
     if failed:
         listed = "; ".join(f"{ranks}: {error}" for error, ranks in by_value(failed).items())
         raise ConfigMismatchError(f"{function}: not every rank could start. {listed}")
     differences = []
-    for key in sorted(set().union(*descriptions)):
-        having = by_value(
-            {rank: repr(description.get(key)) for rank, description in enumerate(descriptions)}
-        )
+    for key in sorted(set().union(*given.values())):
+        having = by_value({rank: repr(own.get(key)) for rank, own in given.items()})
         if len(having) > 1:
             listed = ", ".join(f"{value} on {ranks}" for value, ranks in having.items())
             differences.append(f"{key} is {listed}")

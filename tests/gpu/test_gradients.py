@@ -51,7 +51,7 @@ def test_a_hook_leaves_the_gpu_its_work(levels: Any) -> None:
 
 def test_a_mean_of_its_own_is_not_written_too_early() -> None:
     """Its memory has been another tensor's, with which the GPU is not done."""
-    from gq_horovod import torch as plugin
+    from gq_horovod.torch import tensors
 
     values = torch.ones(ELEMENTS, device="cuda")
     other = torch.full_like(values, 2.0)
@@ -61,7 +61,7 @@ def test_a_mean_of_its_own_is_not_written_too_early() -> None:
     torch.cuda._sleep(LONG)
     torch.mul(other, 2, out=doubled)
     del other  # PyTorch hands its memory out again
-    output = plugin._new_output(values, values.dtype)
+    output = tensors.new_output(values, values.dtype)
     assert output.data_ptr() == pointer
     with torch.cuda.stream(torch.cuda.Stream()):
         output.zero_()

@@ -112,7 +112,7 @@ def test_a_rank_that_stays_stopped(
     job = run(launcher, transport, "freeze", "codes", tmp_path, more)
     seconds = seconds_from_fault(job, time.time())
     assert job.status != 0, job.report()
-    expected = rf"rank 0 on .*: the reduction of '.*weight.*' has not moved for {TIMEOUT_SECONDS} s"
+    expected = rf"rank 0 on .*: the operation '.*weight.*' has not moved for {TIMEOUT_SECONDS} s"
     assert re.search(expected, job.ranks[0]), job.report()
     assert "see its output" in job.ranks[0]
     text = f"{launcher}, {transport}, stopped for ever, timeout={TIMEOUT_SECONDS}"

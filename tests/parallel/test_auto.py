@@ -19,6 +19,7 @@ from test_optimizer import (
 
 from gq_horovod import auto
 from gq_horovod import torch as plugin
+from gq_horovod.torch import frontend
 
 LARGE = "matrix"  # not below MIN_ELEMENTS
 
@@ -39,12 +40,12 @@ class Clock:
         self.now += 0.5 if way.name == self.fastest else others
 
 
-@pytest.mark.parametrize("fastest", ["none", "fp16", "standard", "two-hop"])
+@pytest.mark.parametrize("fastest", ["none", "16 bits", "standard", "two-hop"])
 def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if hvd.size() == 1:
         pytest.skip("Horovod reduces nothing with one rank")
     clock = Clock(fastest)
-    monkeypatch.setattr(plugin, "Trials", partial(plugin.Trials, clock=clock))
+    monkeypatch.setattr(frontend, "Trials", partial(auto.Trials, clock=clock))
     monkeypatch.setattr(auto, "STEPS", (2, 2))
     compression = plugin.GlobalQSGD(levels="auto", min_elements=MIN_ELEMENTS, transport=TRANSPORT)
     parameters = make_parameters()
@@ -64,7 +65,7 @@ def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPat
         check_replicas(*(own.grad for own in parameters.values() if own.grad is not None))
         with optimizer.skip_synchronize():
             optimizer.step()
-    assert seen == {"none", "fp16", "standard", "two-hop"}
+    assert seen == {"none", "16 bits", "standard", "two-hop"}
     assert trials.decision is not None
     assert trials.decision.name == fastest
     assert list(compression.decisions.values()) == [trials.decision]
@@ -73,10 +74,11 @@ def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPat
     result = parameters[LARGE].grad
     assert result is not None
     exact = torch.stack([x.double() for x in inputs]).mean(dim=0)
-    if fastest in ("standard", "two-hop"):
-        assert not torch.equal(result.double(), exact)
-        check_mean(result, inputs, compressor(fastest))
-    else:
-        unit = torch.finfo(torch.float16 if fastest == "fp16" else torch.float32).eps
+    if fastest == "none":
+        unit = torch.finfo(torch.float32).eps
         bound = (hvd.size() + 1) * unit * max(float(x.abs().max()) for x in inputs)
         assert float((result.double() - exact).abs().max()) <= bound
+    else:
+        levels, bits = ("standard", 16) if fastest == "16 bits" else (fastest, None)
+        assert not torch.equal(result.double(), exact)
+        check_mean(result, inputs, compressor(levels, bits))

@@ -19,6 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
 import fake_cupy
 
 from gq_horovod import torch as plugin
+from gq_horovod.torch import frontend, tensors
+from gq_horovod.torch.collectives import Written
 from mpi_ops.kernels.interface import Buffer
 
 
@@ -65,9 +67,9 @@ def test_the_same_bytes_as_in_host_memory(
 
     expected = mean()
     with fake_cupy.installed(tmp_path / "emulation", ["float32"]):
-        monkeypatch.setattr(plugin, "_readable", _on_gpu)
-        monkeypatch.setattr(plugin, "_buffer", _buffer)
-        monkeypatch.setattr(plugin, "_written", lambda values: plugin._Written(_Event(values)))
+        monkeypatch.setattr(tensors, "readable", _on_gpu)
+        monkeypatch.setattr(tensors, "buffer", _buffer)
+        monkeypatch.setattr(frontend, "written", lambda values: Written(_Event(values)))
         launches = fake_cupy.Module.launches
         result = mean()
         kernels = {kernel for kernel, *_ in launches}

@@ -50,11 +50,11 @@ def constant(**seconds: float) -> Seconds:
     return lambda ways: seconds[name_of_largest(ways)]
 
 
-ALL = {"none": 1.0, "fp16": 1.0, "standard": 1.0, "two-hop": 1.0}
+ALL = {"none": 1.0, "16 bits": 1.0, "standard": 1.0, "two-hop": 1.0}
 LAST = 99  # step before which a decision is there, as the documentation says
 
 
-@pytest.mark.parametrize("fastest", ["fp16", "standard", "two-hop"])
+@pytest.mark.parametrize("fastest", ["16 bits", "standard", "two-hop"])
 def test_the_fastest_way_is_taken(fastest: str) -> None:
     rank = Rank(constant(**{**ALL, fastest: 0.5}))
     decision = rank.train(LAST + 1)
@@ -156,9 +156,9 @@ def test_a_step_too_long_for_the_exchange_of_times() -> None:
 
 def test_what_was_decided_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="gq_horovod"):
-        Rank(constant(**{**ALL, "fp16": 0.5})).train(100)
-    assert "with none 1000.0 ms, fp16 500.0 ms, standard from 4096 elements on" in caplog.text
-    assert "decided: fp16" in caplog.text
+        Rank(constant(**{**ALL, "16 bits": 0.5})).train(100)
+    assert "with none 1000.0 ms, 16 bits from 4096 elements on 500.0 ms, standard" in caplog.text
+    assert "decided: 16 bits from" in caplog.text
 
 
 def test_ways_have_the_widths_of_the_world_size() -> None:

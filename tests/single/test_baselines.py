@@ -233,7 +233,7 @@ def test_nearest_codes_are_those_of_numpy(bits: int) -> None:
     (x,) = gradients(1, 1000)
     job = Job(1, config)
     norms = np.array([np.abs(x[i : i + 64]).max() for i in range(0, 1000, 64)])
-    payload = baselines.nearest(job.task(0, x), Chunk(0, 0, 1000, float_bits(norms)))
+    payload = baselines.nearest(job.task(0, x), Chunk(0, 0, 1000, float_bits(norms)), job.plan)
     levels = job.plan.level_count
     expected = np.rint(x.astype(np.float64) * (levels / np.repeat(norms, 64)[:1000].astype(float)))
     np.testing.assert_array_equal(unpack_lanes(payload, bits, 1000), expected)

@@ -108,7 +108,7 @@ def test_mpi_ops_knows_no_framework(path: Path) -> None:
     ],
 )
 def test_the_path_of_a_gradient_knows_no_framework(name: str) -> None:
-    """One module for each framework; everything else serves all of them."""
+    """One package for each framework; everything else serves all of them."""
     assert not top_level_imports(ROOT / "gq_horovod" / f"{name}.py") & FRAMEWORKS
 
 

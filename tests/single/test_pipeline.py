@@ -143,6 +143,7 @@ class Job:
     def task(self, rank: int, x: Array, name: str = "w", step: int = 0) -> Task:
         return Task(
             name=name,
+            key=name,
             x=buffer(x),
             new_output=lambda: buffer(np.empty(x.shape, dtype=x.dtype)),
             plan=self.plan,

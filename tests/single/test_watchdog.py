@@ -78,7 +78,7 @@ def test_the_process_ends_with_an_error_and_a_traceback() -> None:
     done = python(STUCK)
     assert done.returncode == 1
     assert "GlobalQSGD: rank 3 on " in done.stderr
-    assert "the reduction of 'weight' has not moved for 0.2 s" in done.stderr
+    assert "the operation 'weight' has not moved for 0.2 s" in done.stderr
     assert "pass a larger GlobalQSGD(timeout=), or None." in done.stderr
     assert "threading.py" in done.stderr  # where the main thread waits
 

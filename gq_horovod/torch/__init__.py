@@ -1,0 +1,41 @@
+"""Global-QSGD for Horovod's PyTorch API.
+
+    import horovod.torch as hvd
+    from gq_horovod.torch import GlobalQSGD
+
+    opt = hvd.DistributedOptimizer(
+        opt, named_parameters=model.named_parameters(), compression=GlobalQSGD
+    )
+
+One gradient's way, from its backward hook on:
+
+1. `frontend`: the hook calls `GlobalQSGD.compress(gradient)`. Tensors that do not qualify
+   (integers, sparse, fewer than `min_elements`) are left to Horovod.
+2. `caller`: which parameter it is, found on the stack. `group`: how often it was reduced among
+   these ranks, which have compared their options (`gq_horovod.agreement`).
+3. `gq_horovod.pipeline`: the norms of its blocks go out as an asynchronous Max-allreduce under the
+   parameter's name (from a GPU, once it is done with the gradient). Horovod gets a token to reduce
+   in place of the gradient (`gq_horovod.token`). Whenever a later hook calls, the norms that have
+   arrived are used: the codes go out (`collectives`, `numbering`).
+4. `frontend`: `decompress(token)` waits for the codes, and returns the mean, or what else the
+   user's `op` and scaling make of it.
+"""
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "gq_horovod.torch: PyTorch is not installed; `pip install gq-horovod[torch]`, or import "
+        "GlobalQSGD from the module of the framework that you use."
+    ) from error
+try:
+    from horovod.torch import mpi_ops, optimizer  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "gq_horovod.torch: Horovod with PyTorch support is not installed; build it with "
+        "HOROVOD_WITH_PYTORCH=1 (its `horovodrun --check-build` shows what it has)."
+    ) from error
+
+from .frontend import GlobalQSGD, TorchFrontend, allreduce
+
+__all__ = ["GlobalQSGD", "TorchFrontend", "allreduce"]

@@ -1,0 +1,90 @@
+"""What the pipeline waits for, by PyTorch and Horovod: operations in flight, and GPUs at work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..pipeline import Array
+from . import numbering
+
+
+class Written(NamedTuple):
+    """What a GPU had to do when a gradient was handed over; `Handle` of the pipeline."""
+
+    event: torch.cuda.Event
+
+    def ready(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+def written(tensor: torch.Tensor) -> Written | None:
+    """What has to be complete before anybody else's kernels read a tensor of this moment.
+
+    PyTorch gives a GPU its work far ahead. A hook that waited for it would leave the GPU without
+    work afterwards, until the next layer's is there.
+    """
+    if not tensor.is_cuda:
+        return None
+    return Written(torch.cuda.current_stream(tensor.device).record_event())
+
+
+class Operation(NamedTuple):
+    """A Horovod operation in flight; `Handle` of the pipeline."""
+
+    number: int
+
+    def ready(self) -> bool:
+        return bool(hvd.poll(self.number))
+
+    def wait(self) -> Array:
+        output = hvd.synchronize(self.number)
+        if isinstance(output, tuple):  # alltoall also returns the received splits
+            output = output[0]
+        array: Array = output.numpy()
+        return array
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """Horovod's operations on NumPy arrays, among the ranks of one process set."""
+
+    process_set: Any
+
+    def allreduce_max(self, array: NDArray[np.int32], name: str) -> Operation:
+        return self._allreduce(array, name, hvd.Max)
+
+    def allreduce_sum(self, array: Array, name: str) -> Operation:
+        return self._allreduce(array, name, hvd.Sum)
+
+    def _allreduce(self, array: Array, name: str, op: int) -> Operation:
+        tensor = torch.from_numpy(array)
+        with numbering.ours():
+            number = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)
+        return Operation(number)
+
+    def alltoall(self, array: Array, name: str) -> Operation:
+        tensor = torch.from_numpy(array)
+        with numbering.ours():
+            return Operation(hvd.alltoall_async(tensor, name=name, process_set=self.process_set))
+
+    def allgather(self, array: Array, name: str) -> Operation:
+        tensor = torch.from_numpy(array)
+        with numbering.ours():
+            return Operation(hvd.allgather_async(tensor, name=name, process_set=self.process_set))
+
+
+def complete(number: int) -> bool:
+    """Whether a Horovod operation is; the main thread may take it away meanwhile."""
+    try:
+        return bool(hvd.poll(number))
+    except Exception:
+        return True

@@ -1,0 +1,71 @@
+"""Where tensors lie and what memory they need: staging, buffers of kernels, results, bytes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpi_ops.kernels.host import Buffer
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy, where kernels can read it, contiguous."""
+    if tensor.is_cuda and _cupy_is_there():
+        return tensor.contiguous()
+    return tensor.to("cpu").contiguous()
+
+
+@cache
+def _cupy_is_there() -> bool:
+    try:
+        from mpi_ops.kernels import device  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def buffer(tensor: torch.Tensor) -> Buffer:
+    """The memory of a contiguous tensor, for kernels."""
+    memory, stream = "host", None
+    if tensor.is_cuda:
+        from mpi_ops.kernels import device  # imports CuPy
+
+        memory, stream = "device", device.own_stream(tensor.get_device())
+    return Buffer(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel(), tensor, memory, stream)
+
+
+def new_output(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a mean, which kernels may write to at once."""
+    output = torch.empty_like(like, dtype=dtype)
+    if output.is_cuda:
+        # What had this memory before may not be done with it on PyTorch's stream.
+        torch.cuda.current_stream(output.device).synchronize()
+    return output
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Strides for a result of this tensor's layout; None where they are those of a contiguous one.
+
+    Those of a dense tensor, also where this one is not.
+    """
+    if tensor.is_contiguous():
+        return None
+    like = torch.empty_like(tensor, device="meta")
+    return None if like.is_contiguous() else like.stride()
+
+
+def bytes_of(parameter: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor of any dtype and strides, on any device."""
+    flat = parameter.detach().to("cpu").contiguous().reshape(-1)
+    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array
