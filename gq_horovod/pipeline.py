@@ -463,6 +463,11 @@ class Pipeline:
             self._unwritten.clear()
             self._waiting.clear()
 
+    def drain(self) -> None:
+        """Block until nothing is under way, whether or not somebody asks for it later."""
+        for reduction in list(self._in_flight.values()):
+            self._advance_until_done(reduction)
+
     def finish(self, reduction: InFlight) -> Buffer:
         """The mean of a tensor. Blocks, and advances the others meanwhile.
 
@@ -478,7 +483,14 @@ class Pipeline:
             raise
 
     def _settle(self, reduction: InFlight, decode: bool = False) -> None:
-        """Advance everything until a reduction is done, decode it meanwhile, and forget it.
+        """Advance everything until a reduction is done, decode it meanwhile, and forget it."""
+        self._advance_until_done(reduction, decode)
+        with self._lock:
+            if self._in_flight.get(reduction.name) is reduction:
+                del self._in_flight[reduction.name]
+
+    def _advance_until_done(self, reduction: InFlight, decode: bool = False) -> None:
+        """Advance everything until a reduction is done.
 
         Now and then everything at once: another rank may wait for one that is far behind here.
         """
@@ -503,6 +515,3 @@ class Pipeline:
                     reduction.decode()
         finally:
             self.idle.pop(thread, None)
-        with self._lock:
-            if self._in_flight.get(reduction.name) is reduction:
-                del self._in_flight[reduction.name]
