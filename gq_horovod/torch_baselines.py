@@ -252,16 +252,20 @@ def power_sgd(config: PowerSGDConfig) -> Method:
 def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Reduction:
     """One step of power iteration on the mean of all ranks' matrices (algorithm 1 of the paper)."""
     matrix = _matrix(task.x)
+    shape = list(matrix.shape)
+    if task.memory.get("shape") != shape:  # what was kept is that of another tensor
+        task.memory.clear()
+        task.memory["shape"] = shape
     if "error" in task.memory:
         matrix = matrix + task.memory["error"]  # a new one: until it is decoded, x must not change
     right = task.memory.get("right")
     if right is None:
         right = _random(task, (matrix.shape[1], config.rank))
 
-    left = matrix @ right
+    left = _product(matrix, right)
     left = torch.from_numpy((yield task.collectives.allreduce_sum(left.numpy(), f"{task.name}.p")))
     left = _orthonormal(left)
-    own = matrix.T @ left
+    own = _product(matrix.T, left)
     right = own.clone()  # the reduction overwrites it
     right = torch.from_numpy(
         (yield task.collectives.allreduce_sum(right.numpy(), f"{task.name}.q"))
@@ -271,7 +275,7 @@ def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Red
     # A gradient that is not finite is lost on every rank alike, and must not stay in the memory.
     if bool(right.isfinite().all()):
         if config.error_feedback:
-            task.memory["error"] = torch.addmm(matrix, left, own.T, alpha=-1)
+            task.memory["error"] = matrix - _product(left, own.T)
         if config.warm_start:
             task.memory["right"] = right
     deliver(_whole(task), (left, right))
@@ -284,7 +288,7 @@ def _multiply_factors(
     left, right = factors
     mean = _matrix(out)
     if bool(right.isfinite().all()):
-        torch.mm(left, right.T, out=mean)
+        mean.copy_(_product(left, right.T))
     else:
         mean.fill_(torch.nan)
 
@@ -294,6 +298,12 @@ def _matrix(buffer: Buffer) -> torch.Tensor:
     tensor = buffer.owner
     assert isinstance(tensor, torch.Tensor)
     return tensor.view(tensor.shape[0], -1)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of two matrices in their own precision, also in a region of torch.autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return left @ right
 
 
 def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from helpers import TRANSPORT, all_bytes, check_mean, check_replicas, compressor, gradient
+from helpers import all_bytes, check_mean, check_replicas, compressor, gradient
 
 from gq_horovod.config import Plan
 from gq_horovod.torch import GlobalQSGD
@@ -423,45 +423,6 @@ def test_loss_scaling_skips_a_step_on_all_ranks_together(levels: str, value: flo
     finite = [bool(p.grad.isfinite().all()) for p in parameters.values()]
     assert finite == [name != "vector" for name in parameters]
     apply(optimizer)
-
-
-@pytest.mark.usefixtures("several_ranks")
-def test_ranks_that_have_joined_bring_zeros() -> None:
-    """hvd.join(), for ranks with less data than others: Average still divides by all ranks.
-
-    Not with exponential levels: Horovod has no Alltoall for ranks that have joined.
-    """
-    compression = compressor("standard", min_elements=MIN_ELEMENTS, transport="horovod")
-    parameters = make_parameters()
-    optimizer = make_optimizer(parameters, compression)
-    last = hvd.size() - 1
-    steps = 1 if hvd.rank() == last else 3
-    for step in range(steps):
-        backward(parameters, step)
-        optimizer.synchronize()
-        for name, parameter in parameters.items():
-            inputs = [
-                local_gradient(parameters, name, rank, step)
-                * (0.0 if rank == last and step > 0 else 1.0)
-                for rank in range(hvd.size())
-            ]
-            check_gradient(parameter.grad, inputs, compression)
-        apply(optimizer)
-    hvd.join()
-
-
-@pytest.mark.usefixtures("several_ranks")
-@pytest.mark.skipif(TRANSPORT != "mpi", reason="needs transport='mpi'")
-def test_a_rank_that_has_joined_is_an_error_over_mpi() -> None:
-    """It would be missed for ever: it takes part in Horovod's operations only."""
-    parameters = make_parameters()
-    optimizer = make_optimizer(parameters, compressor(min_elements=MIN_ELEMENTS))
-    last = hvd.size() - 1
-    if hvd.rank() != last:
-        backward(parameters, 0)
-        with pytest.raises(RuntimeError, match=rf"rank {last} has called hvd.join\(\)"):
-            optimizer.synchronize()
-    hvd.join()
 
 
 # --------------------------------------------------------------------------- without the quantizer
