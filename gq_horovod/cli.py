@@ -308,6 +308,7 @@ def run_calibration(options: argparse.Namespace) -> None:
             "expected mpi4py, which is not installed or finds no MPI library; "
             "`pip install gq-horovod[mpi]`."
         ) from error
+    doctor.start_mpi()
     cluster, with_horovod = calibrate.measure(MPI.COMM_WORLD)
     if MPI.COMM_WORLD.rank:
         return
