@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -563,8 +565,13 @@ def rich() -> tuple[Any, Callable[[str, list[str], list[str]], Any]]:
             table.add_column(heading, justify="right", no_wrap=True)
         return table
 
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the program; `main` knows what to do
+
     # A file or a pipe has no width of its own, and 80 columns are too few.
-    return Console(width=None if sys.stdout.isatty() else 130), table_of
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Output(width=None if terminal else 130), table_of
 
 
 def new_plot(panels: int = 1) -> tuple[Any, Any]:
@@ -662,10 +669,41 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, 1 if the doctor finds something, 2 after an error of one line."""
-    options = parser().parse_args(arguments)
+    """Run the command.
+
+    Returns 0, 1 if the doctor finds something, 2 after an error of one line, and 141 (128 and the
+    number of SIGPIPE, as a shell has it) where the reader of the output has gone, as `head` does.
+    """
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return options.run(options) or 0
-    except (ValueError, OSError) as error:  # OSError: a file that cannot be written
+        options = parser().parse_args(arguments)
+    except SystemExit:  # after --help, --version or an error
+        _flush()
+        raise
+    status = 0
+    error: Exception | None = None
+    try:
+        status = options.run(options) or 0
+    except (ValueError, OSError) as raised:  # OSError: a file that cannot be written
+        error = raised
+    error = _flush() or error
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    if error is not None:
         print(f"gq-horovod {options.command}: error: {error}", file=sys.stderr)
         return 2
+    return status
+
+
+def _flush() -> Exception | None:
+    """Write what is still to be written, or say why it cannot be. At exit Python does it as well,
+    so what cannot be written is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return error
+    return None

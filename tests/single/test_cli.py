@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_report import events, write
 
 from gq_horovod import calibrate, cli
 from gq_horovod.calibrate import CalibrationError
@@ -355,6 +359,63 @@ def test_simulate_refuses_unknown_workloads(capsys: pytest.CaptureFixture[str]) 
 
 
 # ---------------------------------------------------------------------------------------- processes
+
+PRINTING = [
+    *([*ADVISE, *NETWORK], [*ADVISE, *NETWORK, "--json"]),
+    *(["simulate"], ["simulate", "--json"], ["env"], ["env", "--json"]),
+    *(["doctor"], ["doctor", "--json"], ["report", "RESULTS"], ["report", "RESULTS", "--json"]),
+    *(["--help"], ["--version"], ["advise", "--help"]),
+]
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+UNBUFFERED = {**BUFFERED, "PYTHONUNBUFFERED": "1"}
+
+
+def write_to(output: int, command: list[str], variables: dict[str, str], results: Path) -> Any:
+    write(results / "run.jsonl", events())
+    arguments = [str(results) if word == "RESULTS" else word for word in command]
+    return subprocess.run(
+        [sys.executable, "-m", "gq_horovod", *arguments],
+        cwd=ROOT,
+        env=variables,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=" ".join)
+def test_a_reader_that_has_gone_is_no_error(command: list[str], tmp_path: Path) -> None:
+    """As in `gq-horovod advise ... | head -1`: nothing is said, and the status is SIGPIPE's."""
+    slow = command[0] in ("doctor", "env")  # they import every framework
+    for variables in (BUFFERED,) if slow else (BUFFERED, UNBUFFERED):
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = write_to(writer, command, variables, tmp_path)
+        finally:
+            os.close(writer)
+        assert done.stderr == ""
+        # argparse keeps what happens to its own texts to itself.
+        own = {"--help", "--version"} & set(command)
+        assert done.returncode == 141 or (own and done.returncode == 0)
+
+
+@pytest.mark.parametrize("command", PRINTING[:2], ids=" ".join)
+def test_output_that_cannot_be_written_is_an_error_of_one_line(
+    command: list[str], tmp_path: Path
+) -> None:
+    for variables in (BUFFERED, UNBUFFERED):
+        with open("/dev/full", "w") as full:
+            done = write_to(full.fileno(), command, variables, tmp_path)
+        assert done.returncode == 2
+        assert re.fullmatch("gq-horovod.*: error: .*No space left on device\n", done.stderr)
+
+
+def test_without_an_output_there_is_no_error() -> None:
+    command = shlex.join([sys.executable, "-m", "gq_horovod", *ADVISE, *NETWORK])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_module_runs_without_heavy_imports() -> None:
