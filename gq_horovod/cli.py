@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from . import __version__, calibrate, doctor, model, report
-from .model import METHODS, NONE, Cluster, Method
+from .model import METHODS, MOST_RANKS, NONE, Cluster, Method
 
 # Less is within the model's error: a setting is recommended from this speed-up over none, and the
 # simplest one (the first of METHODS) that the fastest one does not beat by so much.
@@ -35,7 +38,11 @@ WORTHWHILE = 1.05
 _DURATIONS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _BIT_RATES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
-_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"  # as Python writes them
+# Beyond these no cluster is meant, and the model would end in infinities, or not at all.
+_MOST_PARAMETERS = 2 * 10**11
+_MOST_BITS_PER_SECOND = 1e15
+_MOST_SECONDS = 1e9
 
 
 def bandwidth(text: str) -> float:
@@ -44,34 +51,46 @@ def bandwidth(text: str) -> float:
         _NUMBER + r"\s*([kmgt]?)(?:bit|bits|bps|b/s)(?:/s|ps)?", text.strip(), re.I
     )
     # A capital B is a byte to most who write it; guessing would be wrong by a factor of 8.
-    if match is None or re.search("B(?!it)", text) or not float(match[1]):
+    rate = 0.0
+    if match is not None and not re.search("B(?!it)", text):
+        rate = float(match[1]) * _BIT_RATES[match[2].lower()]
+    if not 1 <= rate <= _MOST_BITS_PER_SECOND:
         raise argparse.ArgumentTypeError(
-            "expected a positive rate in bits such as 1Gbit, 200Mbit or 25Gbps, "
-            f"got {text!r}; a rate in bytes times 8 is one in bits"
+            "expected a positive rate in bits such as 1Gbit, 200Mbit or 25Gbps, from 1bit to "
+            f"1000Tbit, got {text!r}; a rate in bytes times 8 is one in bits"
         )
-    return float(match[1]) * _BIT_RATES[match[2].lower()]
+    return rate
 
 
 def duration(text: str) -> float:
     """Seconds of "120ms", "1.5s" or "50us". Raises argparse.ArgumentTypeError."""
     match = re.fullmatch(_NUMBER + r"\s*(us|µs|ms|s|min)", text.strip())
-    if match is None:
+    seconds = math.inf if match is None else float(match[1]) * _DURATIONS[match[2]]
+    if seconds > _MOST_SECONDS:
         raise argparse.ArgumentTypeError(
-            f"expected a duration with its unit such as 120ms, 1.5s or 50us, got {text!r}; "
-            "append us, ms, s or min"
+            "expected a duration with its unit such as 120ms, 1.5s or 50us, from 0s to "
+            f"{_MOST_SECONDS:.0e}s, got {text!r}; append us, ms, s or min"
         )
-    return float(match[1]) * _DURATIONS[match[2]]
+    return seconds
 
 
-def count(text: str) -> int:
-    """An integer such as "607959381", "607_959_381" or "608M". Raises ArgumentTypeError."""
+def count(text: str, most: int = _MOST_PARAMETERS) -> int:
+    """An integer such as "64", "607_959_381", "608M" or "6e8". Raises ArgumentTypeError."""
     match = re.fullmatch(_NUMBER + r"\s*([kmgb]?)", text.strip().replace("_", ""), re.I)
-    value = 0.0 if match is None else float(match[1]) * _COUNTS[match[2].lower()]
-    if value < 1 or value != int(value):
+    value = Decimal(0)  # exact, as float is not beyond 2**53
+    if match is not None:
+        value = Decimal(match[1]) * _COUNTS[match[2].lower()]
+    if not 1 <= value <= most or value != int(value):
         raise argparse.ArgumentTypeError(
-            f"expected a positive whole number such as 607959381 or 608M, got {text!r}"
+            "expected a positive whole number such as 64, 608M or 6e8, of at most "
+            f"{most:,}, got {text!r}"
         )
     return int(value)
+
+
+def rank_count(text: str) -> int:
+    """A number of ranks, see `count`."""
+    return count(text, MOST_RANKS)
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -81,10 +100,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def share(text: str) -> float:
     """A number from 0 to 1. Raises argparse.ArgumentTypeError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float(text) if re.fullmatch(_NUMBER, text.strip()) else math.nan
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(
             f"expected a share of the compute time from 0 to 1 such as 0.5, got {text!r}"
@@ -308,6 +324,7 @@ def run_calibration(options: argparse.Namespace) -> None:
             "expected mpi4py, which is not installed or finds no MPI library; "
             "`pip install gq-horovod[mpi]`."
         ) from error
+    doctor.start_mpi()
     cluster, with_horovod = calibrate.measure(MPI.COMM_WORLD)
     if MPI.COMM_WORLD.rank:
         return
@@ -548,8 +565,13 @@ def rich() -> tuple[Any, Callable[[str, list[str], list[str]], Any]]:
             table.add_column(heading, justify="right", no_wrap=True)
         return table
 
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the program; `main` knows what to do
+
     # A file or a pipe has no width of its own, and 80 columns are too few.
-    return Console(width=None if sys.stdout.isatty() else 130), table_of
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Output(width=None if terminal else 130), table_of
 
 
 def new_plot(panels: int = 1) -> tuple[Any, Any]:
@@ -580,11 +602,11 @@ def parser() -> argparse.ArgumentParser:
         "--params",
         type=listed(count),
         required=True,
-        help="parameters of the model, such as 607959381 or 608M; or those of each tensor in the "
-        "order of model.parameters(), with commas",
+        help="parameters of the model, such as 607959381, 608M or 6e8; or those of each tensor in "
+        "the order of model.parameters(), with commas",
     )
-    sub.add_argument("--workers", type=count, help="ranks in all (default: the calibration's)")
-    sub.add_argument("--ranks-per-host", type=count, help="(default: the calibration's, or 1)")
+    sub.add_argument("--workers", type=rank_count, help="ranks in all (default: the calibration's)")
+    sub.add_argument("--ranks-per-host", type=rank_count, help="(default: the calibration's, or 1)")
     sub.add_argument("--bandwidth", type=bandwidth, help="of a host's link: 1Gbit, 200Mbit")
     sub.add_argument("--latency", type=duration, help="of a message: 50us")
     sub.add_argument(
@@ -601,7 +623,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("simulate", help="the paper's workloads on 64 to 4096 ranks")
     sub.set_defaults(run=simulate)
-    sub.add_argument("--workers", type=listed(count), default=[64, 256, 1024, 4096])
+    sub.add_argument("--workers", type=listed(rank_count), default=[64, 256, 1024, 4096])
     sub.add_argument(
         "--bandwidth",
         type=listed(bandwidth),
@@ -647,10 +669,41 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, 1 if the doctor finds something, 2 after an error of one line."""
-    options = parser().parse_args(arguments)
+    """Run the command.
+
+    Returns 0, 1 if the doctor finds something, 2 after an error of one line, and 141 (128 and the
+    number of SIGPIPE, as a shell has it) where the reader of the output has gone, as `head` does.
+    """
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return options.run(options) or 0
-    except (ValueError, OSError) as error:  # OSError: a file that cannot be written
+        options = parser().parse_args(arguments)
+    except SystemExit:  # after --help, --version or an error
+        _flush()
+        raise
+    status = 0
+    error: Exception | None = None
+    try:
+        status = options.run(options) or 0
+    except (ValueError, OSError) as raised:  # OSError: a file that cannot be written
+        error = raised
+    error = _flush() or error
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    if error is not None:
         print(f"gq-horovod {options.command}: error: {error}", file=sys.stderr)
         return 2
+    return status
+
+
+def _flush() -> Exception | None:
+    """Write what is still to be written, or say why it cannot be. At exit Python does it as well,
+    so what cannot be written is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return error
+    return None

@@ -6,6 +6,7 @@ Frameworks, MPI and Horovod are imported when they are looked at.
 
 from __future__ import annotations
 
+import atexit
 import glob
 import importlib
 import os
@@ -144,6 +145,7 @@ def _mpi() -> dict[str, Any]:
     _temporary_folder()
     from mpi4py import MPI
 
+    start_mpi()
     names = {
         MPI.THREAD_SINGLE: "single",
         MPI.THREAD_FUNNELED: "funneled",
@@ -371,7 +373,27 @@ def world() -> MPI.Intracomm | None:
         return None
     from mpi4py import MPI
 
+    start_mpi()
     return MPI.COMM_WORLD
+
+
+def start_mpi() -> None:
+    """Start MPI where MPI4PY_RC_INITIALIZE=0 has kept the import of mpi4py.MPI from it.
+
+    For our own commands: a library leaves that to the program. Then MPI is ended at exit, too.
+    """
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
+        atexit.register(_end_mpi)
+
+
+def _end_mpi() -> None:
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def document(found: Facts, findings: Sequence[Finding]) -> dict[str, Any]:

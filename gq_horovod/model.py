@@ -11,6 +11,7 @@ Everything here is arithmetic; importing this module starts no MPI and imports n
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -19,6 +20,7 @@ import numpy as np
 
 from mpi_ops import codec, lanes
 from mpi_ops.chunks import chunks
+from mpi_ops.dither import MAXIMUM_RANK
 from mpi_ops.scheme import Plan
 
 from .config import Config
@@ -81,6 +83,8 @@ def paper_pays(beta: float, gamma: float, omega: float) -> bool:
 # A share of the bandwidth, above 0 and at most 1: of payloads of all sizes, or (bytes, share) of
 # some sizes, in growing order.
 Efficiency = float | tuple[tuple[float, float], ...]
+
+MOST_RANKS = MAXIMUM_RANK + 1  # each of them has a dither
 
 # How codes travel: Allreduce; Alltoall and Allgather; messages of transport="mpi".
 WAYS = ("allreduce", "gather", "message")
@@ -149,6 +153,8 @@ class Cluster:
                 raise ValueError(
                     f"Cluster: {name} must be an integer of at least {least}, got {value!r}."
                 )
+        if self.ranks > MOST_RANKS:
+            raise ValueError(f"Cluster: ranks must be at most {MOST_RANKS}, got {self.ranks}.")
         if self.ranks_per_host > self.ranks:
             raise ValueError(
                 f"Cluster: ranks_per_host must be at most ranks ({self.ranks}), got "
@@ -255,7 +261,10 @@ def _is_share(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number. An integer may be too large to be converted to one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _require_positive(owner: str, name: str, value: object, unit: str) -> None:

@@ -4,13 +4,15 @@ Horovod still exchanges the norms, which also settles what MPI needs to know: ra
 tensors in different orders, so every rank proposes a number for a tensor with its norms, and all
 take that of the group's first rank to tell the messages apart.
 
-Importing this module imports mpi4py, which starts MPI where Horovod has not.
+Importing this module imports mpi4py, which starts MPI where Horovod has not, unless the program
+has set mpi4py.rc.initialize = False.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpi_ops import lifetime
 from mpi_ops.chunks import Chunk
 from mpi_ops.codec import Payload
 from mpi_ops.dither import Dithers
@@ -87,7 +90,14 @@ class _Library:
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held by whoever polls
         self.ended = False
-        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=self._end), None)
+        self._watched = False
+
+    def watch(self) -> None:
+        """Notice when MPI ends. MPI must have been started, which an import does not ensure."""
+        with self.lock:
+            if not self._watched:
+                MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=self._end), None)
+                self._watched = True
 
     def _end(self, *arguments: object) -> None:
         with self.lock:
@@ -128,15 +138,15 @@ class Messages:
 
     def __init__(self, ranks: list[int]) -> None:
         """Collective over `ranks` of the world, which are given in the same order on each."""
+        _mpi.watch()
         self._comm = _communicator(tuple(ranks))
         limit = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # what the standard guarantees
         self._numbers = (min(limit, 2**30) + 1) // TAGS
-        self._next = 0
+        self._counter = _counter(tuple(ranks))
 
     def propose(self) -> int:
         """A number that this rank uses for no other exchange in flight."""
-        self._next = (self._next + 1) % self._numbers
-        return self._next
+        return next(self._counter) % self._numbers
 
     def start(
         self,
@@ -169,11 +179,20 @@ def _communicator(ranks: tuple[int, ...]) -> MPI.Intracomm:
     return world.Create_group(world.Get_group().Incl(ranks))
 
 
+@cache
+def _counter(ranks: tuple[int, ...]) -> itertools.count[int]:
+    """Numbers for the exchanges on a communicator, which several optimizers may share."""
+    return itertools.count(1)
+
+
 _mpi = _Library()
 
 
 def problem(rank: int, size: int) -> str | None:
     """Why MPI cannot be used beside a Horovod job in which this is `rank` of `size`, or None."""
+    outside = lifetime.problem()
+    if outside is not None:
+        return outside
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (rank, size):
         return (

@@ -4,7 +4,8 @@
 
 Importing this package imports NumPy and nothing else: no MPI is started, no Horovod, torch or
 TensorFlow is touched. The names above are looked up when they are asked for; that imports mpi4py,
-which starts MPI.
+which starts MPI unless the program has set mpi4py.rc.initialize = False. Then it starts MPI itself
+before it calls one of them.
 """
 
 from __future__ import annotations

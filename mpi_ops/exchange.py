@@ -6,7 +6,7 @@ result to every other rank. A rank sends 2(n-1)/n times the compressed size, the
 Allreduce can do, and one rank decides each share, so all ranks get the same bytes.
 
 Tensors are cut into chunks, several of which are in flight: while some travel, others are
-quantized, reduced or decoded. Importing this module imports mpi4py, which starts MPI.
+quantized, reduced or decoded. Importing this module imports mpi4py, and calls nothing of MPI.
 """
 
 from __future__ import annotations

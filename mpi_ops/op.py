@@ -11,21 +11,22 @@ enough for n ranks in any order of additions, see `chain_headroom`).
 The result of one application is a pure function of the two blocks, symmetric in them, so every rank
 gets the same bytes under every algorithm of the MPI library, even where several ranks compute the
 same pair. Buffers may lie on a GPU if the MPI library passes such pointers to operations, and if
-CuPy is installed. Importing this module imports mpi4py, which starts MPI.
+CuPy is installed. Importing this module imports mpi4py, which starts MPI unless the program has set
+mpi4py.rc.initialize = False; MPI is called when an operation is made, and not before.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import operator
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from mpi4py import MPI
 
-from . import lanes
+from . import lanes, lifetime
 from .dither import Stage, dither
 from .kernels import host
 
@@ -48,15 +49,36 @@ def exponential_sum(bits: int = 8, seed: int = 0) -> MPI.Op:
     """The operation, commutative, for buffers of codes of `bits` bits (8, or 4 packed).
 
     Works with Reduce, Allreduce, Reduce_scatter, Scan, their nonblocking forms and one-byte
-    datatypes. `seed` must be the same on every rank. MPI has few slots for operations: this one is
-    made once for each (bits, seed) and freed at exit; do not free it.
+    datatypes. `seed`, an integer, must be the same on every rank. MPI has few slots for operations:
+    this one is made once for each (bits, seed) and freed at exit; do not free it.
+
+    Raises ValueError or TypeError for values that cannot work, and RuntimeError before MPI is
+    initialized and after it was finalized.
     """
     if bits not in lanes.EXPONENTIAL_BITS:
-        raise ValueError(f"exponential_sum: bits must be 4 or 8, got {bits!r}.")
-    return _operation(bits, seed)
+        raise ValueError(f"exponential_sum: bits must be 4 or 8, got {bits!r}; leave it out for 8.")
+    lifetime.require("exponential_sum")
+    key = (_integer("bits", bits), _integer("seed", seed))
+    operation = _operations.get(key)
+    if operation is None or operation == MPI.OP_NULL:  # the user has freed it after all
+        operation = _operations[key] = _operation(*key)
+    return operation
 
 
-@cache
+def _integer(argument: str, value: Any) -> int:
+    """The value as an int, NumPy's included: 1.0 would share a key with 1, but not its dither."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"exponential_sum: {argument} must be an integer, got {value!r} of type "
+            f"{type(value).__name__}; pass an int."
+        ) from None
+
+
+_operations: dict[tuple[int, int], MPI.Op] = {}
+
+
 def _operation(bits: int, seed: int) -> MPI.Op:
     random = dither(seed, "mpi_ops.exponential_sum", 0, 0, Stage.REDUCE)
     # Made before the operation is: the callback must not fail, an exception there aborts the job.
@@ -66,9 +88,7 @@ def _operation(bits: int, seed: int) -> MPI.Op:
     def add(source: Any, target: Any, datatype: MPI.Datatype) -> None:  # MPI.buffer
         add_exponential(source.address, target.address, source.nbytes, bits=bits, dither=random)
 
-    operation = MPI.Op.Create(add, commute=True)
-    atexit.register(_free, operation)
-    return operation
+    return MPI.Op.Create(add, commute=True)
 
 
 def _driver_is_there() -> bool:
@@ -96,6 +116,11 @@ def _addition() -> Callable[..., None]:
     return host.add_exponential
 
 
-def _free(operation: MPI.Op) -> None:
-    if not MPI.Is_finalized():
-        operation.Free()
+@atexit.register
+def _free_all() -> None:
+    """The program may have finalized MPI, or freed operations, before it ends."""
+    if lifetime.problem() is None:
+        for operation in _operations.values():
+            if operation != MPI.OP_NULL:
+                operation.Free()
+    _operations.clear()

@@ -5,30 +5,36 @@
 
     mean = allreduce(gradient, MPI.COMM_WORLD)
 
-The codes travel as `mpi_ops.exchange` says. Importing this module imports mpi4py, which starts MPI.
+The codes travel as `mpi_ops.exchange` says. Importing this module imports mpi4py, which starts MPI
+unless the program has set mpi4py.rc.initialize = False; MPI is called by the functions, not before.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import threading
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from . import agreement, codec
+from . import agreement, codec, lifetime
 from .chunks import Chunk
 from .dither import Stage, dither
-from .exchange import TAGS, Exchange, Steps, finish
+from .exchange import TAGS, Exchange, finish
 from .kernels import host
 from .kernels.host import Buffer
 from .kernels.interface import dtype_name
-from .scheme import Plan, Scheme
+from .scheme import ConfigMismatchError, Plan, Scheme
 
 Bytes = NDArray[np.uint8]
+# Yields whenever there is nothing to do but wait; returns the error that every rank gets, if any.
+Reduction = Generator[None, None, Exception | None]
 
 # Exchanges in flight on one communicator have tags of their own. MPI guarantees tags to 32767.
 _TAG_SETS = 32768 // TAGS
@@ -36,7 +42,7 @@ _TAG_SETS = 32768 // TAGS
 _DESCRIPTION_BYTES = 1024
 
 
-@dataclass
+@dataclass(eq=False)
 class _Channel:
     """Private duplicates of a user's communicator, and the operations in flight on them.
 
@@ -50,12 +56,39 @@ class _Channel:
     operations: int = 0  # started so far, the same on every rank
     turn: int = 0  # the operation that may start its next collective
     in_flight: list[Request] = field(default_factory=list)
+    # Threads may wait for different requests. Reentrant, since a signal may come at any time.
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    # What stopped an operation on this rank alone; its traceback keeps the buffers that MPI uses.
+    broken: BaseException | None = None
+    left: bool = False  # by the user, who has freed the communicator
 
     def next_operation(self) -> int:
         self.operations += 1
         return self.operations - 1
 
+    def require_whole(self) -> None:
+        """Raise RuntimeError where an operation stopped halfway: no other would be complete."""
+        if self.broken is not None:
+            raise RuntimeError(
+                "mpi_ops.allreduce: comm must be one on which every reduction was completed, but "
+                f"one was stopped on this rank by {type(self.broken).__name__}: {self.broken}; "
+                "other ranks wait for it, so end the job (comm.Abort(), or start programs with "
+                "`python -m mpi4py`, which does it)."
+            ) from self.broken
+
+    def leave(self) -> None:
+        """Free the duplicates, once nothing is in flight on them."""
+        self.left = True
+        if not self.in_flight:
+            self.free()
+
+    def remove(self, request: Request) -> None:
+        self.in_flight.remove(request)
+        if self.left and not self.in_flight:
+            self.free()
+
     def free(self) -> None:
+        _channels.remove(self)
         self.opening.Free()
         self.comm.Free()
 
@@ -64,20 +97,22 @@ _channels: list[_Channel] = []
 
 
 def _release(comm: MPI.Comm, keyval: int, channel: _Channel) -> None:
-    if channel in _channels:
-        _channels.remove(channel)
-        channel.free()
+    with channel.lock:
+        if channel in _channels:
+            channel.leave()
 
 
+@atexit.register
 def _release_all() -> None:
-    if not MPI.Is_finalized():
+    """The program may have finalized MPI before it ends."""
+    if lifetime.problem() is None:
         for channel in list(_channels):
-            _channels.remove(channel)
             channel.free()
 
 
-_keyval = MPI.Comm.Create_keyval(delete_fn=_release)
-atexit.register(_release_all)
+@cache
+def _keyval() -> int:
+    return MPI.Comm.Create_keyval(delete_fn=_release)
 
 
 def _channel(comm: Any) -> _Channel:
@@ -87,17 +122,20 @@ def _channel(comm: Any) -> _Channel:
             f"mpi_ops.allreduce: comm must be a communicator that is not freed, got {comm!r}; "
             "pass MPI.COMM_WORLD or a part of it."
         )
+    # Those of a session of MPI 4 work without MPI_Init.
+    if MPI.Is_finalized() or comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        lifetime.require("mpi_ops.allreduce")
     if comm.Is_inter():
         raise ValueError(
             "mpi_ops.allreduce: comm must be an intracommunicator, got an intercommunicator; "
             "merge it first (comm.Merge())."
         )
-    channel = comm.Get_attr(_keyval)
+    channel = comm.Get_attr(_keyval())
     if channel is None:
         assert isinstance(comm, MPI.Intracomm)
         channel = _Channel(comm.Dup(), comm.Dup())
         _channels.append(channel)
-        comm.Set_attr(_keyval, channel)
+        comm.Set_attr(_keyval(), channel)
     assert isinstance(channel, _Channel)
     return channel
 
@@ -105,21 +143,30 @@ def _channel(comm: Any) -> _Channel:
 class Request:
     """A reduction in flight. Communication advances inside test() and wait() only."""
 
-    def __init__(self, channel: _Channel, steps: Steps, out: NDArray[Any]) -> None:
+    def __init__(self, channel: _Channel, steps: Reduction, out: NDArray[Any]) -> None:
         self._channel = channel
         self._steps = steps
         self._out = out
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         channel.in_flight.append(self)
 
     def test(self) -> bool:
         """Advance; whether the result is complete. Raises what the reduction raises."""
-        # The others too: another rank may be waiting for a message of theirs.
-        for request in list(self._channel.in_flight):
-            request._advance()
-        if self._error is not None:
-            raise self._error
-        return self not in self._channel.in_flight
+        channel = self._channel
+        with channel.lock:
+            if self in channel.in_flight:
+                if MPI.Is_finalized():
+                    lifetime.require("mpi_ops.iallreduce")
+                # The others too: another rank may be waiting for a message of theirs.
+                for request in list(channel.in_flight):
+                    if channel.broken is None:
+                        request._advance()
+            if self._error is not None:
+                raise self._error
+            if self not in channel.in_flight:
+                return True
+            channel.require_whole()
+            return False
 
     def wait(self) -> NDArray[Any]:
         """The result, after blocking until it is complete."""
@@ -130,11 +177,14 @@ class Request:
     def _advance(self) -> None:
         try:
             next(self._steps)
-        except StopIteration:
-            self._channel.in_flight.remove(self)
+        except StopIteration as end:
+            self._error = end.value
+            self._channel.remove(self)
         except Exception as error:
-            self._error = error
-            self._channel.in_flight.remove(self)
+            self._error = self._channel.broken = error
+        except BaseException as error:  # an interrupt, after which the generator has ended too
+            self._channel.broken = error
+            raise
 
 
 def allreduce(
@@ -164,12 +214,17 @@ def allreduce(
             `array` itself.
 
     Returns `out` or a new array, NumPy's or CuPy's: unbiased, equal on every rank bit for bit; NaN
-    in blocks where any rank has a NaN or Inf. Memory beyond that: the norms, and at most the
-    compressed size. Deterministic in `seed`, the data and the number of earlier calls on `comm`.
+    in blocks where any rank has a NaN or Inf. A sum beyond the range of the dtype is Inf, without a
+    warning of NumPy's. Memory beyond that: the norms, and at most the compressed size.
+    Deterministic in `seed`, the data and the number of earlier calls on `comm`.
 
     Raises ConfigMismatchError on every rank if size, dtype or options differ between ranks, and
     ValueError or TypeError for options that cannot work; the other ranks then get
-    ConfigMismatchError. Blocks.
+    ConfigMismatchError. RuntimeError before MPI is initialized and after it was finalized, and on a
+    communicator on which an error or an interrupt has stopped an earlier call halfway. Blocks.
+
+    Threads that share a communicator need MPI_THREAD_MULTIPLE, and must make their calls in the
+    same order on every rank, as with MPI's own collectives: give each thread a communicator.
     """
     return iallreduce(
         array,
@@ -199,22 +254,27 @@ def iallreduce(
     """Start an `allreduce`; the result is that of the request's wait().
 
     `array` and `out` must be left alone until then. Several may be in flight on one communicator,
-    if every rank starts them in the same order. Errors are raised by test() and wait().
+    if every rank starts them in the same order. Errors are raised by test() and wait(), which any
+    thread may call. `comm` may be freed before.
     """
     channel = _channel(comm)
-    operation = channel.next_operation()  # counted on every rank, whatever happens next
     problem: Exception | None = None
     prepared: _Prepared | None = None
+    local: codec.Norms | None = None
     try:
         scheme = Scheme(levels=levels, bits=bits, block_size=block_size, norm=norm, seed=seed)
         prepared = _prepare(array, out, scheme, channel.comm.size, average)
         description = prepared.describe()
+        local = codec.norms(prepared.x, prepared.plan)
     except Exception as error:  # whatever it is: the other ranks wait for this one
         problem = error  # raised once they have been told
         description = {"error": f"{type(error).__name__}: {error}"}
-    steps = _reduction(channel, operation, description, prepared, problem)
-    request = Request(channel, steps, prepared.out if prepared is not None else np.empty(0))
-    request._advance()  # the opening goes out now
+    with channel.lock:
+        channel.require_whole()
+        operation = channel.next_operation()  # counted on every rank, also where it is refused
+        steps = _reduction(channel, operation, description, prepared, local, problem)
+        request = Request(channel, steps, prepared.out if prepared is not None else np.empty(0))
+        request._advance()  # the opening goes out now
     return request
 
 
@@ -251,6 +311,12 @@ def _prepare(
             f"{type(average).__name__}; pass False for the sum."
         )
     xp, values = _as_array(array)
+    for argument, masked in (("array", values), ("out", out)):
+        if isinstance(masked, np.ma.MaskedArray):
+            raise TypeError(
+                f"mpi_ops.allreduce: {argument} must be an array without a mask, which MPI does "
+                "not carry, got a numpy.ma.MaskedArray; pass its .filled(0) or its .data."
+            )
     if dtype_name(values.dtype) not in host.DTYPES:
         raise TypeError(
             "mpi_ops.allreduce: array must have one of the dtypes "
@@ -258,7 +324,7 @@ def _prepare(
             "or use comm.Allreduce."
         )
     plan = scheme.plan(world_size)
-    x = Buffer.of(xp.ascontiguousarray(values))
+    x = Buffer.of(_readable(xp, values))
     if out is None:
         out = xp.empty(values.shape, dtype=values.dtype)
     elif not isinstance(out, xp.ndarray):
@@ -267,14 +333,15 @@ def _prepare(
             f"{type(out).__module__}.{type(out).__name__}; "
             "leave it out to get a new array."
         )
-    writeable = getattr(out.flags, "writeable", True)  # CuPy's always are
+    # CuPy's arrays always have both flags, and do not say so.
+    names = {"writeable": "read-only", "aligned": "not aligned"}
+    lacks = "".join(f", {name}" for flag, name in names.items() if not getattr(out.flags, flag, 1))
     same = out.shape == values.shape and out.dtype == values.dtype
-    if not (same and out.flags.c_contiguous and writeable):
+    if not (same and out.flags.c_contiguous) or lacks:
         raise ValueError(
-            f"mpi_ops.allreduce: out must be a C-contiguous, writeable array of shape "
+            f"mpi_ops.allreduce: out must be a C-contiguous, aligned, writeable array of shape "
             f"{values.shape} and dtype {values.dtype}, got shape {out.shape}, dtype {out.dtype}, "
-            f"strides {out.strides}{'' if writeable else ', read-only'}; leave it out to get a new "
-            "array."
+            f"strides {out.strides}{lacks}; leave it out to get a new array."
         )
     target = Buffer.of(out)
     # The same memory is fine: a chunk is written after it has been read.
@@ -303,6 +370,24 @@ def _as_array(array: Any) -> tuple[Any, Any]:
     return np, np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
 
 
+def _readable(xp: Any, values: Any) -> Any:
+    """The array where kernels can read it, or a copy."""
+    if xp is np:
+        return np.require(values, requirements=("C_CONTIGUOUS", "ALIGNED"))
+    return xp.ascontiguousarray(values)
+
+
+def _scale(out: Any, factor: int) -> None:
+    """Multiply an array in place. An overflow is Inf, of which nobody needs to be warned."""
+    if not isinstance(out, np.ndarray):
+        out *= factor
+        return
+    # float16 and bfloat16 would round the factor: 257 ranks would be 256.
+    dtype = np.float32 if out.itemsize < 4 else out.dtype
+    with np.errstate(all="ignore"):
+        np.multiply(out, factor, out=out, dtype=dtype, casting="unsafe")
+
+
 # ---------------------------------------------------------------------------------------- the steps
 
 
@@ -311,27 +396,30 @@ def _reduction(
     operation: int,
     description: dict[str, Any],
     prepared: _Prepared | None,
+    local: codec.Norms | None,
     problem: Exception | None,
-) -> Steps:
-    """Agree, exchange norms, then the codes."""
+) -> Reduction:
+    """Agree, exchange norms, then the codes. Whatever it raises is an error of this rank alone."""
     encoded = agreement.encode(description, _DESCRIPTION_BYTES)
     fingerprint = int.from_bytes(encoded.tobytes(), "little") % (2**61 - 1)
     extremes = np.array([fingerprint, -fingerprint])
     largest = np.empty_like(extremes)
     opening = channel.opening.Iallreduce(extremes, largest, op=MPI.MAX)
-    local = None if prepared is None else codec.norms(prepared.x, prepared.plan)
     yield from finish([opening])
     while channel.turn != operation:
         yield
     # Every rank sees the same two extremes, so all take the same branch.
-    if prepared is None or largest[0] != -largest[1]:
+    if problem is not None or largest[0] != -largest[1]:
         request, gathered = _gather(channel.comm, encoded)
         channel.turn += 1
         yield from finish([request])
         if problem is not None:
-            raise problem
-        descriptions = agreement.decode(gathered, _DESCRIPTION_BYTES)
-        agreement.require_same(descriptions, "mpi_ops.allreduce")
+            return problem
+        try:
+            descriptions = agreement.decode(gathered, _DESCRIPTION_BYTES)
+            agreement.require_same(descriptions, "mpi_ops.allreduce")
+        except ConfigMismatchError as error:
+            return error
     assert prepared is not None
     assert local is not None
     norms = np.empty_like(local)
@@ -353,7 +441,8 @@ def _reduction(
 
     yield from Exchange(channel.comm, first_tag, x, norms, plan, random, decode).steps()
     if not prepared.average:
-        prepared.out *= prepared.plan.world_size
+        _scale(prepared.out, prepared.plan.world_size)
+    return None
 
 
 def _gather(comm: MPI.Intracomm, encoded: Bytes) -> tuple[MPI.Request, Bytes]:

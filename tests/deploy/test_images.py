@@ -280,7 +280,9 @@ def launch(tmp_path: Path):
     )
     fake.chmod(0o755)
 
-    def run(hostfile: str | None, *command: str, timeout: int = 10) -> subprocess.CompletedProcess:
+    def run(
+        hostfile: str | None, *command: str, timeout: object = 10
+    ) -> subprocess.CompletedProcess:
         if hostfile is not None:
             (tmp_path / "hostfile").write_text(hostfile)
         return subprocess.run(
@@ -309,6 +311,69 @@ def test_launch_gives_up_on_a_host_that_never_comes(launch) -> None:
     done = launch("now-0\nnever-999 slots=1\n", "echo", "started", timeout=1)
     assert (done.returncode, done.stdout) == (1, "")
     assert "never-999 has no address after 1 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "host"),
+    [
+        ("now-0", "now-0"),
+        ("now-0 slots=1", "now-0"),
+        ("now-0\tslots=2 max_slots=4 # a note", "now-0"),
+        ("now-0:1", "now-0"),  # Horovod, MPICH, and the operator's for other libraries
+        ("now-0:16 binding=user:0", "now-0"),
+        ("now-0.job.ns.svc:1\r", "now-0.job.ns.svc"),
+        ("me@now-0 slots=1", "now-0"),
+        ("me@now-0:1", "now-0"),
+        ("10.0.0.1:8", "10.0.0.1"),
+        ("fe80::a:1", "fe80::a:1"),
+        ("::1 slots=1", "::1"),
+        ("[fe80::a:1]:8", "fe80::a:1"),
+        ("[fe80::a:1] slots=1", "fe80::a:1"),
+        ("^left-999\nnow-0", "now-0"),
+    ],
+)
+def test_launch_reads_every_form_of_a_host(launch, line: str, host: str, tmp_path: Path) -> None:
+    fake = tmp_path / "bin" / "getent"
+    fake.write_text(f'#!/bin/sh\necho "$1 $2" >> {tmp_path}/asked\n')
+    for end in ("", "\n"):
+        done = launch(line + end, "true")
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert (tmp_path / "asked").read_text() == 2 * f"hosts {host}\n"
+
+
+@pytest.mark.parametrize("line", ["now-0,now-1", "*", "now-0:x", ":1", "-i", "now-0;ls", "$HOME"])
+def test_launch_refuses_lines_that_name_no_host(launch, line: str) -> None:
+    done = launch(f"now-0\n{line}\n", "true")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"got the name '{line}'; one host for each line" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "timeout",
+    ["abc", "-5", "1.5", "1e3", "300s", "5 min", " 5", "inf", "9" * 10, "x[$(ls)]", "0x9"],
+)
+def test_launch_refuses_what_is_no_time(launch, timeout: str) -> None:
+    done = launch("now-0\n", "true", timeout=timeout)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"GQ_DNS_TIMEOUT must be whole seconds, 0 to 999999999, got '{timeout}'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("timeout", ["", "0", "00", "08", "999999999"])
+def test_launch_takes_every_whole_number_of_seconds(launch, timeout: str) -> None:
+    assert launch("now-0\n", "true", timeout=timeout).returncode == 0
+
+
+def test_launch_looks_once_where_it_must_not_wait(launch, tmp_path: Path) -> None:
+    assert "late-1 has no address after 0 s" in launch("late-1\n", "true", timeout="0").stderr
+    assert (tmp_path / "tries").read_text().split() == ["late-1"]
+
+
+def test_launch_refuses_a_folder(launch, tmp_path: Path) -> None:
+    (tmp_path / "hostfile").mkdir()
+    done = launch(None, "true")
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
 
 
 def test_launch_hands_on_the_exit_status(launch) -> None:

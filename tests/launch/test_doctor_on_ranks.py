@@ -27,6 +27,14 @@ def test_all_is_well(tmp_path: Path) -> None:
     assert '"findings"' not in job.ranks[1]  # one rank speaks
 
 
+def test_mpi4py_may_be_told_not_to_start_mpi(tmp_path: Path) -> None:
+    """The command does it then, and ends it: Open MPI calls a rank that does not an error."""
+    variables = {"MPI4PY_RC_INITIALIZE": "0"}
+    job = launch("mpirun", 2, ["-c", DOCTOR], LIMIT_SECONDS, tmp_path, variables)
+    assert (job.status, job.timed_out) == (0, False), job.report()
+    assert "Gbit/s between ranks 0 and 1" in job.ranks[0], job.report()
+
+
 def test_another_version_on_one_rank(tmp_path: Path) -> None:
     job = launch("mpirun", 2, ["-c", DIFFERENT + DOCTOR], LIMIT_SECONDS, tmp_path)
     assert (job.status, job.timed_out) == (1, False), job.report()

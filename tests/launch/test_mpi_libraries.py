@@ -77,6 +77,21 @@ def test_mpich(ranks: int, tmp_path: Path, record_property: Record) -> None:
     run("mpich", "MPICH", ranks, tmp_path, record_property)
 
 
+LATER = Path(__file__).with_name("initialized_later.py")
+
+
+@pytest.mark.parametrize("threads", ["SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"])
+@pytest.mark.parametrize("transport", ["mpirun", "mpich"])
+@pytest.mark.usefixtures("mpich")
+def test_the_program_starts_and_ends_mpi_itself(
+    transport: str, threads: str, tmp_path: Path
+) -> None:
+    job = launch(transport, 2, [LATER, threads], LIMIT_SECONDS, tmp_path)
+    assert (job.status, job.timed_out) == (0, False), job.report()
+    for rank, text in job.ranks.items():
+        assert f"rank {rank} is through" in text, job.report()
+
+
 @pytest.mark.skipif(
     "GQ_TEST_LARGE" not in os.environ, reason="takes 10 GB of memory; set GQ_TEST_LARGE=1"
 )

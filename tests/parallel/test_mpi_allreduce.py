@@ -5,15 +5,20 @@ Needs NumPy and an MPI library only; tests/launch/test_mpi_libraries.py runs it 
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
 from mpi_cases import COMM, check_same_bytes, check_unbiased, rank_inputs
 
-from mpi_ops import allreduce, lanes
+from mpi_ops import allreduce, codec, exponential_sum, iallreduce, lanes, reduction
 from mpi_ops.scheme import ConfigMismatchError
 
 
@@ -64,6 +69,243 @@ def test_parts_of_a_communicator_and_no_leak() -> None:
         expected = (part.size + 1) / 2
         assert np.allclose(result, expected, atol=part.size / lanes.levels(16, part.size))
         part.Free()
+
+
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("average", [True, False])
+def test_no_setting_of_numpy_changes_a_result(dtype: Any, levels: Any, average: bool) -> None:
+    """A sum that overflows is Inf, of which nobody is warned; nor of what is tiny, NaN or Inf."""
+    limits = ml_dtypes.finfo(np.float32 if dtype == np.float64 else dtype)
+    for value in (limits.max, -limits.max, limits.smallest_subnormal, np.nan, np.inf, 1.0):
+        x = np.full(70, value, np.float64).astype(dtype)
+        with np.errstate(all="ignore"):
+            expected = x if average else x * np.asarray(COMM.size, np.float32).astype(dtype)
+        if np.isinf(value):
+            expected = np.full_like(x, np.nan)
+        with warnings.catch_warnings(), np.errstate(all="raise"):
+            warnings.simplefilter("error")
+            result = allreduce(x, COMM, levels=levels, average=average)
+        assert np.array_equal(result, expected, equal_nan=True), (value, result[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("ranks", [3, 257, 2049, 133_144])
+def test_the_factor_of_a_sum_is_not_rounded(dtype: Any, ranks: int) -> None:
+    """bfloat16 has no 257 and float16 no 2049: all sums would be too small by the same share."""
+    x = np.linspace(0.001, 0.002, 50).astype(dtype)
+    total = x.copy()
+    reduction._scale(total, ranks)
+    with np.errstate(all="ignore"):
+        exact = (x.astype(np.float64) * ranks).astype(dtype)
+    assert np.array_equal(total, exact)
+    assert total.dtype == dtype
+
+
+# ------------------------------------------------------------------------------------------- arrays
+
+
+def unaligned(x: np.ndarray) -> np.ndarray:
+    """The same values, one byte beside where they should be."""
+    room = np.empty(x.nbytes + 1, np.uint8)
+    moved = room[1:].view(x.dtype).reshape(x.shape)
+    moved[...] = x
+    assert not moved.flags.aligned
+    return moved
+
+
+def mapped(x: np.ndarray, directory: Path, mode: Any) -> np.ndarray:
+    path = directory / f"array.{COMM.rank}"
+    x.tofile(path)
+    return np.memmap(path, dtype=x.dtype, mode=mode, shape=x.shape)
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray, Path], Any]] = {
+    "Fortran order": lambda x, directory: np.asfortranarray(x),
+    "every second": lambda x, directory: np.repeat(x, 2, axis=1)[:, ::2],
+    "backwards": lambda x, directory: x[::-1, ::-1].copy()[::-1, ::-1],
+    "read-only": lambda x, directory: read_only(x.copy()),
+    "unaligned": lambda x, directory: unaligned(x),
+    "matrix": lambda x, directory: x.view(np.matrix),
+    "mapped": lambda x, directory: mapped(x, directory, "r+"),
+    "mapped, read-only": lambda x, directory: mapped(x, directory, "r"),
+    "list": lambda x, directory: x.tolist(),
+    "memoryview": lambda x, directory: memoryview(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("average", [True, False])
+def test_every_layout_gives_the_same_bytes(layout: str, average: bool, tmp_path: Path) -> None:
+    x = np.random.default_rng(COMM.rank).standard_normal((30, 41))
+    expected = allreduce(x, COMM.Dup(), average=average)
+    own = LAYOUTS[layout](x, tmp_path)
+    result = allreduce(own, COMM.Dup(), average=average)
+    assert type(result) is np.ndarray
+    assert np.array_equal(result, expected)
+    assert np.array_equal(own, x), "the input was modified"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (0, 7), (1, 1, 1)])
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_arrays_of_few_elements(shape: tuple[int, ...], average: bool, levels: Any) -> None:
+    x = np.full(shape, 2.0, np.float32)
+    out = np.zeros_like(x)
+    factor = 1 if average else COMM.size
+    for target in (None, out, x):
+        result = allreduce(x, COMM, average=average, levels=levels, out=target)
+        assert target is None or result is target
+        assert (result.shape, result.dtype) == (shape, x.dtype)
+        assert (result == 2 * factor).all()
+
+
+@pytest.mark.parametrize("layout", ["matrix", "mapped"])
+@pytest.mark.parametrize("average", [True, False])
+def test_results_go_into_every_layout_that_can_hold_them(
+    layout: str, average: bool, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(COMM.rank).standard_normal((30, 41))
+    expected = allreduce(x, COMM.Dup(), average=average)
+    out = LAYOUTS[layout](np.zeros_like(x), tmp_path)
+    assert allreduce(x, COMM.Dup(), average=average, out=out) is out
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["Fortran order", "every second", "read-only", "unaligned"])
+def test_results_go_nowhere_else(layout: str, tmp_path: Path) -> None:
+    x = np.ones((30, 41))
+    with pytest.raises(ValueError, match="out must be a C-contiguous, aligned, writeable array"):
+        allreduce(x, COMM, out=LAYOUTS[layout](x, tmp_path))
+
+
+# ----------------------------------------------------------------------------------------- requests
+
+
+def test_threads_may_wait_for_different_requests() -> None:
+    inputs = rank_inputs(150_000, tag=7)
+    expected = allreduce(inputs[COMM.rank], COMM.Dup(), levels="two-hop")
+    comm = COMM.Dup()
+    requests = [iallreduce(inputs[COMM.rank], comm, levels="two-hop") for _ in range(6)]
+    results: dict[int, Any] = {}
+
+    def wait(index: int) -> None:
+        try:
+            results[index] = requests[index].wait()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=wait, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(len(requests)):
+        assert isinstance(results[index], np.ndarray), results[index]
+        check_same_bytes(results[index])
+    assert np.array_equal(results[0], expected)  # of the first operation on a communicator
+
+
+def test_each_thread_may_have_a_communicator() -> None:
+    comms = [COMM.Dup() for _ in range(3)]
+    inputs = rank_inputs(10_000, tag=8)
+    expected = allreduce(inputs[COMM.rank], COMM.Dup())
+    results: list[list[np.ndarray]] = [[] for _ in comms]
+
+    def reduce(index: int) -> None:
+        for _ in range(20):
+            results[index].append(allreduce(inputs[COMM.rank], comms[index]))
+
+    threads = [threading.Thread(target=reduce, args=(index,)) for index in range(len(comms))]
+    for thread in threads[:: -1 if COMM.rank % 2 else 1]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own in results:
+        assert len(own) == 20
+        assert np.array_equal(own[0], expected)
+
+
+def test_a_communicator_freed_with_reductions_in_flight() -> None:
+    x = rank_inputs(150_000, tag=9)[COMM.rank]
+    expected = allreduce(x, COMM.Dup())
+    before = len(reduction._channels)
+    for _ in range(20):  # new communicators take the handles of old ones
+        comm = COMM.Dup()
+        requests = [iallreduce(x, comm), iallreduce(x[:100], comm)]
+        comm.Free()
+        other = COMM.Dup()
+        assert np.array_equal(allreduce(x, other), expected)
+        other.Free()
+        assert requests[1].wait().size == 100
+        assert np.array_equal(requests[0].wait(), expected)
+    assert len(reduction._channels) == before, "duplicates were not freed"
+
+
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("stage", ["quantize", "reduce", "dequantize"])
+def test_what_stops_a_reduction_halfway_stops_those_after_it(
+    kind: type[BaseException], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not look complete, and none may wait for it for ever."""
+    comm, x = COMM.Dup(), np.ones(1000, np.float32)
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise kind("of a test")
+
+    monkeypatch.setattr(codec, stage, stop)
+    requests, errors = [], []
+    for _ in range(3):  # one rank alone is stopped before the request is returned
+        try:
+            requests.append(iallreduce(x, comm))
+        except (kind, RuntimeError) as error:
+            errors.append(error)
+    for request in requests * 2:
+        with pytest.raises((kind, RuntimeError), match="of a test") as raised:
+            request.wait()
+        errors.append(raised.value)
+    monkeypatch.undo()
+    assert kind in map(type, errors)
+    for function in (allreduce, iallreduce):
+        text = rf"stopped on this rank by {kind.__name__}: of a test.*comm\.Abort"
+        with pytest.raises(RuntimeError, match=text):
+            function(x, comm)
+    check_same_bytes(allreduce(x, COMM))  # other communicators work
+
+
+def test_what_fails_before_the_start_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    comm, x = COMM.Dup(), np.ones(1000, np.float32)
+    if COMM.rank == COMM.size - 1:
+
+        def fail(*arguments: Any) -> Any:
+            raise MemoryError("of a test")
+
+        monkeypatch.setattr(codec, "norms", fail)
+    with pytest.raises(different(MemoryError, ConfigMismatchError), match="of a test"):
+        allreduce(x, comm)
+    monkeypatch.undo()
+    check_same_bytes(allreduce(x, comm))
+
+
+def test_an_operation_that_was_freed_is_made_again() -> None:
+    codes, total = np.zeros(64, np.uint8), np.ones(64, np.uint8)
+    for value in (8, np.int64(8)):
+        operation = exponential_sum(value)  # type: ignore[arg-type]
+        assert exponential_sum(8, seed=np.int32(0)) is operation  # type: ignore[arg-type]
+        COMM.Allreduce(codes, total, op=operation)
+        assert not total.any()
+        operation.Free()
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 8.0}, {"seed": 1.0}, {"seed": "1"}, {"seed": None}])
+def test_operations_are_made_of_integers(wrong: dict[str, Any]) -> None:
+    """1.0 equals 1, so it would find the operation of another seed."""
+    exponential_sum(8, seed=1)
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be an integer, got .* pass an"):
+        exponential_sum(**wrong)
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -131,6 +373,8 @@ def read_only(x: np.ndarray) -> np.ndarray:
         ({"out": np.ones(1000, np.float64)}, "out must be a C-contiguous"),
         ({"out": np.ones(2000, np.float32)[::2]}, "out must be a C-contiguous"),
         ({"out": read_only(np.ones(1000, np.float32))}, "read-only"),
+        ({"array": np.ma.masked_less(np.ones(1000, np.float32), 2)}, "array without a mask"),
+        ({"out": np.ma.zeros(1000, np.float32)}, "array without a mask"),
         ({"out": [0.0] * 1000}, "out must be a numpy.ndarray, got a builtins.list"),
         ({"average": "yes"}, "average must be True or False"),
         ({"average": None}, "average must be True or False"),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_report import events, write
 
 from gq_horovod import calibrate, cli
 from gq_horovod.calibrate import CalibrationError
@@ -41,40 +46,136 @@ MEASURED = Cluster(
         ("100kbit", 1e5),
         ("10Gb/s", 1e10),
         ("1 GBit", 1e9),
+        ("1e3Mbit", 1e9),
+        ("2.5E9bit", 2.5e9),
     ],
 )
 def test_bandwidths(text: str, value: float) -> None:
     assert cli.bandwidth(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("text", "value"), [("120ms", 0.12), ("1.5s", 1.5), ("50 us", 5e-5)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("120ms", 0.12), ("1.5s", 1.5), ("50 us", 5e-5), ("5e1us", 5e-5), ("1e-3s", 1e-3), ("0s", 0)],
+)
 def test_durations(text: str, value: float) -> None:
     assert cli.duration(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("608M", 608_000_000), ("1_000", 1000), ("1.5k", 1500)]
+    ("text", "value"),
+    [
+        *(("608M", 608_000_000), ("1_000", 1000), ("1.5k", 1500), ("6e8", 600_000_000)),
+        *(("6.08E+8", 608_000_000), ("15e-1k", 1500), ("199999999999", 199_999_999_999)),
+    ],
 )
 def test_counts(text: str, value: int) -> None:
     assert cli.count(text) == value
 
 
-@pytest.mark.parametrize("text", ["1", "1GB", "1GB/s", "0Gbit", "-1Gbit", "fast", "", "1Gbitten"])
+@pytest.mark.parametrize(
+    "text", ["1", "1GB", "1GB/s", "0Gbit", "-1Gbit", "fast", "", "1Gbitten", "1e9", "eGbit"]
+)
 def test_what_is_no_bandwidth(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"rate in bits such as 1Gbit.*got"):
         cli.bandwidth(text)
 
 
-@pytest.mark.parametrize("text", ["120", "-1s", "1h", "", "ms"])
+@pytest.mark.parametrize("text", ["120", "0.12", "-1s", "1h", "", "ms", "1e3", "1_0s"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"with its unit such as 120ms.*got"):
         cli.duration(text)
 
 
-@pytest.mark.parametrize("text", ["0", "1.5", "-3", "many", ""])
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "0.12", "6e-8", "many", "", "1e", "0x10"])
 def test_what_is_no_count(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"positive whole number.*got"):
         cli.count(text)
+
+
+# What is no number, or one that no cluster has; each with every unit of an option.
+NO_NUMBERS = [
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "+-1",
+    "1e400",
+    "1e99999999999999999999",
+    "9" * 400,
+    "1,,2",
+]
+UNITS = {
+    "--params": ["", "k", "b"],
+    "--workers": ["", "M"],
+    "--ranks-per-host": [""],
+    "--overlap": ["", "%"],
+    "--step-compute": ["", "us", "min"],
+    "--latency": ["", "s"],
+    "--bandwidth": ["", "bit", "Tbit"],
+}
+
+
+@pytest.mark.parametrize("option", UNITS)
+@pytest.mark.parametrize("number", NO_NUMBERS, ids=lambda number: number[:8])
+def test_every_option_refuses_what_is_no_number_of_it(
+    option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one line of argparse that names the option and a value that works; no traceback."""
+    assert set(UNITS) == numeric_options("advise")
+    for unit in UNITS[option]:
+        with pytest.raises(SystemExit) as raised:
+            cli.main([*ADVISE, *NETWORK, f"{option}={number}{unit}"])
+        assert raised.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(rf"gq-horovod advise: error: argument {option}: expected .* such as", error)
+        assert "got" in error
+
+
+def numeric_options(command: str) -> set[str]:
+    """The options of a command that take neither a path nor nothing."""
+    (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    return {a.option_strings[0] for a in actions if a.type not in (None, Path)}
+
+
+def test_options_of_numbers_of_other_commands_are_the_same() -> None:
+    others = {"calibrate", "doctor", "env", "report"}
+    assert not set().union(*map(numeric_options, others))
+    assert numeric_options("simulate") - set(UNITS) == {"--compute"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"--params": "1"},
+        {"--params": "200b"},
+        {"--params": "6e8,1,4096"},
+        {"--workers": "2"},
+        {"--workers": "16777216"},
+        {"--workers": "16777216", "--ranks-per-host": "16777216"},
+        {"--bandwidth": "1bit"},
+        {"--bandwidth": "1000Tbit"},
+        {"--latency": "0s"},
+        {"--latency": "1e9s"},
+        {"--step-compute": "0s"},
+        {"--step-compute": "1e9s"},
+        {"--overlap": "0"},
+        {"--overlap": "1"},
+    ],
+    ids=str,
+)
+def test_the_first_and_last_values_of_every_option_give_finite_times(
+    options: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli.model, "break_even", lambda *arguments: 0.0)  # slow, and no time
+    arguments = [f"{option}={value}" for option, value in options.items()]
+    assert cli.main([*ADVISE, *NETWORK, *arguments, "--json"]) == 0
+    output = capsys.readouterr().out
+    assert not re.search("NaN|Infinity", output)
+    assert all(row["step_seconds"] > 0 for row in json.loads(output)["methods"])
 
 
 # ------------------------------------------------------------------------------------------- advise
@@ -205,6 +306,10 @@ def corrupt(**changes: object) -> str:
         (corrupt(cluster={**asdict(MEASURED), "kernels": {}}), "'kernels' lacks"),
         (corrupt(cluster={**asdict(MEASURED), "gather_efficiency": [1]}), "gather_efficiency must"),
         (corrupt(cluster={**asdict(MEASURED), "ranks": 1.5}), "ranks must be an integer"),
+        (corrupt(cluster={**asdict(MEASURED), "ranks": 10**400}), "ranks must be at most"),
+        (corrupt(cluster={**asdict(MEASURED), "latency": 10**400}), "latency must be a number"),
+        (corrupt(cluster={**asdict(MEASURED), "latency": float("nan")}), "latency must be a num"),
+        (corrupt(cluster={**asdict(MEASURED), "bandwidth": 10**400}), "bandwidth must be"),
     ],
 )
 def test_corrupt_calibrations(
@@ -254,6 +359,63 @@ def test_simulate_refuses_unknown_workloads(capsys: pytest.CaptureFixture[str]) 
 
 
 # ---------------------------------------------------------------------------------------- processes
+
+PRINTING = [
+    *([*ADVISE, *NETWORK], [*ADVISE, *NETWORK, "--json"]),
+    *(["simulate"], ["simulate", "--json"], ["env"], ["env", "--json"]),
+    *(["doctor"], ["doctor", "--json"], ["report", "RESULTS"], ["report", "RESULTS", "--json"]),
+    *(["--help"], ["--version"], ["advise", "--help"]),
+]
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+UNBUFFERED = {**BUFFERED, "PYTHONUNBUFFERED": "1"}
+
+
+def write_to(output: int, command: list[str], variables: dict[str, str], results: Path) -> Any:
+    write(results / "run.jsonl", events())
+    arguments = [str(results) if word == "RESULTS" else word for word in command]
+    return subprocess.run(
+        [sys.executable, "-m", "gq_horovod", *arguments],
+        cwd=ROOT,
+        env=variables,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=" ".join)
+def test_a_reader_that_has_gone_is_no_error(command: list[str], tmp_path: Path) -> None:
+    """As in `gq-horovod advise ... | head -1`: nothing is said, and the status is SIGPIPE's."""
+    slow = command[0] in ("doctor", "env")  # they import every framework
+    for variables in (BUFFERED,) if slow else (BUFFERED, UNBUFFERED):
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = write_to(writer, command, variables, tmp_path)
+        finally:
+            os.close(writer)
+        assert done.stderr == ""
+        # argparse keeps what happens to its own texts to itself.
+        own = {"--help", "--version"} & set(command)
+        assert done.returncode == 141 or (own and done.returncode == 0)
+
+
+@pytest.mark.parametrize("command", PRINTING[:2], ids=" ".join)
+def test_output_that_cannot_be_written_is_an_error_of_one_line(
+    command: list[str], tmp_path: Path
+) -> None:
+    for variables in (BUFFERED, UNBUFFERED):
+        with open("/dev/full", "w") as full:
+            done = write_to(full.fileno(), command, variables, tmp_path)
+        assert done.returncode == 2
+        assert re.fullmatch("gq-horovod.*: error: .*No space left on device\n", done.stderr)
+
+
+def test_without_an_output_there_is_no_error() -> None:
+    command = shlex.join([sys.executable, "-m", "gq_horovod", *ADVISE, *NETWORK])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_module_runs_without_heavy_imports() -> None:

@@ -66,6 +66,34 @@ def test_what_mpi_ops_offers_is_looked_up_when_it_is_asked_for() -> None:
     assert python(code).split() == ["False", "True", "7", "True", "True", "False"]
 
 
+# All but the kernels of GPUs, which need CuPy.
+PARTS = [path for path in (ROOT / "mpi_ops").rglob("*.py") if path.name != "device.py"]
+NOT_STARTING = [
+    *(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(PARTS)),
+    *("gq_horovod.calibrate", "gq_horovod.cli", "gq_horovod.doctor", "gq_horovod.mpi"),
+]
+IMPORTED_FIRST = """
+import importlib, mpi4py
+mpi4py.rc.initialize = False
+for module in {modules}:
+    importlib.import_module(module)
+from mpi4py import MPI
+print(MPI.Is_initialized())
+{then}
+"""
+
+
+def test_no_import_calls_mpi() -> None:
+    """Which aborts a program that starts MPI itself, after its imports (mpi4py.rc.initialize)."""
+    assert {"mpi_ops.reduction", "mpi_ops.op", "mpi_ops.exchange"} < set(NOT_STARTING)
+    assert python(IMPORTED_FIRST.format(modules=NOT_STARTING, then="")).strip() == "False"
+
+
+def test_a_call_of_mpi_before_its_start_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="before"):
+        python(IMPORTED_FIRST.format(modules=[], then="MPI.COMM_WORLD.Get_rank()"))
+
+
 def test_the_check_for_light_imports_sees_heavy_ones() -> None:
     code = "import sys, mpi4py\nmpi4py.rc.initialize = False\nimport mpi4py.MPI\n"
     code += f"print([name for name in {HEAVY} if name in sys.modules])"
