@@ -22,7 +22,7 @@ from mpi_ops.kernels import host
 from . import __version__
 from .config import Config, ConfigMismatchError
 from .log import Log
-from .pipeline import PRESENT, Handle
+from .pipeline import PRESENT, Handle, poll_all
 
 __all__ = ["agree", "decode", "describe", "encode", "require_same", "wait"]
 
@@ -103,5 +103,6 @@ def wait(handle: Handle, function: str = "GlobalQSGD") -> NDArray[Any]:
                 limit=TIMEOUT_SECONDS,
             )
             warn = 2 * waited
+        poll_all()
         time.sleep(_POLL_SECONDS)
     return handle.wait()

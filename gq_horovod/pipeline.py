@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -380,6 +381,28 @@ class InFlight:
         return self._output
 
 
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()  # all of this process
+_making = threading.Lock()
+
+
+def pipelines() -> list[Pipeline]:
+    """Those of this process in which something is in flight."""
+    with _making:
+        return [pipeline for pipeline in _pipelines if pipeline.busy]
+
+
+def poll_all() -> bool:
+    """Advance what is in flight in this process; for whoever waits. Whether there was progress.
+
+    Another rank may wait for something else first, such as for another optimizer's gradients, whose
+    operations it needs from here.
+    """
+    moved = False
+    for pipeline in pipelines():
+        moved = pipeline.poll() or moved
+    return moved
+
+
 class Pipeline:
     """The reductions in flight, of one group of ranks. Threads may share it.
 
@@ -395,6 +418,8 @@ class Pipeline:
         self._advances = 0
         # By thread that waits: for which tensor, and what changes with every progress.
         self.idle: dict[int, tuple[str, int]] = {}
+        with _making:
+            _pipelines.add(self)
 
     def submit(self, task: Task) -> InFlight:
         """Start reducing a tensor and advance others. Waits for nothing.
@@ -492,14 +517,14 @@ class Pipeline:
     def _advance_until_done(self, reduction: InFlight, decode: bool = False) -> None:
         """Advance everything until a reduction is done.
 
-        Now and then everything at once: another rank may wait for one that is far behind here.
+        Now and then everything at once, also of other pipelines: another rank may wait for one that
+        is far behind here.
         """
         rounds, thread = 0, threading.get_ident()
         try:
             while not reduction.done:
                 self.idle[thread] = (reduction.name, self._advances)
                 rounds += 1
-                everything = rounds % _ROUNDS_TO_EVERYTHING == 0
                 with self._lock:
                     if self._in_flight.get(reduction.name) is not reduction:
                         raise RuntimeError(
@@ -507,8 +532,9 @@ class Pipeline:
                             "because an operation that was in flight with it failed; see the first "
                             "error."
                         )
-                    moved = self.poll(None if everything else _PATIENCE)
-                    moved = moved or self._advance(reduction)
+                    moved = self.poll(_PATIENCE) or self._advance(reduction)
+                if rounds % _ROUNDS_TO_EVERYTHING == 0:
+                    moved = poll_all() or moved
                 if not moved:
                     time.sleep(_POLL_SECONDS)
                 if decode and reduction.delivered:

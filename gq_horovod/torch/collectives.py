@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.torch import mpi_ops as hvd_ops
 from numpy.typing import NDArray
 
 from ..pipeline import Array
@@ -41,8 +43,11 @@ class Operation(NamedTuple):
     """A Horovod operation in flight; `Handle` of the pipeline."""
 
     number: int
+    session: object  # identifies an hvd.init(); after another one numbers are given out again
 
     def ready(self) -> bool:
+        if self.session is not hvd_ops._handle_map:
+            raise RuntimeError("GlobalQSGD: Horovod was shut down while a tensor was in flight.")
         return bool(hvd.poll(self.number))
 
     def wait(self) -> Array:
@@ -60,26 +65,25 @@ class Collectives:
     process_set: Any
 
     def allreduce_max(self, array: NDArray[np.int32], name: str) -> Operation:
-        return self._allreduce(array, name, hvd.Max)
+        return self._start(hvd.allreduce_async_, array, name, op=hvd.Max)
 
     def allreduce_sum(self, array: Array, name: str) -> Operation:
-        return self._allreduce(array, name, hvd.Sum)
-
-    def _allreduce(self, array: Array, name: str, op: int) -> Operation:
-        tensor = torch.from_numpy(array)
-        with numbering.ours():
-            number = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)
-        return Operation(number)
+        return self._start(hvd.allreduce_async_, array, name, op=hvd.Sum)
 
     def alltoall(self, array: Array, name: str) -> Operation:
-        tensor = torch.from_numpy(array)
-        with numbering.ours():
-            return Operation(hvd.alltoall_async(tensor, name=name, process_set=self.process_set))
+        return self._start(hvd.alltoall_async, array, name)
 
     def allgather(self, array: Array, name: str) -> Operation:
-        tensor = torch.from_numpy(array)
+        return self._start(hvd.allgather_async, array, name)
+
+    def _start(
+        self, function: Callable[..., int], array: Array, name: str, **options: Any
+    ) -> Operation:
         with numbering.ours():
-            return Operation(hvd.allgather_async(tensor, name=name, process_set=self.process_set))
+            number = function(
+                torch.from_numpy(array), name=name, process_set=self.process_set, **options
+            )
+        return Operation(number, hvd_ops._handle_map)
 
 
 def complete(number: int) -> bool:

@@ -404,8 +404,6 @@ class TorchFrontend(Frontend):
             mpi.serve(group.pipeline)
         if self._groups.get(key) is not group:
             group.census = self.begin_log(process_set, group.plan)
-            if (library := numbering.library()) is not None:
-                library.pipelines.add(group.pipeline)
         self._groups[key] = group
         self._loaded.pop(key, None)
         _ = self._watchdog  # starts with the first group

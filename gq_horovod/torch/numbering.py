@@ -27,7 +27,7 @@ import torch
 from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
-from ..pipeline import Pipeline
+from ..pipeline import pipelines
 
 __all__ = ["Library", "install", "library", "ours", "uninstall"]
 
@@ -47,9 +47,6 @@ class Library:
     def __init__(self, original: Any) -> None:
         self.original = original
         self.joins = 0  # calls of hvd.join()
-        # What this rank has begun must be over before it joins: an operation that others still
-        # start for it may be one that Horovod cannot do without this rank.
-        self.pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
         self._lock = threading.RLock()
         # Handles that were given out to others; None before our first operation, when Horovod's own
         # numbers are right.
@@ -85,7 +82,9 @@ class Library:
 
         def start(*arguments: Any) -> int:
             if kind == "join":
-                for pipeline in list(self.pipelines):
+                # What this rank has begun must be over before it joins: others may still start an
+                # operation for it that Horovod cannot do without this rank.
+                for pipeline in pipelines():
                     pipeline.drain()
             with self._lock:
                 own = getattr(_thread, "ours", False)

@@ -261,6 +261,43 @@ def test_a_tensor_that_changes_its_shape(name: str) -> None:
         allreduce(gradient(hvd.rank(), shape), name, compression=compression)
 
 
+# ------------------------------------------------------------------------------ several instances
+
+
+@LEVELS
+@pytest.mark.parametrize("shared", [True, False])
+def test_optimizers_that_step_in_another_order_on_every_rank(
+    levels: str, shared: bool, name: str
+) -> None:
+    """Plain Horovod has started everything by then, and so has to have this package."""
+    options = {"levels": levels, "min_elements": 0, "transport": TRANSPORT}
+    instances = [GlobalQSGD(**options) for _ in range(2)]
+    parameters = [torch.nn.Parameter(torch.zeros(50_000)) for _ in instances]
+    optimizers = []
+    for place, parameter in enumerate(parameters):
+        sgd = torch.optim.SGD([parameter], lr=1.0)
+        compression = instances[0 if shared else place]
+        optimizers.append(
+            hvd.DistributedOptimizer(sgd, [(f"{name}.{place}", parameter)], compression)
+        )
+    order = [0, 1] if hvd.rank() % 2 else [1, 0]
+    for turn in range(5):
+        own = [gradients(50_000, tag=60 + 2 * turn + place) for place in range(2)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for place in order:
+            (parameters[place] * own[place][hvd.rank()]).sum().backward()
+        for place in order:
+            optimizers[place].synchronize()
+        for place, parameter in enumerate(parameters):
+            assert parameter.grad is not None
+            if turn in (0, 4) and hvd.size() > 1:
+                check_mean(parameter.grad, own[place], instances[0])
+            check_replicas(parameter.grad)
+            with optimizers[place].skip_synchronize():
+                optimizers[place].step()
+
+
 # ----------------------------------------------------------------------------------------- wrappers
 
 
