@@ -25,16 +25,26 @@ class Caller(NamedTuple):
     optimizer: Any = None
 
 
-_HOOK = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
-_GROUPED_HOOK = hvd_optimizer._DistributedOptimizer._grouped_allreduce_grad_async.__code__
-_ADASUM_HOOK = hvd_optimizer._DistributedAdasumOptimizer._allreduce_grad_async.__code__
-_ALLREDUCE = hvd_ops.allreduce.__code__
-_GROUPED_ALLREDUCE = hvd_ops.grouped_allreduce.__code__
-_KNOWN = (_HOOK, _GROUPED_HOOK, _ADASUM_HOOK, _ALLREDUCE, _GROUPED_ALLREDUCE)
+_Place = tuple[str, str, int]
+
+
+def _place_of(code: CodeType) -> _Place:
+    """Where a function stands. torch.compile runs rewritten copies, which stand there too."""
+    return code.co_filename, code.co_name, code.co_firstlineno
+
+
+_HOOK = _place_of(hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__)
+_GROUPED_HOOK = _place_of(
+    hvd_optimizer._DistributedOptimizer._grouped_allreduce_grad_async.__code__
+)
+_ADASUM_HOOK = _place_of(hvd_optimizer._DistributedAdasumOptimizer._allreduce_grad_async.__code__)
+_ALLREDUCE = _place_of(hvd_ops.allreduce.__code__)
+_GROUPED_ALLREDUCE = _place_of(hvd_ops.grouped_allreduce.__code__)
+_KNOWN = {_HOOK, _GROUPED_HOOK, _ADASUM_HOOK, _ALLREDUCE, _GROUPED_ALLREDUCE}
 
 
 def find_caller(tensor: torch.Tensor, frame: FrameType | None, function: str) -> Caller:
-    """Identify the Horovod function that called compress(tensor), by its code object.
+    """Identify the Horovod function that called compress(tensor), by where it stands.
 
     It may have done so through a class of the user that passes some tensors on. Names have to come
     from the parameter, never from a counter: ranks may run their hooks in different orders. `frame`
@@ -42,9 +52,9 @@ def find_caller(tensor: torch.Tensor, frame: FrameType | None, function: str) ->
     """
     between: list[FrameType] = []
     while frame is not None:
-        code = frame.f_code
-        if code in _KNOWN:
-            return _identify(code, frame, tensor, between, function)
+        place = _place_of(frame.f_code)
+        if place in _KNOWN:
+            return _identify(place, frame, tensor, between, function)
         between.append(frame)
         frame = frame.f_back
     raise RuntimeError(
@@ -55,29 +65,29 @@ def find_caller(tensor: torch.Tensor, frame: FrameType | None, function: str) ->
 
 
 def _identify(
-    code: CodeType,
+    place: _Place,
     frame: FrameType,
     tensor: torch.Tensor,
     between: list[FrameType],
     function: str,
 ) -> Caller:
     variables = frame.f_locals
-    if code is _HOOK:
+    if place == _HOOK:
         return _optimizer_caller(variables["self"], variables["p"], function)
-    if code is _ADASUM_HOOK:
+    if place == _ADASUM_HOOK:
         raise ValueError(
             f"{function}: op must be hvd.Average or hvd.Sum, got hvd.Adasum, which combines "
             "gradients in a way that quantized sums cannot express; choose another op."
         )
-    if code is _ALLREDUCE:
+    if place == _ALLREDUCE:
         return _function_caller(variables, variables["name"], function)
-    if code is _GROUPED_HOOK:
-        gradients = [parameter.grad for parameter in variables["ps"]]
-        place = _place(tensor, gradients, _loop_variables(frame, between))
-        return _optimizer_caller(variables["self"], variables["ps"][place], function)
-    name, tensors = variables["name"], variables["tensors"]
-    place = _place(tensor, tensors, _loop_variables(frame, between))
-    return _function_caller(variables, None if name is None else f"{name}.{place}", function)
+    inner = _loop_variables(frame, between)
+    if place == _GROUPED_HOOK:
+        index = _index(tensor, [parameter.grad for parameter in variables["ps"]], inner)
+        return _optimizer_caller(variables["self"], variables["ps"][index], function)
+    name = variables["name"]
+    index = _index(tensor, variables["tensors"], inner)
+    return _function_caller(variables, None if name is None else f"{name}.{index}", function)
 
 
 def _loop_variables(frame: FrameType, between: list[FrameType]) -> list[Any]:
@@ -89,16 +99,16 @@ def _loop_variables(frame: FrameType, between: list[FrameType]) -> list[Any]:
     return [value for own in inner for value in own.f_locals.values()]
 
 
-def _place(tensor: torch.Tensor, members: Any, variables: list[Any]) -> int:
+def _index(tensor: torch.Tensor, members: Any, variables: list[Any]) -> int:
     """Which of `members` Horovod has got to.
 
     It is `tensor` itself, unless a class of the user has passed on something made of it. (A tensor
     that is in the list twice has the first place twice.)
     """
     for wanted in (tensor, *_tensors(variables)):
-        for place, member in enumerate(members):
+        for index, member in enumerate(members):
             if member is wanted:
-                return place
+                return index
     raise RuntimeError("no tensor of the group is the one that compress() was called for")
 
 

@@ -79,7 +79,8 @@ class Collectives:
     def _start(
         self, function: Callable[..., int], array: Array, name: str, **options: Any
     ) -> Operation:
-        with numbering.ours():
+        # Horovod's thread, which is in no inference mode, allocates what an Alltoall returns.
+        with numbering.ours(), torch.inference_mode(False):
             number = function(
                 torch.from_numpy(array), name=name, process_set=self.process_set, **options
             )

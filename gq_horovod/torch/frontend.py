@@ -6,8 +6,9 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, NamedTuple
 
 import horovod.torch as hvd
@@ -47,6 +48,25 @@ class _Context(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     sample: Sample | None  # of a step whose statistics are collected
+
+
+def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which torch.compile runs as it is: what it does is no part of a graph.
+
+    torch._dynamo takes a second to import, which whoever compiles has done by now.
+    """
+
+    untraced: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        if not untraced:
+            untraced.append(torch.compiler.disable(function))
+        return untraced[0](*arguments)
+
+    return call
 
 
 class TorchFrontend(Frontend):
@@ -212,8 +232,8 @@ class TorchFrontend(Frontend):
             mean = strided.copy_(mean)
         return mean
 
-    compress = ClassOrInstance(_compress)
-    decompress = ClassOrInstance(_decompress)
+    compress = ClassOrInstance(_never_traced(_compress))
+    decompress = ClassOrInstance(_never_traced(_decompress))
 
     def _see(
         self, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool, plan: Plan

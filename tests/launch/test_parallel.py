@@ -32,6 +32,10 @@ def outcomes(text: str) -> dict[str, int]:
 # Some files take long for what another number of ranks would add to them.
 NOT_EVERYWHERE = {
     "tests/parallel/test_baselines.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_join.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_modes.py": [("mpirun", 2)],
+    "tests/parallel/test_shared.py": [("mpirun", 2), ("horovodrun", 3)],
+    "tests/parallel/test_unnamed.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_workload_models.py": [("mpirun", 2)],
     # Curves are compared bit for bit, which Horovod's own sums of more than two ranks are not.
     "tests/parallel/test_workload_loop.py": [("mpirun", 2)],
@@ -62,8 +66,10 @@ def test_in_every_rank(
 # What depends on the option of that name. It has nothing to do with tests/launch's transports.
 OVER_MPI = [
     f"tests/parallel/test_{part}.py"
-    for part in ("allreduce", "gpu_tensors", "optimizer", "training")
+    for part in ("allreduce", "gpu_tensors", "optimizer", "training", "join", "shared", "unnamed")
 ]
+# Those for which two ranks are enough.
+OVER_MPI_WITH_TWO = OVER_MPI[-2:]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -74,7 +80,8 @@ def test_with_transport_mpi(
     record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setenv("GQ_TEST_TRANSPORT", "mpi")
-    job = launch("mpirun", ranks, [*PYTEST, *OVER_MPI], LIMIT_SECONDS, tmp_path)
+    files = OVER_MPI if ranks == 2 else [own for own in OVER_MPI if own not in OVER_MPI_WITH_TWO]
+    job = launch("mpirun", ranks, [*PYTEST, *files], LIMIT_SECONDS, tmp_path)
     check(job, ranks)
     record_property("job", f"transport='mpi', {ranks} ranks: {summary(job)}")
 
