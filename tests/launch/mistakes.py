@@ -28,6 +28,7 @@ GRACE_SECONDS = 4.0
 # In place of the ten minutes that a user waits for a rank that never uses compression.
 AGREEMENT_SECONDS = 4.0
 HANG_SECONDS = 60.0
+WATCHDOG_SECONDS = 4.0
 
 
 def is_last() -> bool:
@@ -131,6 +132,15 @@ def error_on_one_rank(name: str) -> None:
             raise ZeroDivisionError("the user's own mistake")
 
     train(name, GlobalQSGD, steps=1000, between=fail)
+
+
+def operations_of_the_program_that_do_not_match(name: str) -> None:
+    """Nothing of ours waits then, but what is in flight does not go on either."""
+
+    def wait(step: int) -> None:
+        hvd.allreduce(torch.ones(1), name=f"{name}.{hvd.rank()}")
+
+    train(name, GlobalQSGD(timeout=WATCHDOG_SECONDS), between=wait)
 
 
 def one_rank_ends_early(name: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import horovod.torch as hvd
 import pytest
 import torch
-from helpers import TRANSPORT, check_mean, check_replicas, compressor
+from helpers import TRANSPORT, check_mean, check_replicas, compressor, gradient
 from test_optimizer import (
     MIN_ELEMENTS,
     SHAPES,
@@ -82,3 +82,28 @@ def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPat
         levels, bits = ("standard", 16) if fastest == "16 bits" else (fastest, None)
         assert not torch.equal(result.double(), exact)
         check_mean(result, inputs, compressor(levels, bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1e5, 1e-9, 1.0])
+def test_trials_change_nothing_but_by_the_documented_error(
+    size: float, dtype: torch.dtype, name: str
+) -> None:
+    """float16 makes Inf of what is above 65504, and zero of what is below 6e-8."""
+    largest = min(torch.finfo(dtype).max / 4, 1e30)
+    compression = plugin.GlobalQSGD(levels="auto", min_elements=0, transport=TRANSPORT)
+    ways = auto.settings(compression.config, hvd.size())
+    coarsest = min(way.plan.level_count for way in ways if way.plan is not None)
+    for step in range(105):
+        inputs = [
+            (gradient(rank, 2000, tag=90 + step) * size).clamp(-largest, largest).to(dtype)
+            for rank in range(hvd.size())
+        ]
+        result = plugin.allreduce(inputs[hvd.rank()], name, compression=compression)
+        exact = torch.stack([own.double() for own in inputs]).mean(dim=0)
+        assert bool(result.isfinite().all()), step
+        norm = max(float(own.double().abs().max()) for own in inputs)
+        rounding = torch.finfo(dtype).eps * norm + torch.finfo(dtype).smallest_normal
+        assert float((result.double() - exact).abs().max()) <= 1.01 * norm / coarsest + 4 * rounding
+    assert compression.decisions[0] is not None
+    check_replicas(result)

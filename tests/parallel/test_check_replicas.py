@@ -97,6 +97,31 @@ def test_a_forgotten_broadcast_is_told_before_the_first_update(name: str) -> Non
         train(name, disturb=disturb)
 
 
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("order", ["added first", "added later"])
+def test_parameters_of_a_group_that_was_added(order: str, name: str) -> None:
+    """Horovod reduces no gradients of theirs, so ranks drift apart, and are told which."""
+    torch.manual_seed(0)
+    first, second = (torch.nn.Parameter(torch.randn(70, 70)) for _ in range(2))
+    compression = GlobalQSGD(check_replicas=1, transport=TRANSPORT)
+    sgd = torch.optim.SGD([first], lr=0.1)
+    optimizer = hvd.DistributedOptimizer(sgd, [(name, first)], compression=compression)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            ((first.square() + second.square()).sum() * (1 + hvd.rank())).backward()
+            optimizer.step()
+
+    train(1 if order == "added later" else 0)
+    optimizer.add_param_group({"params": [second]})
+    with pytest.raises(ReplicaMismatchError) as raised:
+        train(3)
+    text = str(raised.value)
+    assert "param_groups[1]['params'][0]" in text
+    assert f"'{name}' is" not in text
+
+
 def test_without_the_option_nothing_is_compared(name: str) -> None:
     parameter = torch.nn.Parameter(torch.full((5000,), float(hvd.rank())))
     optimizer = hvd.DistributedOptimizer(

@@ -117,3 +117,56 @@ def test_states_that_do_not_belong_together(name: str) -> None:
     assert "expected the state of rank 1 of" in text
     assert "got that of rank 0 of" in text
     check_replicas(*reduce(METHODS["powersgd"](), range(1), name))
+
+
+# ------------------------------------------------------------------------ who saved it, and when
+
+
+@pytest.mark.parametrize("method", [key for key in METHODS if key != "powersgd"])
+def test_the_state_of_rank_0_is_that_of_all(method: str, name: str) -> None:
+    """Most scripts save on rank 0 alone, and load or broadcast that everywhere."""
+    first = METHODS[method]()
+    reduce(first, range(PAUSE), name)
+    state = hvd.broadcast_object(through_a_file(first.state_dict()), root_rank=0, name="test.state")
+    second = METHODS[method]()
+    second.load_state_dict(state)
+    assert all(
+        map(
+            torch.equal,
+            reduce(first, range(PAUSE, STEPS), name),
+            reduce(second, range(PAUSE, STEPS), name),
+        )
+    )
+    own = through_a_file(first.state_dict())["process_sets"]
+    own = {key: {**group, "trials": None} for key, group in own.items()}  # which has own times
+    assert hvd.allgather_object(own, name="test.own") == [own] * hvd.size()
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("method", ["standard", "exponential", "two-hop", "auto"])
+@pytest.mark.parametrize("saved", ["by each rank", "by rank 0", "by the last rank"])
+def test_states_after_epochs_of_unequal_length(method: str, saved: str, name: str) -> None:
+    """Ranks that have joined early have counted fewer steps, and all go on from the highest."""
+    first = METHODS[method]()
+    last = hvd.size() - 1
+    reduce(first, range(PAUSE if hvd.rank() != last else PAUSE - 2), name)
+    hvd.join()
+    state = through_a_file(first.state_dict())
+    if saved != "by each rank":
+        root = 0 if saved == "by rank 0" else last
+        state = hvd.broadcast_object(state, root_rank=root, name="test.state")
+    second = METHODS[method]()
+    second.load_state_dict(state)
+    check_replicas(*reduce(second, range(PAUSE, STEPS), name))
+    steps = [group["steps"] for group in second.state_dict()["process_sets"].values()]
+    everywhere = hvd.allgather_object(steps, name="test.steps")
+    assert everywhere == [everywhere[0]] * hvd.size()
+
+
+def test_a_state_of_another_version() -> None:
+    state = METHODS["standard"]().state_dict()
+    with pytest.raises(ValueError, match="format must be"):
+        METHODS["standard"]().load_state_dict({**state, "format": 1})
+    del state["format"]
+    with pytest.raises(ValueError, match="format must be"):
+        METHODS["standard"]().load_state_dict(state)
