@@ -21,9 +21,10 @@ NUMBERS = 4  # in a token
 _FINGERPRINT_RANGE = 251
 
 
-def make(name: str, count: int, dtype: str) -> tuple[float, ...]:
+def make(name: str, shape: Sequence[int], dtype: str) -> tuple[float, ...]:
     """Token of a tensor: 1, then its fingerprint."""
-    digest = hashlib.blake2b(f"{name}\0{count}\0{dtype}".encode(), digest_size=NUMBERS - 1).digest()
+    text = f"{name}\0{','.join(map(str, shape))}\0{dtype}"
+    digest = hashlib.blake2b(text.encode(), digest_size=NUMBERS - 1).digest()
     return (1.0, *(1.0 + byte % _FINGERPRINT_RANGE for byte in digest))
 
 
@@ -48,5 +49,5 @@ def check(
         raise ConfigMismatchError(
             f"{function}: the ranks disagree about tensor {name!r}: the reduced fingerprint is "
             f"{list(reduced)}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
-            "the same name, number of elements and dtype."
+            "the same name, shape and dtype."
         )

@@ -221,7 +221,7 @@ class _Kernels:
 
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
         """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
-        mark = token.make(self.name, x.size, x.dtype.name)
+        mark = token.make(self.name, x.shape, x.dtype.name)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
         tail = [int(step) & _LARGEST, self.settings, _LARGEST - self.settings]

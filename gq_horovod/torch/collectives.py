@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import horovod.torch as hvd
 import numpy as np
 import torch
-from horovod.torch import mpi_ops as hvd_ops
 from numpy.typing import NDArray
 
 from ..pipeline import Array
@@ -43,10 +42,10 @@ class Operation(NamedTuple):
     """A Horovod operation in flight; `Handle` of the pipeline."""
 
     number: int
-    session: object  # identifies an hvd.init(); after another one numbers are given out again
+    session: object  # after another hvd.init() the same number is that of something else
 
     def ready(self) -> bool:
-        if self.session is not hvd_ops._handle_map:
+        if self.session is not numbering.session():
             raise RuntimeError("GlobalQSGD: Horovod was shut down while a tensor was in flight.")
         return bool(hvd.poll(self.number))
 
@@ -79,12 +78,14 @@ class Collectives:
     def _start(
         self, function: Callable[..., int], array: Array, name: str, **options: Any
     ) -> Operation:
-        # Horovod's thread, which is in no inference mode, allocates what an Alltoall returns.
-        with numbering.ours(), torch.inference_mode(False):
-            number = function(
-                torch.from_numpy(array), name=name, process_set=self.process_set, **options
-            )
-        return Operation(number, hvd_ops._handle_map)
+        if torch.is_inference_mode_enabled():
+            # Horovod's thread, which is in no such mode, allocates what an Alltoall returns.
+            with torch.inference_mode(False):
+                return self._start(function, array, name, **options)
+        tensor = torch.from_numpy(array)
+        with numbering.OURS:
+            number = function(tensor, name=name, process_set=self.process_set, **options)
+        return Operation(number, numbering.session())
 
 
 def complete(number: int) -> bool:

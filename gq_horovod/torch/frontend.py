@@ -15,6 +15,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 from horovod.torch import mpi_ops as hvd_ops
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from mpi_ops.chunks import Chunk
 from mpi_ops.kernels.host import Buffer
@@ -37,6 +38,15 @@ _FORMAT = 2  # of state_dict()
 _agreeing: defaultdict[tuple[int, ...], threading.RLock] = defaultdict(threading.RLock)
 
 
+class _Handed(NamedTuple):
+    """What Horovod reduces for a tensor: a token, or the tensor itself."""
+
+    reference: weakref.ref[torch.Tensor]
+    shape: torch.Size  # of the tensor
+    dtype: torch.dtype
+    compressed: bool
+
+
 class _Context(NamedTuple):
     """What decompress() has to know about a tensor."""
 
@@ -55,12 +65,11 @@ def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
     torch._dynamo takes a second to import, which whoever compiles has done by now.
     """
-
     untraced: list[Callable[..., Any]] = []
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
+        if get_eval_frame_callback() is None:  # outside of compiled regions
             return function(*arguments)
         if not untraced:
             untraced.append(torch.compiler.disable(function))
@@ -84,7 +93,7 @@ class TorchFrontend(Frontend):
         return {}
 
     @per_process
-    def _handed(self) -> dict[str, weakref.ref[torch.Tensor]]:
+    def _handed(self) -> dict[str, _Handed]:
         """What Horovod was last given to reduce for a tensor, by its name."""
         return {}
 
@@ -101,7 +110,8 @@ class TorchFrontend(Frontend):
 
     def _eligible(self, tensor: torch.Tensor) -> bool:
         """Whether to compress a tensor; Horovod reduces the others."""
-        return tensor.numel() >= max(self.config.min_elements, 1) and tensor.dtype in tensors.DTYPES
+        large = tensor.numel() >= max(self.config.min_elements, 1)
+        return large and tensor.dtype in tensors.DTYPES and tensors.dense(tensor)
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy, contiguous and where the method can read it."""
@@ -129,14 +139,9 @@ class TorchFrontend(Frontend):
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
         caller = find_caller(tensor, sys._getframe(1), self.config.FUNCTION)
         handed, context = self._start(tensor, caller)
-        self._handed[caller.name] = weakref.ref(handed)
-        if (library := numbering.library()) is not None:
-            compressed = isinstance(context, _Context)
-            note = partial(
-                _explain,
-                *(self.config.FUNCTION, caller.name, tensor.numel(), tensor.dtype, compressed),
-            )
-            library.note(handed, note)
+        self._handed[caller.name] = _Handed(
+            weakref.ref(handed), tensor.shape, tensor.dtype, isinstance(context, _Context)
+        )
         return handed, context
 
     def _start(self, tensor: torch.Tensor, caller: Caller) -> tuple[torch.Tensor, Any]:
@@ -189,7 +194,7 @@ class TorchFrontend(Frontend):
             memory=group.memories.setdefault(key, {}),
             observe=None if sample is None else partial(_observe, sample),
         )
-        mark = token.make(caller.name, values.numel(), tensors.DTYPES[tensor.dtype])
+        mark = token.make(caller.name, tensor.shape, tensors.DTYPES[tensor.dtype])
         reduction = group.pipeline.submit(task)
         factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
         strides = tensors.dense_strides(tensor)
@@ -206,17 +211,18 @@ class TorchFrontend(Frontend):
         if isinstance(ctx, torch.dtype):
             return tensor.to(ctx)
         assert isinstance(ctx, _Context)
-        try:
-            token.check(
-                tensor.tolist(),
-                ctx.token,
-                ctx.reduction.name,
-                ctx.group.plan.world_size,
-                self.config.FUNCTION,
-            )
-        except ConfigMismatchError:
-            ctx.group.pipeline.give_up()
-            raise
+        if ctx.factor != 0:  # with a factor of zero nothing comes back of a token
+            try:
+                token.check(
+                    tensor.tolist(),
+                    ctx.token,
+                    ctx.reduction.name,
+                    ctx.group.plan.world_size,
+                    self.config.FUNCTION,
+                )
+            except ConfigMismatchError:
+                ctx.group.pipeline.give_up()
+                raise
         mean = ctx.group.pipeline.finish(ctx.reduction).owner
         assert isinstance(mean, torch.Tensor)
         if ctx.sample is not None:
@@ -239,7 +245,7 @@ class TorchFrontend(Frontend):
         self, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool, plan: Plan
     ) -> None:
         """Log a tensor that comes by for the first time."""
-        count, dtype = tensor.numel(), str(tensor.dtype).removeprefix("torch.")
+        count, dtype = tensor.numel(), _name(tensor.dtype)
         census.see(
             name,
             count,
@@ -247,6 +253,23 @@ class TorchFrontend(Frontend):
             reason=None if eligible else self.reason(count, dtype, tensor.dtype in tensors.DTYPES),
             wire_bytes=self.wire_bytes(count, plan) if eligible else None,
         )
+
+    def explain(self, tensor: object) -> str | None:
+        """What Horovod's error about an operation on `tensor` does not say; None: not ours.
+
+        Horovod may know nothing but a token.
+        """
+        for name, handed in list(self._handed.items()):
+            if handed.reference() is tensor:
+                way = "left to Horovod"
+                if handed.compressed:
+                    way = f"compressed: Horovod reduces a token of {token.NUMBERS} float64 for it"
+                return (
+                    f"({self.config.FUNCTION}: on this rank tensor {name!r} has the shape "
+                    f"{tuple(handed.shape)} and the dtype {_name(handed.dtype)}, and is {way}. "
+                    "Every rank has to reduce a tensor of the same name, shape and dtype.)"
+                )
+        return None
 
     # --------------------------------------------------------------------------------------- guards
 
@@ -274,7 +297,7 @@ class TorchFrontend(Frontend):
     def _finish_checks(self) -> None:
         """Compare what has been gathered. What a session that is over began is never complete."""
         for group in list(self._groups.values()):
-            while group.session is hvd_ops._handle_map:
+            while group.session is numbering.session():
                 try:
                     check = group.checks.pop()
                 except IndexError:
@@ -300,7 +323,7 @@ class TorchFrontend(Frontend):
         Horovod's operations for our tensors, all others while tensors of ours are in flight (which
         move only when this rank comes back from them), and our own loops.
         """
-        given = {id(reference()): name for name, reference in list(self._handed.items())}
+        given = {id(handed.reference()): name for name, handed in list(self._handed.items())}
         groups = list(self._groups.values())
         busy = any(group.pipeline.busy for group in groups)
         handles, library = hvd_ops._handle_map, numbering.library()
@@ -392,10 +415,12 @@ class TorchFrontend(Frontend):
     def _agree(self, key: tuple[int, ...], before: Group | None, process_set: Any) -> Group:
         """A group on whose state the ranks of the process set agree."""
         numbering.install()
+        if (library := numbering.library()) is not None:
+            library.explainers.add(self)
         log.identify(hvd.rank(), hvd.size())
         joins = _joins()
         group = before
-        if group is None or group.session is not hvd_ops._handle_map:
+        if group is None or group.session is not numbering.session():
             group = self._new_group(key, process_set, 0 if before is None else before.end_step)
         elif group.collectives.process_set.process_set_id != process_set.process_set_id:
             group.pipeline.give_up()  # what a process set that was removed has begun
@@ -437,7 +462,7 @@ class TorchFrontend(Frontend):
         loaded = self._loaded.get(key)
         group = Group(
             function=self.config.FUNCTION,
-            session=hvd_ops._handle_map,
+            session=numbering.session(),
             rank=process_set.rank(),
             plan=plan,
             collectives=Collectives(process_set),
@@ -492,22 +517,14 @@ def _observe(sample: Sample, task: Task, chunk: Chunk, output: Buffer) -> None:
     sample.add(task, chunk, part.to("cpu", torch.float32).numpy())
 
 
-def _explain(function: str, name: str, count: int, dtype: torch.dtype, compressed: bool) -> str:
-    """What Horovod's error about a tensor does not say: it may know nothing but a token."""
-    way = "left to Horovod"
-    if compressed:
-        way = f"compressed, and Horovod reduces a token of {token.NUMBERS} float64 for it"
-    return (
-        f"({function}: on this rank tensor {name!r} has {count} elements of "
-        f"{str(dtype).removeprefix('torch.')}, and is {way}. Every rank has to reduce a tensor of "
-        "the same name, number of elements and dtype.)"
-    )
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _current(group: Group, process_set: Any) -> bool:
     """Whether the ranks of a group need not agree anew."""
     return (
-        group.session is hvd_ops._handle_map
+        group.session is numbering.session()
         and group.collectives.process_set.process_set_id == process_set.process_set_id
         and group.joins == _joins()
     )
@@ -549,7 +566,8 @@ def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | 
     """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
     if tensor.dtype == torch.bfloat16:
         return tensor.float().contiguous(), tensor.dtype
-    return tensor.contiguous(), None
+    # What Horovod does not know at all it refuses in its own words.
+    return tensor.contiguous() if tensors.dense(tensor) else tensor, None
 
 
 def allreduce(

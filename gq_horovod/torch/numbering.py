@@ -16,20 +16,18 @@ that passes all calls on. `uninstall()` puts the original back.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import torch
 from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
 from ..pipeline import pipelines
 
-__all__ = ["Library", "install", "library", "ours", "uninstall"]
+__all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
 
 _log = Log(__name__)
 
@@ -37,8 +35,29 @@ _PREFIX = "horovod_torch_"
 # Functions that take a handle, or all of them. Every other one begins an operation and returns one.
 _OF_HANDLES = ("poll", "wait_and_clear", "reset")
 
-_thread = threading.local()  # .ours: whether this thread is starting an operation of ours
 _wanted = True
+
+
+class _Ours(threading.local):
+    """Whether this thread is starting an operation of ours: `with OURS: start it`."""
+
+    on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+
+
+OURS = _Ours()
+
+
+class Explainer(Protocol):
+    """Who knows more about a tensor than Horovod does."""
+
+    def explain(self, tensor: object) -> str | None:
+        """What Horovod's error about an operation on `tensor` does not say; None: not ours."""
 
 
 class Library:
@@ -46,17 +65,14 @@ class Library:
 
     def __init__(self, original: Any) -> None:
         self.original = original
+        self.session = object()  # between one hvd.shutdown() and the next
         self.joins = 0  # calls of hvd.join()
+        self.explainers: weakref.WeakSet[Explainer] = weakref.WeakSet()
         self._lock = threading.RLock()
         # Handles that were given out to others; None before our first operation, when Horovod's own
         # numbers are right.
         self._others: int | None = None
-        self._names: dict[
-            int, str
-        ] = {}  # of operations by their handles, until they are waited for
-        # What to add to Horovod's error about an operation on a tensor, by the tensor's id.
-        self._notes: dict[int, tuple[weakref.ref[torch.Tensor], Callable[[], str]]] = {}
-        self._noted: dict[int, Callable[[], str]] = {}  # the same by handle
+        self._names: dict[int, str] = {}  # of operations in flight, by their handles
         for name, function in vars(original).items():
             if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OF_HANDLES:
                 setattr(self, name, self._starting(name.removeprefix(_PREFIX), function))
@@ -64,13 +80,6 @@ class Library:
                 setattr(self, name, function)
         self.horovod_torch_wait_and_clear = self._wait_and_clear
         self.horovod_torch_reset = self._reset
-
-    def note(self, tensor: torch.Tensor, text: Callable[[], str]) -> None:
-        """Let Horovod's error about the operation that `tensor` is handed to end with a text."""
-        key = id(tensor)
-        with self._lock:
-            own = weakref.ref(tensor, lambda _: self._notes.pop(key, None))
-            self._notes[key] = (own, text)
 
     def name(self, handle: int) -> str:
         """What an operation in flight is called in messages."""
@@ -87,55 +96,45 @@ class Library:
                 for pipeline in pipelines():
                     pipeline.drain()
             with self._lock:
-                own = getattr(_thread, "ours", False)
-                number = None if own or self._others is None else self._others + 1
+                self.joins += kind == "join"
+                number = None
+                if self._others is not None and not OURS.on:
+                    # Also where Horovod refuses it, which uses up a handle.
+                    number = self._others = self._others + 1
                 arguments, name = _named(arguments, number)
-                try:
-                    handle = function(*arguments)
-                except RuntimeError:  # refused by Horovod, which has used up a handle
-                    if number is not None:
-                        self._others = number
-                    raise
-                if own and self._others is None:
+                handle = function(*arguments)
+                if self._others is None and OURS.on:
                     self._others = handle - 1
-                elif number is not None:
-                    self._others = number
                 if name is None:
                     name = f"noname.{handle}"
                 self._names[handle] = f"{word}.{name}" if name else word
-                self._keep_note(handle, arguments)
-                self.joins += kind == "join"
                 return handle
 
         return start
-
-    def _keep_note(self, handle: int, arguments: tuple[Any, ...]) -> None:
-        if not arguments or not self._notes:
-            return
-        tensors = arguments[0] if isinstance(arguments[0], (list, tuple)) else arguments[:1]
-        for tensor in tensors:
-            noted = self._notes.get(id(tensor))
-            if noted is not None and noted[0]() is tensor:
-                self._noted[handle] = noted[1]
-                return
 
     def _wait_and_clear(self, handle: int) -> Any:
         try:
             return self.original.horovod_torch_wait_and_clear(handle)
         except RuntimeError as error:
-            if handle in self._noted:
-                raise RuntimeError(f"{error} {self._noted[handle]()}") from error
+            if known := self._explanation(handle):
+                raise RuntimeError(f"{error} {known}") from error
             raise
         finally:
             self._names.pop(handle, None)
-            self._noted.pop(handle, None)
+
+    def _explanation(self, handle: int) -> str:
+        """What our classes know about the tensors of an operation that has failed."""
+        of, *_ = hvd_ops._handle_map.get(handle, (None,))
+        members = of if isinstance(of, (tuple, list)) else (of,)
+        explained = (own.explain(member) for own in self.explainers for member in members)
+        return " ".join(dict.fromkeys(text for text in explained if text))
 
     def _reset(self) -> Any:
         """Of hvd.shutdown(): Horovod begins to count again."""
         with self._lock:
+            self.session = object()
             self._others = None
             self._names.clear()
-            self._noted.clear()
             return self.original.horovod_torch_reset()
 
 
@@ -156,6 +155,15 @@ def library() -> Library | None:
     """What stands in the place of Horovod's library; None where nothing does."""
     found = hvd_ops.mpi_lib
     return found if isinstance(found, Library) else None
+
+
+def session() -> object:
+    """What stays the same from one hvd.init() to hvd.shutdown(), and no longer.
+
+    (Without a Library, any hvd.init() counts, also of a rank that has not shut Horovod down.)
+    """
+    own = library()
+    return hvd_ops._handle_map if own is None else own.session
 
 
 def install() -> None:
@@ -180,13 +188,3 @@ def uninstall() -> None:
     _wanted = False
     if (own := library()) is not None:
         hvd_ops.mpi_lib = own.original
-
-
-@contextlib.contextmanager
-def ours() -> Iterator[None]:
-    """Inside, what this thread starts is not counted."""
-    _thread.ours = True
-    try:
-        yield
-    finally:
-        _thread.ours = False

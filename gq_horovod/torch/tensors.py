@@ -18,6 +18,11 @@ DTYPES = {
 }
 
 
+def dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its elements in memory, one after the other with some strides."""
+    return tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda")
+
+
 def readable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy, where kernels can read it, contiguous."""
     if tensor.is_cuda and _cupy_is_there():

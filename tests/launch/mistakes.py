@@ -20,7 +20,7 @@ from rank import say
 
 from gq_horovod import agreement
 from gq_horovod.config import ConfigMismatchError
-from gq_horovod.torch import GlobalQSGD
+from gq_horovod.torch import GlobalQSGD, allreduce
 
 # How long a rank that saw an error stays, so that the launcher does not end the others before they
 # have printed theirs.
@@ -68,6 +68,12 @@ def different_sizes(name: str) -> None:
 
 def different_sizes_with_as_many_blocks(name: str) -> None:
     train(name, GlobalQSGD(), size=5001 if is_last() else 5000)
+
+
+def different_shapes_of_as_many_elements(name: str) -> None:
+    """Horovod without compression refuses them too."""
+    shape = (50, 100) if is_last() else (100, 50)
+    allreduce(torch.ones(shape), name)
 
 
 def different_dtypes(name: str) -> None:

@@ -30,15 +30,17 @@ def said(job: Job, rank: int, case: str) -> str:
 
 DISAGREE = (
     r"ConfigMismatchError: GlobalQSGD: the ranks disagree about tensor .*{case}.* "
-    r"Every rank has to reduce a tensor of the same name, number of elements and dtype"
+    r"Every rank has to reduce a tensor of the same name, shape and dtype"
 )
 EXPLAINED = (
     r"HorovodInternalError: Mismatched data types.*tensor '.*{case}.*' has "
-    r"(5000 elements of float32, and is compressed|(4|100) elements of float32, and is left)"
+    r"(the shape \(5000,\) and the dtype float32, and is compressed|"
+    r"the shape \((4|100),\) and the dtype float32, and is left)"
 )
 SURVIVED = {
     "different_sizes": DISAGREE,
     "different_sizes_with_as_many_blocks": DISAGREE,
+    "different_shapes_of_as_many_elements": DISAGREE,
     "different_dtypes": DISAGREE,
     "different_sizes_among_others": DISAGREE,
     # Horovod's own error: one rank reduces the tensor itself, the other a token. And what of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -15,6 +16,7 @@ from helpers import (
     check_mean,
     check_replicas,
     compressor,
+    gradient,
     gradients,
     law_of,
     plan_of,
@@ -320,3 +322,47 @@ def test_a_seed_reproduces_the_bytes_and_another_one_does_not(
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], other[0])
     assert len(all_bytes(first).unique(dim=0)) == 1
+
+
+# -------------------------------------------------------------- what plain Horovod does, done alike
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_a_factor_of_zero(levels: str, name: str) -> None:
+    """No token comes back of it."""
+    own = gradient(hvd.rank(), 3000)
+    for factors in ({"prescale_factor": 0.0}, {"postscale_factor": 0.0}):
+        result = hvd.allreduce(own, name=name, compression=compressor(levels), **factors)
+        assert torch.equal(result, torch.zeros_like(own))
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_initializing_again_on_one_rank_alone(levels: str, name: str) -> None:
+    """Horovod does nothing there, and no rank may take it for a start of another session."""
+    compression = compressor(levels)
+    inputs = gradients(3000, tag=91)
+    for turn in range(3):
+        if hvd.rank() == turn % hvd.size():
+            hvd.init(process_sets="dynamic")
+        result = allreduce(inputs[hvd.rank()], name, compression=compression)
+        check_mean(result, inputs, compression)
+
+
+STRANGE: dict[str, Callable[[], torch.Tensor]] = {
+    "sparse": lambda: torch.ones(100, 100).to_sparse(),
+    "on the device meta": lambda: torch.ones(5000, device="meta"),
+    "complex": lambda: torch.ones(5000, dtype=torch.complex64),
+    "boolean": lambda: torch.ones(5000, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_horovod_refuses_it_refuses_in_its_own_words(kind: str, name: str) -> None:
+    tensor = STRANGE[kind]()
+    texts = []
+    for options in ({}, {"compression": compressor()}):
+        with pytest.raises((ValueError, NotImplementedError, RuntimeError)) as error:
+            hvd.allreduce(tensor, name=name, **options)
+        texts.append((type(error.value), str(error.value)))
+    assert texts[0] == texts[1]

@@ -347,23 +347,25 @@ def tokens_of(own: Token, world_size: int) -> Array:
 
 
 def test_a_token_is_one_and_a_fingerprint() -> None:
-    own = token.make("layer.weight", 1000, "float32")
-    assert own == token.make("layer.weight", 1000, "float32")
+    own = token.make("layer.weight", (50, 20), "float32")
+    assert own == token.make("layer.weight", (50, 20), "float32")
     assert own[0] == 1.0
     assert all(number == int(number) and 1 <= number <= 251 for number in own)
     others = {
-        token.make("layer.bias", 1000, "float32"),
-        token.make("layer.weight", 1001, "float32"),
-        token.make("layer.weight", 1000, "float16"),
-        token.make("layer.weight1", 0, "float32"),
-        token.make("layer.weight", 10, "00float32"),
+        token.make("layer.bias", (50, 20), "float32"),
+        token.make("layer.weight", (20, 50), "float32"),  # as many elements
+        token.make("layer.weight", (1000,), "float32"),
+        token.make("layer.weight", (5, 0, 20), "float32"),
+        token.make("layer.weight", (50, 20), "float16"),
+        token.make("layer.weight1", (0, 20), "float32"),
+        token.make("layer.weight", (50, 2), "0float32"),
     }
-    assert len(others | {own}) == 6
+    assert len(others | {own}) == 8
 
 
 def test_tokens_that_agree_pass_at_any_world_size_and_op() -> None:
     for world_size in range(1, 513):
-        own = token.make(f"w{world_size}", 7, "float32")
+        own = token.make(f"w{world_size}", (7,), "float32")
         tokens = tokens_of(own, world_size)
         token.check(average(tokens), own, "w", world_size)
         token.check(average(tokens, after=world_size), own, "w", world_size)  # op=Sum
@@ -385,7 +387,7 @@ def test_gradient_predivide_factor_is_no_mismatch() -> None:
 
 
 def test_ranks_that_joined_send_zeros() -> None:
-    own = token.make("w", 7, "float32")
+    own = token.make("w", (7,), "float32")
     for world_size in range(2, 65):
         for joined in {1, world_size // 2, world_size - 1}:
             tokens = tokens_of(own, world_size)
@@ -410,10 +412,10 @@ def test_any_single_rank_that_differs_is_seen_by_every_rank() -> None:
 
 @given(st.integers(2, 512), st.integers(1, 10**9), st.data())
 def test_tensors_that_differ_are_seen(world_size: int, count: int, data: st.DataObject) -> None:
-    own = token.make("w", count, "float32")
+    own = token.make("w", (count,), "float32")
     other = data.draw(
         st.sampled_from(
-            [token.make("v", count, "float32"), token.make("w", count, "float16")]
+            [token.make("v", (count,), "float32"), token.make("w", (count,), "float16")]
         ).filter(lambda other: other != own)
     )
     tokens = tokens_of(own, world_size)
@@ -424,13 +426,13 @@ def test_tensors_that_differ_are_seen(world_size: int, count: int, data: st.Data
 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
 def test_a_token_that_is_no_number_is_an_error(scale: float) -> None:
-    own = token.make("layer.weight", 7, "float32")
+    own = token.make("layer.weight", (7,), "float32")
     with pytest.raises(ConfigMismatchError) as error:
         token.check([scale, *own[1:]], own, "layer.weight", 2)
     assert str(error.value) == (
         "GlobalQSGD: the ranks disagree about tensor 'layer.weight': the reduced fingerprint is "
         f"{[scale, *own[1:]]}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
-        "the same name, number of elements and dtype."
+        "the same name, shape and dtype."
     )
 
 
