@@ -31,7 +31,7 @@ import sys
 import threading
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import FrameType
@@ -236,6 +236,8 @@ class _Kernels:
 
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
         """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
+        if _unfinished:
+            _go_on_comparing(self)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
         return np.concatenate([norms, self._tail(x.size, int(step))]), self.mark(x)
@@ -568,31 +570,56 @@ def _not_differentiable(x: Any, result: Any) -> Any:
 # --------------------------------------------------------------------------------------- agreement
 
 
-@cache
-def _gathering(process_set: Any) -> Any:
-    """A graph that gathers bytes: Horovod names operations after the nodes of graphs."""
+def _run_alone(operation: Callable[[Any], Any], own: Array) -> Any:
+    """The result of an operation of Horovod, whether or not TensorFlow executes eagerly.
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.uint8)])
-    def gather(data: Any) -> Any:
-        return hvd.allgather(
-            data, name="gq.configuration", ignore_name_scope=True, process_set=process_set
+    In a graph of its own, because Horovod names operations after the nodes of graphs.
+    """
+    settings = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
+    with tf.Graph().as_default(), tf.compat.v1.Session(config=settings) as session:
+        return session.run(operation(tf.constant(own)))
+
+
+def _compare(config: Config, process_set: Any) -> bool:
+    """Compare the ranks' settings; whether all ranks took part.
+
+    Those that have called hvd.join() do not, which Horovod allows in an Allreduce: it takes zeros
+    for theirs. Raises ConfigMismatchError, on all ranks that took part, where settings differ.
+    """
+    options = {"ignore_name_scope": True, "process_set": process_set}
+    own = _settings(config)
+    shared = _run_alone(
+        lambda x: hvd_ops._allreduce(x, name="gq.configuration", op=hvd.Max, **options),
+        np.array([own, _LARGEST - own, -1], dtype=np.int32),
+    )
+    everyone = bool(shared[2] == -1)
+    if shared[0] != own or shared[1] != _LARGEST - own:
+        if not everyone:  # Horovod has no Allgather then
+            raise ConfigMismatchError(
+                f"GlobalQSGD: the ranks are configured differently; this one has "
+                f"{config.describe()}, gq-horovod {__version__}, and ranks that have called "
+                "hvd.join() cannot be asked. Pass the same options on every rank."
+            )
+        gathered = _run_alone(
+            lambda x: hvd.allgather(x, name="gq.configurations", **options),
+            agreement.encode(agreement.describe(config)),
         )
+        agreement.require_same(agreement.decode(gathered))
+    return everyone
 
-    return gather
 
+class _Comparison:
+    """A `_compare` in flight; `Handle` of the pipeline. TensorFlow itself only waits."""
 
-class _Gathering:
-    """An allgather in flight; `Handle` of the pipeline. TensorFlow itself only waits."""
-
-    def __init__(self, own: NDArray[np.uint8], process_set: Any) -> None:
+    def __init__(self, config: Config, process_set: Any) -> None:
         self._result: Any = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(own, process_set), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config, process_set), daemon=True)
         self._thread.start()
 
-    def _run(self, own: NDArray[np.uint8], process_set: Any) -> None:
+    def _run(self, config: Config, process_set: Any) -> None:
         try:
-            self._result = _gathering(process_set)(tf.constant(own)).numpy()
+            self._result = _compare(config, process_set)
         except Exception as error:  # wait() raises it
             self._error = error
 
@@ -604,6 +631,28 @@ class _Gathering:
         if self._error is not None:
             raise self._error
         return self._result
+
+
+# What ranks have agreed on while others had joined, by process set; and the comparison in which
+# they will meet those. A rank that comes back begins one when it builds its first graph, and waits.
+# The others build no more graphs: a kernel begins theirs, once in a step.
+_unfinished: dict[tuple[int, Config], _Comparison] = {}
+_unfinished_lock = threading.Lock()
+
+
+def _go_on_comparing(kernels: _Kernels) -> None:
+    with _unfinished_lock:
+        key = kernels.process_set_id, kernels.config
+        comparison = _unfinished.get(key)
+        if comparison is None or not comparison.ready():
+            return
+        del _unfinished[key]
+        if not comparison.wait():
+            _unfinished[key] = _Comparison(kernels.config, kernels.process_set)
+
+
+# One for each process set: threads of one process must not begin two comparisons at a time.
+_locks: dict[Any, threading.Lock] = {}
 
 
 class GlobalQSGD(Compression):
@@ -693,9 +742,7 @@ class GlobalQSGD(Compression):
     # --------------------------------------------------------------------------------------- state
 
     def _counter(self, name: str) -> _Counter:
-        if name not in self._counters:
-            self._counters[name] = _Counter()
-        return self._counters[name]
+        return self._counters.setdefault(name, _Counter())
 
     def _see(
         self, census: log.Census, tensor: Any, caller: _Caller, eligible: bool, plan: Plan
@@ -721,16 +768,20 @@ class GlobalQSGD(Compression):
         """
         self.require_process_set(process_set)
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
-        if key not in self._groups:
-            log.identify(hvd.rank(), hvd.size())
-            plan = self.config.plan(process_set.size())
-            description = agreement.describe(self.config)
-            if not _elastic():
-                with tf.init_scope():
-                    handle = _Gathering(agreement.encode(description), process_set)
-                    agreement.require_same(agreement.decode(agreement.wait(handle)))
-            self._groups[key] = _Group(plan, self.begin_log(process_set, plan))
+        with _locks.setdefault(key, threading.Lock()):
+            if key not in self._groups:
+                log.identify(hvd.rank(), hvd.size())
+                plan = self.config.plan(process_set.size())
+                if not _elastic():
+                    self._agree(process_set)
+                self._groups[key] = _Group(plan, self.begin_log(process_set, plan))
         return self._groups[key]
+
+    def _agree(self, process_set: Any) -> None:
+        if not agreement.wait(_Comparison(self.config, process_set)):
+            key = process_set.process_set_id, self.config
+            with _unfinished_lock:
+                _unfinished[key] = _Comparison(self.config, process_set)
 
 
 def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:
