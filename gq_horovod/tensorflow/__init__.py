@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -231,16 +231,17 @@ class _Kernels:
         return _plan(self.config, self.process_set.size())
 
     def mark(self, x: Array) -> Array:
-        """The token."""
+        """The token; it is what a reduction begins with."""
+        if self.process_set_id in _absent:
+            _absent[self.process_set_id].answer()
         return np.array(token.make(self.name, x.size, x.dtype.name))
 
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
         """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
-        if _unfinished:
-            _go_on_comparing(self)
+        mark = self.mark(x)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
-        return np.concatenate([norms, self._tail(x.size, int(step))]), self.mark(x)
+        return np.concatenate([norms, self._tail(x.size, int(step))]), mark
 
     def quantize(self, chunk_index: int, x: Array, shared: Array) -> Array:
         """The payload of one chunk, in as many equal parts as there are ranks if it is codes.
@@ -383,6 +384,15 @@ def _chunk_count(count: int | None, plan: Plan) -> int:
 # ------------------------------------------------------------------------------------------- graph
 
 
+def _aside() -> Any:
+    """A name scope for operations that have no name of their own.
+
+    Horovod names operations that the user gave no name after their inputs. Those keep the names
+    that TensorFlow gives them without compression.
+    """
+    return tf.name_scope("gq")
+
+
 @dataclass(frozen=True)
 class _Reduction:
     """One tensor's way through the graph, as a vector."""
@@ -410,7 +420,7 @@ class _Reduction:
             shared, _ = self._measure()
             begun = shared, self._payloads(shared)
         shared, payloads = begun
-        inputs = [reduced, mark, shared, tf.size(self.x), *payloads]
+        inputs = [reduced, mark, shared, self._size(), *payloads]
         return self._call("dequantize", (), inputs, self.x.dtype)[0]
 
     def _measure(self) -> tuple[Any, Any]:
@@ -419,11 +429,12 @@ class _Reduction:
         They take the largest step of any rank, and go on from there: where one has joined or been
         lost, no dither of a step that was is used again.
         """
-        inputs = [self.x, self.counter.next()]
+        with _aside():
+            inputs = [self.x, self.counter.next()]
         own, mark = self._call("measure", (), inputs, tf.int32, tf.float64)
         mark.set_shape([4])
         shared = self._allreduce(own, "norm", hvd.Max)
-        with tf.control_dependencies(self.counter.set(shared[-_TAIL])):
+        with _aside(), tf.control_dependencies(self.counter.set(shared[-_TAIL])):
             return tf.identity(shared), mark
 
     def _payloads(self, shared: Any) -> list[Any]:
@@ -444,7 +455,7 @@ class _Reduction:
         for index in range(self.kernels.chunk_count):
             codes = self._quantize(index, shared)
             pieces = hvd.alltoall(codes, **self._named(f"codes.{index}"))
-            inputs = [pieces, shared, tf.size(self.x)]
+            inputs = [pieces, shared, self._size()]
             (share,) = self._call("reduce", (index,), inputs, codes.dtype)
             means.append(hvd.allgather(share, **self._named(f"mean.{index}")))
         return means
@@ -452,6 +463,10 @@ class _Reduction:
     def _quantize(self, index: int, shared: Any) -> Any:
         dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
         return self._call("quantize", (index,), [self.x, shared], dtype)[0]
+
+    def _size(self) -> Any:
+        with _aside():
+            return tf.size(self.x)
 
     def _allreduce(self, array: Any, part: str, op: int) -> Any:
         return hvd_ops._allreduce(array, op=op, **self._named(part))
@@ -472,9 +487,11 @@ class _Reduction:
         if tf.executing_eagerly():
             results = _run(call, *(np.array(x) for x in inputs))
             return [tf.convert_to_tensor(x) for x in (results if len(dtypes) > 1 else [results])]
+        with _aside():
+            inputs = [tf.constant(call), *inputs]
         part = ".".join([stage, *map(str, index)])
         results = tf.raw_ops.PyFuncStateless(
-            input=[tf.constant(call), *inputs], token=_KEY, Tout=dtypes, name=self._name(part)
+            input=inputs, token=_KEY, Tout=dtypes, name=self._name(part)
         )
         for result in results:
             result.set_shape([None])
@@ -580,46 +597,51 @@ def _run_alone(operation: Callable[[Any], Any], own: Array) -> Any:
         return session.run(operation(tf.constant(own)))
 
 
-def _compare(config: Config, process_set: Any) -> bool:
-    """Compare the ranks' settings; whether all ranks took part.
+def _largest(own: list[int], process_set: Any) -> list[int]:
+    """The maximum over ranks, to which those that have called hvd.join() contribute zeros."""
+    options = {"name": "gq.configuration", "ignore_name_scope": True, "process_set": process_set}
+    shared: list[int] = _run_alone(
+        lambda x: hvd_ops._allreduce(x, op=hvd.Max, **options), np.array(own, dtype=np.int32)
+    ).tolist()
+    return shared
 
-    Those that have called hvd.join() do not, which Horovod allows in an Allreduce: it takes zeros
-    for theirs. Raises ConfigMismatchError, on all ranks that took part, where settings differ.
+
+def _compare(config: Config, process_set: Any) -> bool:
+    """Compare the ranks' settings; whether none of them was absent, because it had joined.
+
+    Raises ConfigMismatchError, on all ranks that take part, where settings differ.
     """
-    options = {"ignore_name_scope": True, "process_set": process_set}
     own = _settings(config)
-    shared = _run_alone(
-        lambda x: hvd_ops._allreduce(x, name="gq.configuration", op=hvd.Max, **options),
-        np.array([own, _LARGEST - own, -1], dtype=np.int32),
-    )
-    everyone = bool(shared[2] == -1)
-    if shared[0] != own or shared[1] != _LARGEST - own:
-        if not everyone:  # Horovod has no Allgather then
+    shared = _largest([own, _LARGEST - own, -1, -1], process_set)
+    if shared[:2] != [own, _LARGEST - own]:
+        if shared[2:] != [-1, -1]:  # Horovod has no Allgather where ranks have joined
             raise ConfigMismatchError(
-                f"GlobalQSGD: the ranks are configured differently; this one has "
+                "GlobalQSGD: the ranks are configured differently; this one has "
                 f"{config.describe()}, gq-horovod {__version__}, and ranks that have called "
                 "hvd.join() cannot be asked. Pass the same options on every rank."
             )
         gathered = _run_alone(
-            lambda x: hvd.allgather(x, name="gq.configurations", **options),
+            lambda x: hvd.allgather(
+                x, name="gq.configurations", ignore_name_scope=True, process_set=process_set
+            ),
             agreement.encode(agreement.describe(config)),
         )
         agreement.require_same(agreement.decode(gathered))
-    return everyone
+    return shared[2] == -1
 
 
-class _Comparison:
-    """A `_compare` in flight; `Handle` of the pipeline. TensorFlow itself only waits."""
+class _InFlight:
+    """A function that waits for other ranks, in a thread; `Handle` of the pipeline."""
 
-    def __init__(self, config: Config, process_set: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._result: Any = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(config, process_set), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
         self._thread.start()
 
-    def _run(self, config: Config, process_set: Any) -> None:
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
-            self._result = _compare(config, process_set)
+            self._result = function(*arguments)
         except Exception as error:  # wait() raises it
             self._error = error
 
@@ -633,22 +655,50 @@ class _Comparison:
         return self._result
 
 
-# What ranks have agreed on while others had joined, by process set; and the comparison in which
-# they will meet those. A rank that comes back begins one when it builds its first graph, and waits.
-# The others build no more graphs: a kernel begins theirs, once in a step.
-_unfinished: dict[tuple[int, Config], _Comparison] = {}
-_unfinished_lock = threading.Lock()
+class _Absent:
+    """What the ranks of a process set have compared while others had joined.
+
+    A rank that was absent compares when it builds its first graph, and waits for all others. They
+    build no more graphs, so their kernels take part, in the background and once in a step: with
+    numbers that no maximum shows. Whether its settings are theirs, the norms will tell.
+    """
+
+    _NEUTRAL: ClassVar[list[int]] = [0, 0, -1, 1]
+
+    def __init__(self, process_set: Any) -> None:
+        self._process_set = process_set
+        self._missed: set[int] = set()  # checksums of settings
+        self._lock = threading.Lock()
+        self._answer: _InFlight | None = None
+
+    def add(self, settings: int) -> None:
+        with self._lock:
+            self._missed.add(settings)
+
+    def answer(self) -> None:
+        with self._lock:
+            if self._answer is not None:
+                if not self._answer.ready():
+                    return
+                asked, _, nobody, _ = self._answer.wait()
+                self._answer = None
+                if nobody == -1:
+                    self._missed.discard(asked)
+            if self._missed:
+                self._answer = _InFlight(_largest, self._NEUTRAL, self._process_set)
+
+    def finish(self) -> None:
+        """Before this rank compares: two operations of one name must not be in flight."""
+        with self._lock:
+            answer = self._answer
+        if answer is not None:
+            agreement.wait(answer)
+
+    def __bool__(self) -> bool:
+        return bool(self._missed)
 
 
-def _go_on_comparing(kernels: _Kernels) -> None:
-    with _unfinished_lock:
-        key = kernels.process_set_id, kernels.config
-        comparison = _unfinished.get(key)
-        if comparison is None or not comparison.ready():
-            return
-        del _unfinished[key]
-        if not comparison.wait():
-            _unfinished[key] = _Comparison(kernels.config, kernels.process_set)
+_absent: dict[int, _Absent] = {}  # by the number of the process set
 
 
 # One for each process set: threads of one process must not begin two comparisons at a time.
@@ -701,7 +751,9 @@ class GlobalQSGD(Compression):
             self._see(census, tensor, caller, eligible, plan)
         if not eligible or tensor.dtype not in _DTYPES:
             return _left_to_horovod(tensor)
-        x = tf.convert_to_tensor(tensor)
+        with _aside():
+            x = tf.convert_to_tensor(tensor)
+            vector = tf.reshape(x, [-1])
         kernels = _Kernels(
             name=caller.name,
             dtype=x.dtype.name,
@@ -711,7 +763,7 @@ class GlobalQSGD(Compression):
             process_set_id=caller.process_set.process_set_id,
             chunk_count=_chunk_count(x.shape.num_elements(), plan),
         )
-        counter, vector = self._counter(caller.name), tf.reshape(x, [-1])
+        counter = self._counter(caller.name)
         reduction = _Reduction(kernels, caller.ignore_name_scope, vector, counter)
         mark, begun = reduction.begin()
         return mark, _Context(reduction, x, mark, begun)
@@ -724,9 +776,10 @@ class GlobalQSGD(Compression):
         if not isinstance(ctx, _Context):
             return tf.cast(tensor, ctx)
         vector = ctx.reduction.finish(tensor, ctx.mark, ctx.begun)
-        result = tf.reshape(vector, tf.shape(ctx.tensor))
-        result.set_shape(ctx.tensor.shape)
-        return _not_differentiable(ctx.tensor, result)
+        with _aside():
+            result = tf.reshape(vector, tf.shape(ctx.tensor))
+            result.set_shape(ctx.tensor.shape)
+            return _not_differentiable(ctx.tensor, result)
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
@@ -778,10 +831,11 @@ class GlobalQSGD(Compression):
         return self._groups[key]
 
     def _agree(self, process_set: Any) -> None:
-        if not agreement.wait(_Comparison(self.config, process_set)):
-            key = process_set.process_set_id, self.config
-            with _unfinished_lock:
-                _unfinished[key] = _Comparison(self.config, process_set)
+        number = process_set.process_set_id
+        if number in _absent:
+            _absent[number].finish()
+        if not agreement.wait(_InFlight(_compare, self.config, process_set)):
+            _absent.setdefault(number, _Absent(process_set)).add(_settings(self.config))
 
 
 def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:
