@@ -86,7 +86,7 @@ class Frontend:
         """The instance that stands for the class, or for one of its presets."""
         key = (cls, config)  # a subclass has instances of its own
         if key not in cls._instances:
-            cls._instances[key] = cls(**config.describe())
+            cls._instances.setdefault(key, cls(**config.describe()))  # threads get the same one
         return cls._instances[key]
 
     def __repr__(self) -> str:
