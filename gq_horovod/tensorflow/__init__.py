@@ -11,7 +11,8 @@ one gradient:
 1. The norms of its blocks, reduced by a Max-allreduce; and a token, which Horovod reduces in place
    of the gradient (see `token`).
    The step travels with the norms: it is what the dither depends on, and a worker that joins an
-   elastic job learns it from the others.
+   elastic job learns it from the others. So do checksums of the settings and of the tensor, and
+   whether a rank has called hvd.join().
 2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
    allgather (exponential and two-hop levels).
 3. The mean, or what else the user's `op` and scaling make of it, decoded after the token has been
@@ -20,7 +21,10 @@ one gradient:
 TensorFlow runs these as their inputs arrive, so many gradients are in flight at once. The kernels
 are ordinary functions of their inputs, the step among them, and are declared so: TensorFlow would
 run stateful operations one after the other. What depends on the ranks (their number, this rank, the
-levels) they look up when they run: in an elastic job a graph outlives them.
+levels) they look up when they run: in an elastic job a graph outlives them. Nothing in a graph
+belongs to the process that has built it, so that it can be saved, and loaded by another one.
+
+Eagerly each operation waits for all ranks, and the token goes first.
 """
 
 from __future__ import annotations
@@ -721,7 +725,9 @@ class GlobalQSGD(Compression):
     Raises ConfigMismatchError at the first use, on every rank, if the ranks are configured
     differently; in an elastic job at the first gradient (where block sizes or min_elements differ,
     Horovod raises its own error about operations that do not match). There graphs outlive the ranks
-    that they were built for.
+    that they were built for. Raises ValueError with exponential and two-hop levels where a rank has
+    called hvd.join(). What is raised while a graph runs, is a tf.errors.InvalidArgumentError with
+    the same text.
     """
 
     HVD = hvd
