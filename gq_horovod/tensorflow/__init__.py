@@ -11,7 +11,8 @@ one gradient:
 1. The norms of its blocks, reduced by a Max-allreduce; and a token, which Horovod reduces in place
    of the gradient (see `token`).
    The step travels with the norms: it is what the dither depends on, and a worker that joins an
-   elastic job learns it from the others.
+   elastic job learns it from the others. So do checksums of the settings and of the tensor, and
+   whether a rank has called hvd.join().
 2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
    allgather (exponential and two-hop levels).
 3. The mean, or what else the user's `op` and scaling make of it, decoded after the token has been
@@ -20,7 +21,10 @@ one gradient:
 TensorFlow runs these as their inputs arrive, so many gradients are in flight at once. The kernels
 are ordinary functions of their inputs, the step among them, and are declared so: TensorFlow would
 run stateful operations one after the other. What depends on the ranks (their number, this rank, the
-levels) they look up when they run: in an elastic job a graph outlives them.
+levels) they look up when they run: in an elastic job a graph outlives them. Nothing in a graph
+belongs to the process that has built it, so that it can be saved, and loaded by another one.
+
+Eagerly each operation waits for all ranks, and the token goes first.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +51,9 @@ except ImportError as error:
         "gq_horovod.tensorflow: TensorFlow is not installed; `pip install gq-horovod[tensorflow]`, "
         "or import GlobalQSGD from the module of the framework that you use."
     ) from error
+from tensorflow.python.ops import script_ops
+from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
+
 try:
     import horovod.tensorflow as hvd
     from horovod.tensorflow import mpi_ops as hvd_ops
@@ -75,7 +82,7 @@ _DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 _ALIGNMENT = 64
 
 # What travels behind norms: so many numbers, as int32.
-_TAIL = 3
+_TAIL = 6
 _LARGEST = 2**31 - 1
 
 # Where this is in the text of an error of TensorFlow, Horovod's elastic.run takes it for a lost
@@ -144,7 +151,7 @@ def _find_caller(tensor: Any, frame: FrameType | None) -> _Caller:
     if function == "grouped_allreduce":
         siblings = tuple(variables["tensors"])
         name = None if name is None else f"{name}.{_position(tensor, siblings)}"
-    op = hvd_ops.handle_average_backwards_compatibility(variables["op"], variables["average"])
+    op = variables["op"]  # Horovod has put there what `average` says
     scaling = variables["prescale_factor"] * variables["postscale_factor"]
     expected = None
     for function, outer in callers:
@@ -199,46 +206,54 @@ def _plan(config: Config, world_size: int) -> Plan:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """What is computed for one tensor, on NumPy arrays that share TensorFlow's memory.
+    """What is computed for one tensor, on NumPy vectors that share TensorFlow's memory.
 
-    `shared` is the maximum over ranks of the norms and of what travels behind them: the step, a
-    checksum of the settings, and its complement, by which every rank sees that one has others.
+    `shared` is the maximum over ranks of the norms and of what travels behind them (see `_tail`).
+    A graph holds these fields as text, so that it can be saved and run in another process.
     """
 
     name: str
-    dtype: Any
+    dtype: str
     scaling: float  # of the result
     sums: bool  # whether the result is the sum over ranks, not the mean
     config: Config
-    process_set: Any
-    settings: int  # a checksum, of 31 bits
+    process_set_id: int
     chunk_count: int
+
+    def encode(self, stage: str, *index: int) -> bytes:
+        """A call of one of the methods below, for `_run`."""
+        fields = {**vars(self), "config": self.config.describe()}
+        return json.dumps([stage, index, fields]).encode()
+
+    @property
+    def process_set(self) -> Any:
+        return hvd_ops._temp_process_set_object(self.process_set_id)
 
     @property
     def plan(self) -> Plan:
         """For the ranks that there are now."""
         return _plan(self.config, self.process_set.size())
 
+    def mark(self, x: Array) -> Array:
+        """The token; it is what a reduction begins with."""
+        if self.process_set_id in _absent:
+            _absent[self.process_set_id].answer()
+        return np.array(token.make(self.name, (x.size,), x.dtype.name))
+
     def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
         """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
-        mark = token.make(self.name, x.shape, x.dtype.name)
+        mark = self.mark(x)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
-        tail = [int(step) & _LARGEST, self.settings, _LARGEST - self.settings]
-        return np.concatenate([norms, np.array(tail, dtype=np.int32)]), np.array(mark)
+        return np.concatenate([norms, self._tail(x.size, int(step))]), mark
 
     def quantize(self, chunk_index: int, x: Array, shared: Array) -> Array:
         """The payload of one chunk, in as many equal parts as there are ranks if it is codes.
 
-        Raises ConfigMismatchError where a rank has other settings.
+        Raises ConfigMismatchError where a rank has other settings, or another tensor.
         """
-        if shared[-2] != self.settings or shared[-1] != _LARGEST - self.settings:
-            raise _ConfigMismatchError(
-                "GlobalQSGD: the ranks are configured differently, as they found with tensor "
-                f"{self.name!r}; this one has {self.config.describe()}, gq-horovod {__version__}. "
-                "Pass the same options on every rank."
-            )
         plan = self.plan
+        self._check(shared, x.size, plan)
         chunk = self._chunks(x.size, shared)[chunk_index]
         part = chunk.of(Buffer.of(x))
         size = codec.payload_size(part.size, plan)
@@ -249,10 +264,10 @@ class _Kernels:
         codec.quantize(part, chunk.norms, plan, random, out=out)
         return out
 
-    def reduce(self, chunk_index: int, pieces: Array, shared: Array, shape: Array) -> Array:
+    def reduce(self, chunk_index: int, pieces: Array, shared: Array, size: Array) -> Array:
         """The share of one chunk's mean that this rank rounds for all."""
         plan = self.plan
-        chunk = self._chunks(int(shape.prod()), shared)[chunk_index]
+        chunk = self._chunks(int(size), shared)[chunk_index]
         count = chunk.stop - chunk.start
         own = codec.norms_of_share(chunk.norms, count, self.process_set.rank(), plan)
         out = _aligned(codec.reduced_size(count, plan), pieces.dtype)
@@ -260,22 +275,66 @@ class _Kernels:
         codec.reduce(np.split(pieces, plan.world_size), plan, random, out, own)
         return out
 
-    def dequantize(
-        self, reduced: Array, mark: Array, shared: Array, shape: Array, *sums: Array
-    ) -> Array:
-        """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
-        plan = self.plan
+    def check(self, reduced: Array, mark: Array) -> None:
+        """Raise ConfigMismatchError where the ranks disagree about the tensor."""
+        if self.scaling == 0:
+            return  # nothing comes back of a token
         try:
-            token.check(reduced.tolist(), mark.tolist(), self.name, plan.world_size)
+            token.check(reduced.tolist(), mark.tolist(), self.name, self.process_set.size())
         except ConfigMismatchError as error:
             raise _ConfigMismatchError(str(error)) from None
-        out = _aligned(int(shape.prod()), self.dtype)
+
+    def dequantize(
+        self, reduced: Array, mark: Array, shared: Array, size: Array, *sums: Array
+    ) -> Array:
+        """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
+        self.check(reduced, mark)
+        plan = self.plan
+        out = _aligned(int(size), tf.as_dtype(self.dtype).as_numpy_dtype)
         for chunk, payload in zip(self._chunks(out.size, shared), sums, strict=True):
             codec.dequantize(payload, chunk.norms, plan, chunk.of(Buffer.of(out)))
         factor = self.scaling * (plan.world_size if self.sums else 1)
         if factor != 1:
-            np.multiply(out, factor, out=out, casting="same_kind")
-        return out.reshape(shape)
+            with np.errstate(over="ignore", invalid="ignore"):  # Inf, as Horovod's sums have it
+                np.multiply(out, factor, out=out, casting="same_kind")
+        return out
+
+    def _tail(self, count: int, step: int) -> NDArray[np.int32]:
+        """What travels behind the norms.
+
+        The step; checksums of the settings and of the tensor, each with its complement, by which
+        every rank sees that one has others; and -1, of which the maximum is 0 where a rank has
+        called hvd.join(), since Horovod takes zeros for it.
+        """
+        sums = _settings(self.config), self._tensor(count)
+        pairs = [number for own in sums for number in (own, _LARGEST - own)]
+        return np.array([step & _LARGEST, *pairs, -1], dtype=np.int32)
+
+    def _tensor(self, count: int) -> int:
+        return _checksum(f"{self.name}\0{count}\0{self.dtype}")
+
+    def _check(self, shared: Array, count: int, plan: Plan) -> None:
+        """Raise an error, on every rank alike, where their codes would not belong together."""
+        expected = self._tail(count, 0)
+        if not np.array_equal(shared[-_TAIL:][1:3], expected[1:3]):
+            raise _ConfigMismatchError(
+                "GlobalQSGD: the ranks are configured differently, as they found with tensor "
+                f"{self.name!r}; this one has {self.config.describe()}, gq-horovod {__version__}. "
+                "Pass the same options on every rank."
+            )
+        if not np.array_equal(shared[-_TAIL:][3:5], expected[3:5]):
+            raise _ConfigMismatchError(
+                f"GlobalQSGD: the ranks disagree about tensor {self.name!r}: this one reduces "
+                f"{count} elements of {self.dtype}. Every rank has to reduce a tensor of the same "
+                "name, number of elements and dtype."
+            )
+        if shared[-1] == 0 and not plan.in_flight:
+            raise ValueError(
+                f"GlobalQSGD: levels must be 'standard' where ranks call hvd.join(), got "
+                f"{self.config.levels!r}, and a rank had joined when tensor {self.name!r} was "
+                "reduced: Horovod has no Alltoall for ranks that have joined. Pass "
+                "levels='standard', or give every rank equally many batches."
+            )
 
     def _chunks(self, count: int, shared: Array) -> list[Chunk]:
         norms = shared[:-_TAIL]
@@ -291,8 +350,38 @@ class _Kernels:
         return dither(self.config.seed, name, int(shared[-_TAIL]), rank, stage, strata)
 
 
+def _checksum(text: str) -> int:
+    """Of 31 bits."""
+    return zlib.crc32(text.encode()) & _LARGEST
+
+
+@cache
+def _settings(config: Config) -> int:
+    """A checksum of what all ranks have to share."""
+    return _checksum(json.dumps(agreement.describe(config), sort_keys=True))
+
+
+@cache
+def _decode(call: bytes) -> tuple[str, list[int], _Kernels]:
+    stage, index, fields = json.loads(call)
+    return stage, index, _Kernels(**{**fields, "config": Config(**fields["config"])})
+
+
+def _run(call: bytes, *inputs: Any) -> Any:
+    """What the graph calls: a method of `_Kernels`, written down by its `encode`."""
+    stage, index, kernels = _decode(call)
+    return getattr(kernels, stage)(*index, *inputs)
+
+
+# tf.numpy_function would number the functions as this process makes them. A graph that is saved
+# keeps the number, and what another process has under it may be any function. The key is what the
+# error shows where it is unknown.
+_KEY = "gq_horovod.tensorflow (to be imported before a compressed training step is loaded and run)"
+script_ops._py_funcs._funcs[_KEY] = _run
+
+
 def _chunk_count(count: int | None, plan: Plan) -> int:
-    if count is None:
+    if not count:  # unknown, or an empty tensor in a group with a large one
         return 1
     norms = np.empty(lanes.blocks(count, plan.block_for(count)), dtype=np.int32)
     return len(list(chunks(count, norms, plan, pipeline.CHUNK_ELEMENTS)))
@@ -301,29 +390,64 @@ def _chunk_count(count: int | None, plan: Plan) -> int:
 # ------------------------------------------------------------------------------------------- graph
 
 
+def _aside() -> Any:
+    """A name scope for operations that have no name of their own.
+
+    Horovod names operations that the user gave no name after their inputs. Those keep the names
+    that TensorFlow gives them without compression.
+    """
+    return tf.name_scope("gq")
+
+
 @dataclass(frozen=True)
 class _Reduction:
-    """One tensor's way through the graph."""
+    """One tensor's way through the graph, as a vector."""
 
     kernels: _Kernels
     ignore_name_scope: bool
     x: Any
     counter: _Counter
 
-    def measure(self) -> tuple[Any, Any]:
+    def begin(self) -> tuple[Any, tuple[Any, list[Any]] | None]:
+        """The token; and, in a graph, what `finish` needs.
+
+        Eagerly every operation waits for all ranks, so that Horovod can reduce the token first and
+        nothing else is sent where they disagree. In a graph that would be a round trip for nothing.
+        """
+        if tf.executing_eagerly():
+            return tf.constant(self.kernels.mark(np.array(self.x))), None
+        shared, mark = self._measure()
+        return mark, (shared, self._payloads(shared))
+
+    def finish(self, reduced: Any, mark: Any, begun: tuple[Any, list[Any]] | None) -> Any:
+        """The result, as a vector, for the reduced token."""
+        if begun is None:
+            self.kernels.check(reduced.numpy(), mark.numpy())
+            shared, _ = self._measure()
+            begun = shared, self._payloads(shared)
+        shared, payloads = begun
+        inputs = [reduced, mark, shared, self._size(), *payloads]
+        return self._call("dequantize", (), inputs, self.x.dtype)[0]
+
+    def _measure(self) -> tuple[Any, Any]:
         """What the ranks share before they quantize; and the token.
 
         They take the largest step of any rank, and go on from there: where one has joined or been
         lost, no dither of a step that was is used again.
         """
-        inputs = [self.x, self.counter.next()]
-        own, mark = self._call(self.kernels.measure, inputs, "measure", tf.int32, tf.float64)
+        with _aside():
+            inputs = [self.x, self.counter.next()]
+        own, mark = self._call("measure", (), inputs, tf.int32, tf.float64)
         mark.set_shape([4])
         shared = self._allreduce(own, "norm", hvd.Max)
-        with tf.control_dependencies([self.counter.set(shared[-_TAIL])]):
+        with _aside(), tf.control_dependencies(self.counter.set(shared[-_TAIL])):
             return tf.identity(shared), mark
 
-    def standard(self, shared: Any) -> list[Any]:
+    def _payloads(self, shared: Any) -> list[Any]:
+        standard = self.kernels.plan.in_flight
+        return self._standard(shared) if standard else self._by_shares(shared)
+
+    def _standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
         payloads = [self._quantize(index, shared) for index in range(self.kernels.chunk_count)]
         return [
@@ -331,37 +455,24 @@ class _Reduction:
             for index, payload in enumerate(payloads)
         ]
 
-    def by_shares(self, shared: Any) -> list[Any]:
+    def _by_shares(self, shared: Any) -> list[Any]:
         """Codes that Allreduce cannot add: each rank reduces one share of all ranks' codes."""
         means = []
         for index in range(self.kernels.chunk_count):
             codes = self._quantize(index, shared)
             pieces = hvd.alltoall(codes, **self._named(f"codes.{index}"))
-            (share,) = self._call(
-                lambda *inputs, index=index: self.kernels.reduce(index, *inputs),
-                [pieces, shared, tf.shape(self.x)],
-                f"reduce.{index}",
-                tf.as_dtype(codec.payload_dtype(self.kernels.plan)),
-            )
+            inputs = [pieces, shared, self._size()]
+            (share,) = self._call("reduce", (index,), inputs, codes.dtype)
             means.append(hvd.allgather(share, **self._named(f"mean.{index}")))
         return means
 
-    def dequantize(self, reduced: Any, mark: Any, shared: Any, payloads: list[Any]) -> Any:
-        """The result, of the shape and dtype of x."""
-        inputs = [reduced, mark, shared, tf.shape(self.x), *payloads]
-        (result,) = self._call(self.kernels.dequantize, inputs, "dequantize", self.x.dtype)
-        result.set_shape(self.x.shape)
-        return result
-
     def _quantize(self, index: int, shared: Any) -> Any:
         dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
-        (payload,) = self._call(
-            lambda *inputs: self.kernels.quantize(index, *inputs),
-            [self.x, shared],
-            f"quantize.{index}",
-            dtype,
-        )
-        return payload
+        return self._call("quantize", (index,), [self.x, shared], dtype)[0]
+
+    def _size(self) -> Any:
+        with _aside():
+            return tf.size(self.x)
 
     def _allreduce(self, array: Any, part: str, op: int) -> Any:
         return hvd_ops._allreduce(array, op=op, **self._named(part))
@@ -376,62 +487,87 @@ class _Reduction:
     def _name(self, part: str) -> str:
         return f"gq.{hvd_ops._normalize_name(self.kernels.name)}.{part}"
 
-    def _call(
-        self, function: Callable[..., Any], inputs: list[Any], part: str, *dtypes: Any
-    ) -> list[Any]:
-        """Insert a call of a kernel; all results but the last stage's are vectors."""
-        results = tf.numpy_function(
-            function,
-            inputs,
-            dtypes[0] if len(dtypes) == 1 else list(dtypes),
-            stateful=False,
-            name=self._name(part),
+    def _call(self, stage: str, index: tuple[int, ...], inputs: list[Any], *dtypes: Any) -> Any:
+        """Insert a call of a kernel; all of its results are vectors."""
+        call = self.kernels.encode(stage, *index)
+        if tf.executing_eagerly():
+            results = _run(call, *(np.array(x) for x in inputs))
+            return [tf.convert_to_tensor(x) for x in (results if len(dtypes) > 1 else [results])]
+        with _aside():
+            inputs = [tf.constant(call), *inputs]
+        part = ".".join([stage, *map(str, index)])
+        results = tf.raw_ops.PyFuncStateless(
+            input=inputs, token=_KEY, Tout=dtypes, name=self._name(part)
         )
-        listed = [results] if len(dtypes) == 1 else list(results)
-        if part != "dequantize":
-            for result in listed:
-                result.set_shape([None])
-        return listed
+        for result in results:
+            result.set_shape([None])
+        return results
 
 
 class _Counter:
     """How many times a tensor of one name was reduced.
 
-    A variable of its own: TensorFlow orders the uses of one variable, and of nothing else. It is
-    not a tf.Variable, because a tf.function may create those only when it is traced first.
+    A table of one number in TensorFlow's memory. TensorFlow orders the uses of one resource, and of
+    nothing else. Graphs make the table themselves where there is none of its name, which a variable
+    does not: they can be saved, and run in another process or in a session.
     """
 
     def __init__(self) -> None:
-        with tf.init_scope(), tf.device("/CPU:0"):
-            self._handle = tf.raw_ops.VarHandleOp(
-                dtype=tf.int64, shape=[], shared_name=f"gq.step.{uuid.uuid4()}"
-            )
-            tf.raw_ops.AssignVariableOp(resource=self._handle, value=tf.constant(-1, tf.int64))
+        self._shared_name = f"gq.step.{uuid.uuid4()}"
 
     def next(self) -> Any:
         """The number of the reduction that begins here, as a tensor; the first is 0."""
-        with tf.device("/CPU:0"):
-            one = tf.constant(1, tf.int64)
-            added = tf.raw_ops.AssignAddVariableOp(resource=self._handle, value=one)
-            with tf.control_dependencies([] if tf.executing_eagerly() else [added]):
-                return self.last()
+        number = self.last() + 1
+        with tf.control_dependencies(self.set(number)):
+            return tf.identity(number)
 
-    def set(self, number: Any) -> Any:
+    def set(self, number: Any) -> list[Any]:
         """Make this the number of the last reduction; what does it, in a graph."""
         with tf.device("/CPU:0"):
-            value = tf.cast(number, tf.int64)
-            return tf.raw_ops.AssignVariableOp(resource=self._handle, value=value)
+            done = tf.raw_ops.LookupTableInsertV2(
+                table_handle=self._table(),
+                keys=tf.constant(0, tf.int64),
+                values=tf.cast(number, tf.int64),
+            )
+        return [] if done is None else [done]
 
     def last(self) -> Any:
-        """The number of the last reduction, as a tensor."""
-        return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=tf.int64)
+        """The number of the last reduction, as a tensor; -1 where there was none."""
+        with tf.device("/CPU:0"):
+            return tf.raw_ops.LookupTableFindV2(
+                table_handle=self._table(),
+                keys=tf.constant(0, tf.int64),
+                default_value=tf.constant(-1, tf.int64),
+            )
+
+    def _table(self) -> Any:
+        if tf.executing_eagerly():
+            return self._make()
+        # In the function around the branch of a tf.cond that Horovod puts a gradient into: branches
+        # without a resource among their inputs would run one after the other.
+        graph = tf.compat.v1.get_default_graph()
+        while isinstance(graph, CondBranchFuncGraph):
+            graph = graph.outer_graph
+        made = graph.get_collection_ref(self)  # one for a graph, or TensorFlow would see several
+        if not made:
+            with graph.as_default(), tf.control_dependencies(None):
+                made.append(self._make())
+        return made[0]
+
+    def _make(self) -> Any:
+        with tf.device("/CPU:0"):
+            return tf.raw_ops.MutableHashTableV2(
+                key_dtype=tf.int64,
+                value_dtype=tf.int64,
+                shared_name=self._shared_name,
+                name="gq.step",
+            )
 
 
 class _Group(NamedTuple):
     """What belongs to one process set."""
 
     plan: Plan  # for the number of ranks when it was made
-    settings: int  # a checksum of what all ranks have to share
     census: log.Census | None  # of its tensors, on the rank that logs them
 
 
@@ -439,52 +575,79 @@ class _Context(NamedTuple):
     """What decompress() has to know about a tensor."""
 
     reduction: _Reduction
+    tensor: Any
     mark: Any
-    shared: Any
-    payloads: list[Any]
+    begun: tuple[Any, list[Any]] | None
 
 
-@tf.custom_gradient
 def _not_differentiable(x: Any, result: Any) -> Any:
     """The result; an error if somebody differentiates it to `x`, not a gradient of None."""
-
-    def refuse(_: Any) -> Any:
-        raise ValueError(
-            "GlobalQSGD: a compressed result must not be differentiated, because the quantized "
-            "mean is not differentiable; pass tf.stop_gradient(tensor), or no compression."
-        )
-
-    return tf.identity(result), refuse
+    _, result = tf.raw_ops.IdentityN(input=[x, result])
+    return tf.raw_ops.PreventGradient(
+        input=result,
+        message="GlobalQSGD: a compressed result must not be differentiated, because the quantized "
+        "mean is not differentiable; pass tf.stop_gradient(tensor), or no compression.",
+    )
 
 
 # --------------------------------------------------------------------------------------- agreement
 
 
-@cache
-def _gathering(process_set: Any) -> Any:
-    """A graph that gathers bytes: Horovod names operations after the nodes of graphs."""
+def _run_alone(operation: Callable[[Any], Any], own: Array) -> Any:
+    """The result of an operation of Horovod, whether or not TensorFlow executes eagerly.
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.uint8)])
-    def gather(data: Any) -> Any:
-        return hvd.allgather(
-            data, name="gq.configuration", ignore_name_scope=True, process_set=process_set
+    In a graph of its own, because Horovod names operations after the nodes of graphs.
+    """
+    settings = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
+    with tf.Graph().as_default(), tf.compat.v1.Session(config=settings) as session:
+        return session.run(operation(tf.constant(own)))
+
+
+def _largest(own: list[int], process_set: Any) -> list[int]:
+    """The maximum over ranks, to which those that have called hvd.join() contribute zeros."""
+    options = {"name": "gq.configuration", "ignore_name_scope": True, "process_set": process_set}
+    shared: list[int] = _run_alone(
+        lambda x: hvd_ops._allreduce(x, op=hvd.Max, **options), np.array(own, dtype=np.int32)
+    ).tolist()
+    return shared
+
+
+def _compare(config: Config, process_set: Any) -> bool:
+    """Compare the ranks' settings; whether none of them was absent, because it had joined.
+
+    Raises ConfigMismatchError, on all ranks that take part, where settings differ.
+    """
+    own = _settings(config)
+    shared = _largest([own, _LARGEST - own, -1, -1], process_set)
+    if shared[:2] != [own, _LARGEST - own]:
+        if shared[2:] != [-1, -1]:  # Horovod has no Allgather where ranks have joined
+            raise ConfigMismatchError(
+                "GlobalQSGD: the ranks are configured differently; this one has "
+                f"{config.describe()}, gq-horovod {__version__}, and ranks that have called "
+                "hvd.join() cannot be asked. Pass the same options on every rank."
+            )
+        gathered = _run_alone(
+            lambda x: hvd.allgather(
+                x, name="gq.configurations", ignore_name_scope=True, process_set=process_set
+            ),
+            agreement.encode(agreement.describe(config)),
         )
+        agreement.require_same(agreement.decode(gathered))
+    return shared[2] == -1
 
-    return gather
 
+class _InFlight:
+    """A function that waits for other ranks, in a thread; `Handle` of the pipeline."""
 
-class _Gathering:
-    """An allgather in flight; `Handle` of the pipeline. TensorFlow itself only waits."""
-
-    def __init__(self, own: NDArray[np.uint8], process_set: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._result: Any = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(own, process_set), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
         self._thread.start()
 
-    def _run(self, own: NDArray[np.uint8], process_set: Any) -> None:
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
-            self._result = _gathering(process_set)(tf.constant(own)).numpy()
+            self._result = function(*arguments)
         except Exception as error:  # wait() raises it
             self._error = error
 
@@ -496,6 +659,56 @@ class _Gathering:
         if self._error is not None:
             raise self._error
         return self._result
+
+
+class _Absent:
+    """What the ranks of a process set have compared while others had joined.
+
+    A rank that was absent compares when it builds its first graph, and waits for all others. They
+    build no more graphs, so their kernels take part, in the background and once in a step: with
+    numbers that no maximum shows. Whether its settings are theirs, the norms will tell.
+    """
+
+    _NEUTRAL: ClassVar[list[int]] = [0, 0, -1, 1]
+
+    def __init__(self, process_set: Any) -> None:
+        self._process_set = process_set
+        self._missed: set[int] = set()  # checksums of settings
+        self._lock = threading.Lock()
+        self._answer: _InFlight | None = None
+
+    def add(self, settings: int) -> None:
+        with self._lock:
+            self._missed.add(settings)
+
+    def answer(self) -> None:
+        with self._lock:
+            if self._answer is not None:
+                if not self._answer.ready():
+                    return
+                asked, _, nobody, _ = self._answer.wait()
+                self._answer = None
+                if nobody == -1:
+                    self._missed.discard(asked)
+            if self._missed:
+                self._answer = _InFlight(_largest, self._NEUTRAL, self._process_set)
+
+    def finish(self) -> None:
+        """Before this rank compares: two operations of one name must not be in flight."""
+        with self._lock:
+            answer = self._answer
+        if answer is not None:
+            agreement.wait(answer)
+
+    def __bool__(self) -> bool:
+        return bool(self._missed)
+
+
+_absent: dict[int, _Absent] = {}  # by the number of the process set
+
+
+# One for each process set: threads of one process must not begin two comparisons at a time.
+_locks: dict[Any, threading.Lock] = {}
 
 
 class GlobalQSGD(Compression):
@@ -514,7 +727,9 @@ class GlobalQSGD(Compression):
     Raises ConfigMismatchError at the first use, on every rank, if the ranks are configured
     differently; in an elastic job at the first gradient (where block sizes or min_elements differ,
     Horovod raises its own error about operations that do not match). There graphs outlive the ranks
-    that they were built for.
+    that they were built for. Raises ValueError with exponential and two-hop levels where a rank has
+    called hvd.join(). What is raised while a graph runs, is a tf.errors.InvalidArgumentError with
+    the same text.
     """
 
     HVD = hvd
@@ -539,27 +754,27 @@ class GlobalQSGD(Compression):
         if not caller.process_set.included():
             # Horovod builds the graph on all ranks, and runs it on those of the process set.
             return tensor, None
-        plan, settings, census = self._group(caller.process_set)
+        plan, census = self._group(caller.process_set)
         if census is not None and census.wanted:
             self._see(census, tensor, caller, eligible, plan)
-        if not eligible:
+        if not eligible or tensor.dtype not in _DTYPES:
             return _left_to_horovod(tensor)
-        x = tf.convert_to_tensor(tensor)
+        with _aside():
+            x = tf.convert_to_tensor(tensor)
+            vector = tf.reshape(x, [-1])
         kernels = _Kernels(
             name=caller.name,
-            dtype=x.dtype.as_numpy_dtype,
+            dtype=x.dtype.name,
             scaling=caller.scaling,
             sums=caller.op == hvd.Sum,
             config=self.config,
-            process_set=caller.process_set,
-            settings=settings,
+            process_set_id=caller.process_set.process_set_id,
             chunk_count=_chunk_count(x.shape.num_elements(), plan),
         )
         counter = self._counter(caller.name)
-        reduction = _Reduction(kernels, caller.ignore_name_scope, x, counter)
-        shared, mark = reduction.measure()
-        method = reduction.standard if plan.in_flight else reduction.by_shares
-        return mark, _Context(reduction, mark, shared, method(shared))
+        reduction = _Reduction(kernels, caller.ignore_name_scope, vector, counter)
+        mark, begun = reduction.begin()
+        return mark, _Context(reduction, x, mark, begun)
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -568,8 +783,11 @@ class GlobalQSGD(Compression):
             return tensor
         if not isinstance(ctx, _Context):
             return tf.cast(tensor, ctx)
-        result = ctx.reduction.dequantize(tensor, ctx.mark, ctx.shared, ctx.payloads)
-        return _not_differentiable(ctx.reduction.x, result)
+        vector = ctx.reduction.finish(tensor, ctx.mark, ctx.begun)
+        with _aside():
+            result = tf.reshape(vector, tf.shape(ctx.tensor))
+            result.set_shape(ctx.tensor.shape)
+            return _not_differentiable(ctx.tensor, result)
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
@@ -585,9 +803,7 @@ class GlobalQSGD(Compression):
     # --------------------------------------------------------------------------------------- state
 
     def _counter(self, name: str) -> _Counter:
-        if name not in self._counters:
-            self._counters[name] = _Counter()
-        return self._counters[name]
+        return self._counters.setdefault(name, _Counter())
 
     def _see(
         self, census: log.Census, tensor: Any, caller: _Caller, eligible: bool, plan: Plan
@@ -613,17 +829,21 @@ class GlobalQSGD(Compression):
         """
         self.require_process_set(process_set)
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
-        if key not in self._groups:
-            log.identify(hvd.rank(), hvd.size())
-            plan = self.config.plan(process_set.size())
-            description = agreement.describe(self.config)
-            settings = zlib.crc32(json.dumps(description, sort_keys=True).encode()) & _LARGEST
-            if not _elastic():
-                with tf.init_scope():
-                    handle = _Gathering(agreement.encode(description), process_set)
-                    agreement.require_same(agreement.decode(agreement.wait(handle)))
-            self._groups[key] = _Group(plan, settings, self.begin_log(process_set, plan))
+        with _locks.setdefault(key, threading.Lock()):
+            if key not in self._groups:
+                log.identify(hvd.rank(), hvd.size())
+                plan = self.config.plan(process_set.size())
+                if not _elastic():
+                    self._agree(process_set)
+                self._groups[key] = _Group(plan, self.begin_log(process_set, plan))
         return self._groups[key]
+
+    def _agree(self, process_set: Any) -> None:
+        number = process_set.process_set_id
+        if number in _absent:
+            _absent[number].finish()
+        if not agreement.wait(_InFlight(_compare, self.config, process_set)):
+            _absent.setdefault(number, _Absent(process_set)).add(_settings(self.config))
 
 
 def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:

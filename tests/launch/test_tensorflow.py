@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import launch
+from launcher import ROOT, launch
 from test_parallel import PYTEST, check, summary
 
 # Some ten times what they take on two idle cores.
@@ -48,6 +49,18 @@ def test_in_every_rank(
     job = launch(transport, ranks, [*COMMAND, *paths], LIMIT_SECONDS, tmp_path, KERAS_2 | graphs)
     check(job, ranks)
     record_property("job", f"TensorFlow, {transport}, {ranks} ranks: {summary(job)}")
+
+
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+@pytest.mark.parametrize("mode", ["graph", "eager disabled", "v1 behavior"])
+def test_sessions_of_tensorflow_1(mode: str, levels: str, tmp_path: Path) -> None:
+    command = (ROOT / "tests" / "launch" / "sessions_tf.py", mode, levels)
+    job = launch("mpirun", 2, command, LIMIT_SECONDS, tmp_path, KERAS_2)
+    assert job.status == 0, job.report()
+    said = [re.findall(r"^(?:mean|\{.*\}) \w+$", text, re.M) for text in job.ranks.values()]
+    assert said[0] == said[1]
+    assert len(said[0]) == 12  # three trainings in two sessions, and a mean
+    assert said[0][0] == said[0][2]  # a session begins anew
 
 
 def test_keras_3(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:

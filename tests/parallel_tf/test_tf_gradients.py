@@ -343,5 +343,7 @@ def test_a_result_is_not_differentiable(mode: str, name: str) -> None:
             loss = tf.reduce_sum(y * y)
         return tape.gradient(loss, x)
 
-    with pytest.raises(ValueError, match="a compressed result must not be differentiated"):
+    # AutoGraph raises an error of its own, with the text.
+    error = Exception if mode == "graph" else LookupError
+    with pytest.raises(error, match="a compressed result must not be differentiated"):
         (tf.function(step) if mode == "graph" else step)()

@@ -131,6 +131,54 @@ def test_ranks_that_reduce_different_tensors(
     check_it_still_works(name)
 
 
+# The second has as many blocks as the first, the third as many payload words.
+SIZES = [(5000, 5001), (5120, 5000), (1021, 1022), (5000, 9000), (4096, 0)]
+
+
+@LAST
+@pytest.mark.parametrize("mode", ["eager", "graph", "unknown shapes"])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_sizes_and_dtypes_that_differ(levels: str, mode: str, name: str) -> None:
+    """One mismatch error on every rank, ours or Horovod's own, before any code is sent."""
+    compression = GlobalQSGD(levels=levels, min_elements=0)
+    pairs = [(tf.zeros(one), tf.zeros(other)) for one, other in SIZES]
+    pairs += [(tf.zeros(5000), tf.zeros(5000, dtype)) for dtype in (tf.float64, tf.float16)]
+    for index, (one, other) in enumerate(pairs):
+        if mode == "graph" and other.shape[0] == 0:
+            continue  # left to Horovod; see the next test
+        x = on_the_last_rank(one, other)
+
+        def reduce(x: Any, index: int = index) -> Any:
+            return allreduce(x, f"{name}.{index}", compression=compression)
+
+        if mode == "graph":
+            reduce = tf.function(reduce)
+        if mode == "unknown shapes":
+            reduce = tf.function(reduce, input_signature=[tf.TensorSpec(None, x.dtype)])
+        with pytest.raises((ConfigMismatchError, tf.errors.OpError)) as caught:
+            reduce(x)
+        text, known = str(caught.value), f"the ranks disagree about tensor '{name}.{index}'"
+        if mode == "eager" and 0 not in (one.shape[0], other.shape[0]):
+            assert isinstance(caught.value, ConfigMismatchError)
+        assert known in text or "Mismatched" in text, text
+        if one.shape[0] // 256 == other.shape[0] // 256 and compression.config.block_size == 256:
+            assert known in text
+    check_it_still_works(name)
+
+
+@LAST
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_a_rank_that_leaves_the_tensor_to_horovod(levels: str, name: str) -> None:
+    """Horovod gets a token from one rank and a tensor from another, and says so on both.
+
+    Not in a graph: there the norms of the one are in flight as well, until the other one ends.
+    """
+    compression = GlobalQSGD(levels=levels)
+    with pytest.raises(tf.errors.FailedPreconditionError, match="Mismatched"):
+        allreduce(tf.ones(on_the_last_rank(5000, 100)), name, compression=compression)
+    check_it_still_works(name)
+
+
 @MODES
 @pytest.mark.parametrize("op", ["Min", "Max", "Product", "Adasum"])
 def test_functions_with_another_op(op: str, mode: str, name: str) -> None:
