@@ -238,7 +238,7 @@ class Compression(Frontend):
             process_set: the process set whose ranks reduce; by default that of the caller.
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
-                PyTorch only; needs Horovod's MPI controller, MPI_THREAD_MULTIPLE, no hvd.join()).
+                PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
             timeout: seconds after which a reduction that does not move ends this rank with an error
                 (see gq_horovod.watchdog), None for never. PyTorch only.
             check_replicas: compare the optimizer's parameters between ranks every so many steps,
