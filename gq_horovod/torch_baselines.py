@@ -262,10 +262,12 @@ def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Red
     if right is None:
         right = _random(task, (matrix.shape[1], config.rank))
 
-    left = _product(matrix, right)
+    with _own_precision():
+        left = matrix @ right
     left = torch.from_numpy((yield task.collectives.allreduce_sum(left.numpy(), f"{task.name}.p")))
     left = _orthonormal(left)
-    own = _product(matrix.T, left)
+    with _own_precision():
+        own = matrix.T @ left
     right = own.clone()  # the reduction overwrites it
     right = torch.from_numpy(
         (yield task.collectives.allreduce_sum(right.numpy(), f"{task.name}.q"))
@@ -275,7 +277,8 @@ def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Red
     # A gradient that is not finite is lost on every rank alike, and must not stay in the memory.
     if bool(right.isfinite().all()):
         if config.error_feedback:
-            task.memory["error"] = matrix - _product(left, own.T)
+            with _own_precision():
+                task.memory["error"] = torch.addmm(matrix, left, own.T, alpha=-1)
         if config.warm_start:
             task.memory["right"] = right
     deliver(_whole(task), (left, right))
@@ -288,7 +291,8 @@ def _multiply_factors(
     left, right = factors
     mean = _matrix(out)
     if bool(right.isfinite().all()):
-        mean.copy_(_product(left, right.T))
+        with _own_precision():
+            torch.mm(left, right.T, out=mean)
     else:
         mean.fill_(torch.nan)
 
@@ -300,10 +304,9 @@ def _matrix(buffer: Buffer) -> torch.Tensor:
     return tensor.view(tensor.shape[0], -1)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product of two matrices in their own precision, also in a region of torch.autocast."""
-    with torch.autocast("cpu", enabled=False):
-        return left @ right
+def _own_precision() -> torch.autocast:
+    """Inside, matrices are multiplied as they are, also in a region of torch.autocast."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:

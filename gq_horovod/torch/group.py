@@ -64,8 +64,9 @@ class Group:
         """
         with self._lock:
             owners = self._owners.setdefault(name, [])
+            wanted = _NOBODY if optimizer is None else optimizer
             for place, owner in enumerate(owners):
-                if (owner() if owner is not None else _NOBODY) is (optimizer or _NOBODY):
+                if (_NOBODY if owner is None else owner()) is wanted:
                     return _key(name, place)
             key = _key(name, len(owners))
             known = None if optimizer is None else weakref.ref(optimizer, self._forget(key))

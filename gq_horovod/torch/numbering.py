@@ -35,6 +35,12 @@ _PREFIX = "horovod_torch_"
 # Functions that take a handle, or all of them. Every other one begins an operation and returns one.
 _OF_HANDLES = ("poll", "wait_and_clear", "reset")
 
+# Horovod's own remedy is for another case.
+_JOINED = (
+    "(A rank has called hvd.join(), and the compression in use needs an operation that Horovod "
+    "cannot do then; use GlobalQSGD or no compression, or give every rank equally many batches.)"
+)
+
 _wanted = True
 
 
@@ -116,14 +122,16 @@ class Library:
         try:
             return self.original.horovod_torch_wait_and_clear(handle)
         except RuntimeError as error:
-            if known := self._explanation(handle):
+            if known := self._explanation(handle, str(error)):
                 raise RuntimeError(f"{error} {known}") from error
             raise
         finally:
             self._names.pop(handle, None)
 
-    def _explanation(self, handle: int) -> str:
-        """What our classes know about the tensors of an operation that has failed."""
+    def _explanation(self, handle: int, error: str) -> str:
+        """What our classes know about an operation that has failed."""
+        if "with Join" in error and ".gq." in self.name(handle):
+            return _JOINED
         of, *_ = hvd_ops._handle_map.get(handle, (None,))
         members = of if isinstance(of, (tuple, list)) else (of,)
         explained = (own.explain(member) for own in self.explainers for member in members)

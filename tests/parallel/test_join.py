@@ -16,10 +16,12 @@ import horovod.torch as hvd
 import pytest
 import torch
 from helpers import TRANSPORT, check_mean, check_replicas, gradient
+from horovod.common.exceptions import HorovodInternalError
 from test_optimizer import SHAPES, check_gradient, local_gradient, make_optimizer, make_parameters
 
 from gq_horovod import auto
 from gq_horovod.torch import GlobalQSGD, allreduce, frontend
+from gq_horovod.torch_baselines import QSGD
 
 pytestmark = pytest.mark.usefixtures("several_ranks")
 
@@ -221,6 +223,14 @@ def test_without_a_join_that_is_uneven_nothing_changes(levels: str, name: str) -
 def test_replicas_are_compared_while_a_rank_has_joined(name: str) -> None:
     compression = new("standard", check_replicas=1)
     train(compression, [uneven(1, 3), uneven(0, 2), uneven(2, 2)])
+
+
+def test_a_baseline_says_why_it_cannot(name: str) -> None:
+    """Horovod's own error recommends an option of sparse gradients."""
+    if hvd.rank() != last():
+        with pytest.raises(HorovodInternalError, match=r"hvd.join\(\), and the compression in use"):
+            allreduce(gradient(hvd.rank(), 5000), name, compression=QSGD(min_elements=0))
+    hvd.join()
 
 
 def test_two_instances_and_a_process_set(name: str) -> None:
