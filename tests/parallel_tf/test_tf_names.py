@@ -22,8 +22,9 @@ EACH = pytest.mark.parametrize("levels", LEVELS)
 class Steps:
     """A function with unnamed operations before, between and behind compressed ones."""
 
-    def __init__(self, compression: Any) -> None:
+    def __init__(self, compression: Any, gathers: bool = True) -> None:
         self.compression = compression
+        self.gathers = gathers
         self.kernel = tf.Variable(tf.zeros([100, 60]))
 
     def __call__(self, x: Any) -> Any:
@@ -39,9 +40,10 @@ class Steps:
         tape = hvd.DistributedGradientTape(tape, compression=self.compression)
         ours += tape.gradient(tape_loss, [self.kernel])
         between = hvd.allreduce(tf.identity(tf.reshape(tf.cast(loss, tf.float64) + 1.0, [1])))
-        unnamed = hvd.grouped_allreduce([tf.size(x), tf.shape(x)[0]], op=hvd.Sum)
+        unnamed = hvd.grouped_allreduce([tf.reduce_max(x), tf.reduce_min(x)], op=hvd.Max)
         ours += hvd.grouped_allreduce([x, x[0]], name="group", compression=self.compression)
-        behind = inner.gradient(loss, x)  # an allreduce and an allgather of Horovod's own
+        # An allreduce and an allgather of Horovod's own.
+        behind = inner.gradient(loss, x) if self.gathers else loss
         last = hvd.allreduce(tf.reshape(tf.identity(between), []))
         return ours, [before, between, *unnamed, behind, last]
 
@@ -67,12 +69,15 @@ def test_unnamed_operations_keep_their_names(levels: str) -> None:
 @EACH
 def test_unnamed_operations_between_compressed_ones(levels: str, mode: str) -> None:
     compression = compressor(levels)
-    step, plain = Steps(compression), Steps(hvd.Compression.none)
+    # TensorFlow computes that allgather when it optimizes the graph, since its input is a shape: a
+    # rank that builds its graph alone waits for ever, with any compression.
+    gathers = mode != "traced at different times"
+    step, plain = (Steps(choice, gathers) for choice in (compression, hvd.Compression.none))
     if mode != "eager":
         step, plain = tf.function(step), tf.function(plain)
     for tag in range(3):
-        if mode == "traced at different times" and hvd.rank() == tag % hvd.size():
-            step = tf.function(Steps(compression))
+        if not gathers and hvd.rank() == tag % hvd.size():
+            step = tf.function(Steps(compression, gathers))
         inputs = gradients((100, 60), tag=300 + tag)
         own = inputs[hvd.rank()]
         ours, unnamed = step(own)
