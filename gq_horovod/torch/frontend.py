@@ -414,10 +414,10 @@ class TorchFrontend(Frontend):
 
     def _agree(self, key: tuple[int, ...], before: Group | None, process_set: Any) -> Group:
         """A group on whose state the ranks of the process set agree."""
-        numbering.install()
+        log.identify(hvd.rank(), hvd.size())
+        numbering.install(speaks=hvd.rank() == 0)
         if (library := numbering.library()) is not None:
             library.explainers.add(self)
-        log.identify(hvd.rank(), hvd.size())
         joins = _joins()
         group = before
         if group is None or group.session is not numbering.session():

@@ -174,10 +174,12 @@ def session() -> object:
     return hvd_ops._handle_map if own is None else own.session
 
 
-def install() -> None:
-    """Put a Library in the place of Horovod's, once; not after uninstall()."""
-    if library() is None and _wanted:
-        hvd_ops.mpi_lib = Library(hvd_ops.mpi_lib)
+def install(speaks: bool = False) -> None:
+    """Put a Library in the place of Horovod's, once; not after uninstall(). `speaks`: log it."""
+    if library() is not None or not _wanted:
+        return
+    hvd_ops.mpi_lib = Library(hvd_ops.mpi_lib)
+    if speaks:
         _log.say(
             logging.DEBUG,
             "numbering",

@@ -26,6 +26,7 @@ from rank import digest, say
 
 import gq_horovod.torch as gq
 from gq_horovod import pipeline
+from gq_horovod.torch.collectives import Collectives
 from mpi_ops import codec
 
 FAULT_STEP = 4
@@ -130,10 +131,10 @@ class Fault:
 def install(fault: Fault, stage: str) -> None:
     """Let a fault strike in a stage of the reduction."""
     if stage == "norm":
-        fault.after(gq._Collectives, "allreduce_max")
+        fault.after(Collectives, "allreduce_max")
     elif stage == "codes":
-        fault.after(gq._Collectives, "allreduce_sum")
-        fault.after(gq._Collectives, "alltoall")
+        fault.after(Collectives, "allreduce_sum")
+        fault.after(Collectives, "alltoall")
         if hvd.mpi_enabled():
             from gq_horovod import mpi
 

@@ -32,7 +32,7 @@ def files(*parts: str) -> list[str]:
     [
         ("mpirun", 1, files("allreduce", "gradients", "keras")),
         ("mpirun", 2, [DIRECTORY]),
-        ("mpirun", 3, [DIRECTORY]),
+        ("mpirun", 3, files("allreduce", "gradients", "names", "refusals")),
         ("mpirun", 4, files("allreduce", "gradients")),
         ("horovodrun", 2, files("gradients", "keras", "refusals", "restart")),
         ("horovodrun", 3, files("allreduce", "gradients")),
