@@ -12,6 +12,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from gq_horovod import auto
 from gq_horovod.config import Config, Plan
 from gq_horovod.torch import GlobalQSGD
 
@@ -153,6 +154,15 @@ def outcomes(
             above = (mean - below) / distance
             yield probability * (1 - above), below * scale
             yield probability * above, (below + distance) * scale
+
+
+def farthest(ways: Sequence[auto.Way]) -> float:
+    """How far a mean may be from the exact one, in norms, whichever of the ways it took."""
+    widths = []
+    for plan in (way.plan for way in ways if way.plan is not None):
+        own = (2 * plan.level_count - 1 if plan.square else 1) / plan.units
+        widths.append(own if plan.in_flight else 2 * own)  # which rounds the mean again
+    return max(widths)
 
 
 @dataclass(frozen=True)
