@@ -132,6 +132,7 @@ def test_joining_with_gradients_on_their_way(levels: str, name: str) -> None:
         for key, parameter in parameters.items():
             own = local_gradient(parameters, key, hvd.rank(), step)
             (parameter * own).sum().backward()
+        hvd.barrier()  # or Horovod crashes: every rank must have begun what one has that joins
         if hvd.rank() % 2:
             time.sleep(0.02)  # the norms are there, and nobody has asked
         hvd.join()
