@@ -675,6 +675,7 @@ class _Absent:
         self._process_set = process_set
         self._missed: set[int] = set()  # checksums of settings
         self._lock = threading.Lock()
+        self._wanted = False  # once more: a reduction has begun since
         self._answer: _InFlight | None = None
 
     def add(self, settings: int) -> None:
@@ -682,16 +683,28 @@ class _Absent:
             self._missed.add(settings)
 
     def answer(self) -> None:
+        """Take part once, in an operation that begins after this call."""
         with self._lock:
-            if self._answer is not None:
-                if not self._answer.ready():
-                    return
-                asked, _, nobody, _ = self._answer.wait()
-                self._answer = None
-                if nobody == -1:
+            self._wanted = bool(self._missed)
+            if self._answer is None:
+                if self._wanted:
+                    self._answer = _InFlight(self._take_part)
+            elif self._answer.ready():  # it has failed
+                self._answer.wait()
+
+    def _take_part(self) -> None:
+        while self._take():
+            asked, _, nobody, _ = _largest(self._NEUTRAL, self._process_set)
+            if nobody == -1:
+                with self._lock:
                     self._missed.discard(asked)
-            if self._missed:
-                self._answer = _InFlight(_largest, self._NEUTRAL, self._process_set)
+
+    def _take(self) -> bool:
+        with self._lock:
+            wanted, self._wanted = self._wanted and bool(self._missed), False
+            if not wanted:
+                self._answer = None
+            return wanted
 
     def finish(self) -> None:
         """Before this rank compares: two operations of one name must not be in flight."""
