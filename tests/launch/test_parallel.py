@@ -35,7 +35,7 @@ NOT_EVERYWHERE = {
     "tests/parallel/test_join.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_modes.py": [("mpirun", 2)],
     "tests/parallel/test_shared.py": [("mpirun", 2), ("horovodrun", 3)],
-    "tests/parallel/test_unnamed.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_unnamed.py": [("mpirun", 2), ("horovodrun", 2)],
     "tests/parallel/test_workload_models.py": [("mpirun", 2)],
     # Curves are compared bit for bit, which Horovod's own sums of more than two ranks are not.
     "tests/parallel/test_workload_loop.py": [("mpirun", 2)],
