@@ -51,8 +51,6 @@ except ImportError as error:
         "gq_horovod.tensorflow: TensorFlow is not installed; `pip install gq-horovod[tensorflow]`, "
         "or import GlobalQSGD from the module of the framework that you use."
     ) from error
-from tensorflow.python.ops import script_ops
-from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
 
 try:
     import horovod.tensorflow as hvd
@@ -62,6 +60,9 @@ except ImportError as error:
         "gq_horovod.tensorflow: Horovod with TensorFlow support is not installed; build it with "
         "HOROVOD_WITH_TENSORFLOW=1 (its `horovodrun --check-build` shows what it has)."
     ) from error
+
+from tensorflow.python.ops import script_ops
+from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
 
 from mpi_ops import codec, lanes
 from mpi_ops.chunks import Chunk, chunks

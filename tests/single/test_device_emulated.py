@@ -215,7 +215,7 @@ def test_callback_of_the_operation(
     host.add_exponential(source.ctypes.data, expected.ctypes.data, 300, bits=8, dither=random)
 
     monkeypatch.setattr(op, "_driver_is_there", lambda: True)
-    op._operation.__wrapped__(8, 5)
+    op._operation(8, 5)
     copies = asarray(source), asarray(target)
     made[0](*(Memory(own.data.ptr, 300) for own in copies), None)
     same(copies[1], expected)
@@ -225,7 +225,7 @@ def test_callback_of_the_operation(
 
     monkeypatch.setattr(op, "_driver_is_there", lambda: False)
     monkeypatch.setattr(device, "_device_of", None)
-    op._operation.__wrapped__(8, 5)
+    op._operation(8, 5)
     made[1](Memory(source.ctypes.data, 300), Memory(target.ctypes.data, 300), None)
     np.testing.assert_array_equal(target, expected)
 
