@@ -95,17 +95,17 @@ def test_threads_that_reduce(levels: str, one: str, name: str) -> None:
 @LEVELS
 def test_threads_that_train(levels: str, name: str) -> None:
     compression = compressor(levels)
-    nets = {}
+    # Before the threads, which have one random generator together.
+    models = [model(f"{name}.{place}", seed=place) for place in range(2)]
 
     def work(place: int) -> None:
-        net, named = model(f"{name}.{place}", seed=place)
+        net, named = models[place]
         optimizer = wrap(net, named, compression)
         for turn in range(10):
             step(net, optimizer, turn)
-        nets[place] = net
 
     in_threads(work)
-    check_replicas(*nets[0].parameters(), *nets[1].parameters())
+    check_replicas(*(parameter for net, _ in models for parameter in net.parameters()))
 
 
 @pytest.mark.usefixtures("several_ranks")
