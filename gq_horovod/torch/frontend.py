@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
@@ -35,7 +34,7 @@ _FORMAT = 2  # of state_dict()
 
 # While the ranks of a process set compare their configurations, by its ranks: the operations of two
 # threads, or of two instances, would have one name.
-_agreeing: defaultdict[tuple[int, ...], threading.RLock] = defaultdict(threading.RLock)
+_agreeing: dict[tuple[int, ...], threading.RLock] = {}
 
 
 class _Handed(NamedTuple):
