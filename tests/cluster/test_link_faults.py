@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 6
 KEEPALIVE = [
     *("--mca", "oob_tcp_keepalive_time", "2"),
     *("--mca", "oob_tcp_keepalive_intvl", "1"),
-    *("--mca", "oob_tcp_keepalive_probes", "2"),
+    *("--mca", "oob_tcp_keepalive_probes", "5"),
 ]
 
 

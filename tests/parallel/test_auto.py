@@ -89,8 +89,11 @@ def test_all_ranks_take_one_decision(fastest: str, monkeypatch: pytest.MonkeyPat
 def test_trials_change_nothing_but_by_the_documented_error(
     size: float, dtype: torch.dtype, name: str
 ) -> None:
-    """float16 makes Inf of what is above 65504, and zero of what is below 6e-8."""
-    largest = min(torch.finfo(dtype).max / 4, 1e30)
+    """float16 makes Inf of what is above 65504, and zero of what is below 6e-8.
+
+    Sums stay below 16384, because Gloo adds larger ones in float16 wrongly (docs/reliability.md).
+    """
+    largest = min(torch.finfo(dtype).max / 16, 1e30)
     compression = plugin.GlobalQSGD(levels="auto", min_elements=0, transport=TRANSPORT)
     ways = auto.settings(compression.config, hvd.size())
     for step in range(105):
