@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import FrameType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,15 +235,13 @@ class _Kernels:
         """For the ranks that there are now."""
         return _plan(self.config, self.process_set.size())
 
-    def mark(self, x: Array) -> Array:
-        """The token; it is what a reduction begins with."""
-        if self.process_set_id in _absent:
-            _absent[self.process_set_id].answer()
-        return np.array(token.make(self.name, (x.size,), x.dtype.name))
+    def mark(self, x: Array, shape: Array) -> Array:
+        """The token; it is what a reduction begins with. `shape` is that of the user's tensor."""
+        return np.array(token.make(self.name, tuple(shape.tolist()), x.dtype.name))
 
-    def measure(self, x: Array, step: Array) -> tuple[Array, Array]:
+    def measure(self, x: Array, shape: Array, step: Array) -> tuple[Array, Array]:
         """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
-        mark = self.mark(x)
+        mark = self.mark(x, shape)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
         return np.concatenate([norms, self._tail(x.size, int(step))]), mark
@@ -304,12 +302,12 @@ class _Kernels:
         """What travels behind the norms.
 
         The step; checksums of the settings and of the tensor, each with its complement, by which
-        every rank sees that one has others; and -1, of which the maximum is 0 where a rank has
-        called hvd.join(), since Horovod takes zeros for it.
+        every rank sees that one has others; and `pipeline.PRESENT`, of which the maximum is 0 where
+        a rank has called hvd.join(), since Horovod takes zeros for it.
         """
         sums = _settings(self.config), self._tensor(count)
         pairs = [number for own in sums for number in (own, _LARGEST - own)]
-        return np.array([step & _LARGEST, *pairs, -1], dtype=np.int32)
+        return np.array([step & _LARGEST, *pairs, pipeline.PRESENT], dtype=np.int32)
 
     def _tensor(self, count: int) -> int:
         return _checksum(f"{self.name}\0{count}\0{self.dtype}")
@@ -407,6 +405,7 @@ class _Reduction:
     kernels: _Kernels
     ignore_name_scope: bool
     x: Any
+    shape: Any  # of the user's tensor
     counter: _Counter
 
     def begin(self) -> tuple[Any, tuple[Any, list[Any]] | None]:
@@ -416,7 +415,8 @@ class _Reduction:
         nothing else is sent where they disagree. In a graph that would be a round trip for nothing.
         """
         if tf.executing_eagerly():
-            return tf.constant(self.kernels.mark(np.array(self.x))), None
+            mark = self.kernels.mark(np.array(self.x), np.array(self.shape))
+            return tf.constant(mark), None
         shared, mark = self._measure()
         return mark, (shared, self._payloads(shared))
 
@@ -437,7 +437,7 @@ class _Reduction:
         lost, no dither of a step that was is used again.
         """
         with _aside():
-            inputs = [self.x, self.counter.next()]
+            inputs = [self.x, self.shape, self.counter.next()]
         own, mark = self._call("measure", (), inputs, tf.int32, tf.float64)
         mark.set_shape([4])
         shared = self._allreduce(own, "norm", hvd.Max)
@@ -594,47 +594,47 @@ def _not_differentiable(x: Any, result: Any) -> Any:
 # --------------------------------------------------------------------------------------- agreement
 
 
-def _run_alone(operation: Callable[[Any], Any], own: Array) -> Any:
-    """The result of an operation of Horovod, whether or not TensorFlow executes eagerly.
+def _largest(own: NDArray[np.int32], name: str, process_set: Any) -> NDArray[np.int32]:
+    """The maximum over ranks, to which those that have called hvd.join() contribute zeros.
 
-    In a graph of its own, because Horovod names operations after the nodes of graphs.
+    In a graph of its own, because Horovod names operations after the nodes of graphs, and whether
+    or not TensorFlow executes eagerly.
     """
+    options = {"name": name, "ignore_name_scope": True, "process_set": process_set}
     settings = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
     with tf.Graph().as_default(), tf.compat.v1.Session(config=settings) as session:
-        return session.run(operation(tf.constant(own)))
-
-
-def _largest(own: list[int], process_set: Any) -> list[int]:
-    """The maximum over ranks, to which those that have called hvd.join() contribute zeros."""
-    options = {"name": "gq.configuration", "ignore_name_scope": True, "process_set": process_set}
-    shared: list[int] = _run_alone(
-        lambda x: hvd_ops._allreduce(x, op=hvd.Max, **options), np.array(own, dtype=np.int32)
-    ).tolist()
+        shared: NDArray[np.int32] = session.run(
+            hvd_ops._allreduce(tf.constant(own), op=hvd.Max, **options)
+        )
     return shared
 
 
-def _compare(config: Config, process_set: Any) -> bool:
-    """Compare the ranks' settings; whether none of them was absent, because it had joined.
+class _Library:
+    """Stands in for Horovod's library, to see hvd.join(), however a program has imported it."""
 
-    Raises ConfigMismatchError, on all ranks that take part, where settings differ.
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.joined = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def horovod_join(self, *arguments: Any, **options: Any) -> Any:
+        self.joined = True
+        return self._library.horovod_join(*arguments, **options)
+
+
+if not isinstance(hvd_ops.MPI_LIB, _Library):
+    hvd_ops.MPI_LIB = _Library(hvd_ops.MPI_LIB)
+
+
+def _ranks_compare() -> bool:
+    """Whether ranks that build their first graph compare their settings.
+
+    Not where one of them may do so while others have built theirs: they would take no part. That is
+    in an elastic job, and after hvd.join(). There what travels behind the norms has to tell.
     """
-    own = _settings(config)
-    shared = _largest([own, _LARGEST - own, -1, -1], process_set)
-    if shared[:2] != [own, _LARGEST - own]:
-        if shared[2:] != [-1, -1]:  # Horovod has no Allgather where ranks have joined
-            raise ConfigMismatchError(
-                "GlobalQSGD: the ranks are configured differently; this one has "
-                f"{config.describe()}, gq-horovod {__version__}, and ranks that have called "
-                "hvd.join() cannot be asked. Pass the same options on every rank."
-            )
-        gathered = _run_alone(
-            lambda x: hvd.allgather(
-                x, name="gq.configurations", ignore_name_scope=True, process_set=process_set
-            ),
-            agreement.encode(agreement.describe(config)),
-        )
-        agreement.require_same(agreement.decode(gathered))
-    return shared[2] == -1
+    return not (_elastic() or hvd_ops.MPI_LIB.joined)
 
 
 class _InFlight:
@@ -660,65 +660,6 @@ class _InFlight:
         if self._error is not None:
             raise self._error
         return self._result
-
-
-class _Absent:
-    """What the ranks of a process set have compared while others had joined.
-
-    A rank that was absent compares when it builds its first graph, and waits for all others. They
-    build no more graphs, so their kernels take part, in the background and once in a step: with
-    numbers that no maximum shows. Whether its settings are theirs, the norms will tell.
-    """
-
-    _NEUTRAL: ClassVar[list[int]] = [0, 0, -1, 1]
-
-    def __init__(self, process_set: Any) -> None:
-        self._process_set = process_set
-        self._missed: set[int] = set()  # checksums of settings
-        self._lock = threading.Lock()
-        self._wanted = False  # once more: a reduction has begun since
-        self._answer: _InFlight | None = None
-
-    def add(self, settings: int) -> None:
-        with self._lock:
-            self._missed.add(settings)
-
-    def answer(self) -> None:
-        """Take part once, in an operation that begins after this call."""
-        with self._lock:
-            self._wanted = bool(self._missed)
-            if self._answer is None:
-                if self._wanted:
-                    self._answer = _InFlight(self._take_part)
-            elif self._answer.ready():  # it has failed
-                self._answer.wait()
-
-    def _take_part(self) -> None:
-        while self._take():
-            asked, _, nobody, _ = _largest(self._NEUTRAL, self._process_set)
-            if nobody == -1:
-                with self._lock:
-                    self._missed.discard(asked)
-
-    def _take(self) -> bool:
-        with self._lock:
-            wanted, self._wanted = self._wanted and bool(self._missed), False
-            if not wanted:
-                self._answer = None
-            return wanted
-
-    def finish(self) -> None:
-        """Before this rank compares: two operations of one name must not be in flight."""
-        with self._lock:
-            answer = self._answer
-        if answer is not None:
-            agreement.wait(answer)
-
-    def __bool__(self) -> bool:
-        return bool(self._missed)
-
-
-_absent: dict[int, _Absent] = {}  # by the number of the process set
 
 
 # One for each process set: threads of one process must not begin two comparisons at a time.
@@ -775,7 +716,7 @@ class GlobalQSGD(Compression):
             return _left_to_horovod(tensor)
         with _aside():
             x = tf.convert_to_tensor(tensor)
-            vector = tf.reshape(x, [-1])
+            vector, shape = tf.reshape(x, [-1]), tf.shape(x)
         kernels = _Kernels(
             name=caller.name,
             dtype=x.dtype.name,
@@ -786,7 +727,7 @@ class GlobalQSGD(Compression):
             chunk_count=_chunk_count(x.shape.num_elements(), plan),
         )
         counter = self._counter(caller.name)
-        reduction = _Reduction(kernels, caller.ignore_name_scope, vector, counter)
+        reduction = _Reduction(kernels, caller.ignore_name_scope, vector, shape, counter)
         mark, begun = reduction.begin()
         return mark, _Context(reduction, x, mark, begun)
 
@@ -799,7 +740,7 @@ class GlobalQSGD(Compression):
             return tf.cast(tensor, ctx)
         vector = ctx.reduction.finish(tensor, ctx.mark, ctx.begun)
         with _aside():
-            result = tf.reshape(vector, tf.shape(ctx.tensor))
+            result = tf.reshape(vector, ctx.reduction.shape)
             result.set_shape(ctx.tensor.shape)
             return _not_differentiable(ctx.tensor, result)
 
@@ -838,8 +779,7 @@ class GlobalQSGD(Compression):
     def _group(self, process_set: Any) -> _Group:
         """The settings for a process set; on first use, checks that its ranks have the same.
 
-        Not in an elastic job: there a worker that joins uses it first while others do not, and what
-        travels behind the norms of every tensor has to tell.
+        See `_ranks_compare` for where they cannot.
         """
         self.require_process_set(process_set)
         key = (process_set.process_set_id, process_set.size(), tuple(process_set.ranks or ()))
@@ -847,17 +787,19 @@ class GlobalQSGD(Compression):
             if key not in self._groups:
                 log.identify(hvd.rank(), hvd.size())
                 plan = self.config.plan(process_set.size())
-                if not _elastic():
+                if _ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = _Group(plan, self.begin_log(process_set, plan))
         return self._groups[key]
 
     def _agree(self, process_set: Any) -> None:
-        number = process_set.process_set_id
-        if number in _absent:
-            _absent[number].finish()
-        if not agreement.wait(_InFlight(_compare, self.config, process_set)):
-            _absent.setdefault(number, _Absent(process_set)).add(_settings(self.config))
+        """Raise ConfigMismatchError, on all ranks that take part, where settings differ."""
+
+        def largest(own: NDArray[np.int32], name: str) -> NDArray[np.int32]:
+            return agreement.wait(_InFlight(_largest, own, name, process_set))
+
+        description = agreement.describe(self.config)
+        agreement.agree(largest, description, (), process_set.rank(), process_set.size())
 
 
 def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:

@@ -139,10 +139,11 @@ SIZES = [(5000, 5001), (5120, 5000), (1021, 1022), (5000, 9000), (4096, 0)]
 @pytest.mark.parametrize("mode", ["eager", "graph", "unknown shapes"])
 @pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_sizes_and_dtypes_that_differ(levels: str, mode: str, name: str) -> None:
-    """One mismatch error on every rank, ours or Horovod's own, before any code is sent."""
+    """One mismatch error on every rank, ours or Horovod's own, and no result."""
     compression = GlobalQSGD(levels=levels, min_elements=0)
     pairs = [(tf.zeros(one), tf.zeros(other)) for one, other in SIZES]
     pairs += [(tf.zeros(5000), tf.zeros(5000, dtype)) for dtype in (tf.float64, tf.float16)]
+    pairs += [(tf.zeros([100, 50]), tf.zeros([50, 100])), (tf.zeros(5000), tf.zeros([5000, 1]))]
     for index, (one, other) in enumerate(pairs):
         if mode == "graph" and other.shape[0] == 0:
             continue  # left to Horovod; see the next test
