@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops.agreement import decode, encode, require_same
+from mpi_ops.agreement import require_same
 from mpi_ops.kernels import host
 
 from . import __version__
@@ -24,14 +24,14 @@ from .config import Config, ConfigMismatchError
 from .log import Log
 from .pipeline import PRESENT, Handle, poll_all
 
-__all__ = ["agree", "decode", "describe", "encode", "require_same", "wait"]
+__all__ = ["LARGEST", "agree", "checksum", "describe", "wait"]
 
 _log = Log(__name__)
 
 _POLL_SECONDS = 1e-3
 # Before the first word about a wait; from then on after twice as long each time.
 WARN_SECONDS = 30.0
-_LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1  # of the numbers that ranks compare, as int32
 
 # Ranks may be minutes apart at the first step (data loading, compilation); for ever is a bug.
 TIMEOUT_SECONDS = 600.0
@@ -41,6 +41,15 @@ def describe(config: Config) -> dict[str, Any]:
     """What has to be the same on every rank of any framework: the software, and the options."""
     software = {"gq-horovod version": __version__, "kernels": host.fingerprint()}
     return {**software, "compression": config.FUNCTION, **config.describe()}
+
+
+def checksum(data: Any) -> int:
+    """Of plain data, 31 bits.
+
+    Ranks compare it beside LARGEST minus it: the maxima over ranks of both add up to LARGEST where
+    it is the same on all that take part.
+    """
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode()) & LARGEST
 
 
 def agree(
@@ -65,23 +74,23 @@ def agree(
     are equal and none is an error.
     """
     text = json.dumps(description, sort_keys=True).encode()
-    checksum = zlib.crc32(text) & _LARGEST
-    opening = [PRESENT, checksum, _LARGEST - checksum, len(text), *numbers]
+    own = checksum(description)
+    opening = [PRESENT, own, LARGEST - own, len(text), *numbers]
     found = allreduce_max(np.array(opening, dtype=np.int32), "gq.configuration").tolist()
     present, largest, complement, length, *agreed = found
     # Every rank sees the same two extremes. Where descriptions are equal, so are errors in them.
-    if largest + complement != _LARGEST or "error" in description:
+    if largest + complement != LARGEST or "error" in description:
         table = np.zeros((ranks, length), dtype=np.int32)
         table[rank, : len(text)] = list(text)
         rows = allreduce_max(table.reshape(-1), "gq.configuration.details").reshape(ranks, length)
         # JSON has no zeros; a row without anything else is that of a rank that has joined.
         texts = [row[row > 0].astype(np.uint8).tobytes() for row in rows]
-        require_same([json.loads(own) if own else None for own in texts], function)
+        require_same([json.loads(row) if row else None for row in texts], function)
     return agreed, present == PRESENT
 
 
 def wait(handle: Handle, function: str = "GlobalQSGD") -> NDArray[Any]:
-    """The gathered descriptions; raises instead of waiting for ever."""
+    """What the ranks share; raises instead of waiting for ever."""
     begin = time.monotonic()
     warn = WARN_SECONDS
     while not handle.ready():

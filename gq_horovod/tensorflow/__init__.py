@@ -34,7 +34,6 @@ import os
 import sys
 import threading
 import uuid
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -84,7 +83,6 @@ _ALIGNMENT = 64
 
 # What travels behind norms: so many numbers, as int32.
 _TAIL = 6
-_LARGEST = 2**31 - 1
 
 # Where this is in the text of an error of TensorFlow, Horovod's elastic.run takes it for a lost
 # worker, and restores the state. It is in those of Horovod's operations that have no name yet.
@@ -306,11 +304,11 @@ class _Kernels:
         a rank has called hvd.join(), since Horovod takes zeros for it.
         """
         sums = _settings(self.config), self._tensor(count)
-        pairs = [number for own in sums for number in (own, _LARGEST - own)]
-        return np.array([step & _LARGEST, *pairs, pipeline.PRESENT], dtype=np.int32)
+        pairs = [number for own in sums for number in (own, agreement.LARGEST - own)]
+        return np.array([step & agreement.LARGEST, *pairs, pipeline.PRESENT], dtype=np.int32)
 
     def _tensor(self, count: int) -> int:
-        return _checksum(f"{self.name}\0{count}\0{self.dtype}")
+        return agreement.checksum([self.name, count, self.dtype])
 
     def _check(self, shared: Array, count: int, plan: Plan) -> None:
         """Raise an error, on every rank alike, where their codes would not belong together."""
@@ -349,15 +347,10 @@ class _Kernels:
         return dither(self.config.seed, name, int(shared[-_TAIL]), rank, stage, strata)
 
 
-def _checksum(text: str) -> int:
-    """Of 31 bits."""
-    return zlib.crc32(text.encode()) & _LARGEST
-
-
 @cache
 def _settings(config: Config) -> int:
     """A checksum of what all ranks have to share."""
-    return _checksum(json.dumps(agreement.describe(config), sort_keys=True))
+    return agreement.checksum(agreement.describe(config))
 
 
 @cache

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import weakref
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +16,6 @@ from ..config import Plan
 from ..pipeline import Exchanges, Pipeline
 from .collectives import Collectives
 
-_LARGEST = 2**31 - 1
 _NOBODY = object()  # who calls hvd.allreduce, in the place of an optimizer
 
 
@@ -95,14 +92,14 @@ class Group:
 
         A rank that has called hvd.join() while others went on has reduced less often than they.
         """
-        checksum = zlib.crc32(json.dumps(self.steps, sort_keys=True).encode()) & _LARGEST
+        checksum = agreement.checksum(self.steps)
         trials = (0, 0) if self.trials is None else self.trials.outcome()
-        return [self.first_step, self.end_step, checksum, _LARGEST - checksum, *trials]
+        return [self.first_step, self.end_step, checksum, agreement.LARGEST - checksum, *trials]
 
     def adopt(self, agreed: list[int]) -> None:
         """Go on from the largest numbers() of all ranks."""
         self.first_step, base, checksum, complement, *trials = agreed
-        if checksum + complement != _LARGEST:  # not as many reductions on every rank
+        if checksum + complement != agreement.LARGEST:  # not as many reductions on every rank
             self.steps.clear()
         if not self.steps:
             self.base = base
@@ -160,7 +157,5 @@ def describe_loaded(state: dict[str, Any] | None, rank: int, ranks: int) -> dict
     if state["joined"]:
         return {"state loaded": "what was saved after hvd.join()"}
     steps: dict[str, int] = state["steps"]
-    checksum = zlib.crc32(json.dumps(steps, sort_keys=True).encode())
-    return {
-        "state loaded": f"{sum(steps.values())} reductions of {len(steps)} tensors ({checksum:08x})"
-    }
+    count, checksum = sum(steps.values()), agreement.checksum(steps)
+    return {"state loaded": f"{count} reductions of {len(steps)} tensors ({checksum:08x})"}

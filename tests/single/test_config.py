@@ -15,6 +15,7 @@ from reference import Array
 from gq_horovod import agreement, token
 from gq_horovod.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, ConfigMismatchError
 from mpi_ops import lanes
+from mpi_ops.agreement import decode, encode, require_same
 from mpi_ops.scheme import Scheme
 
 # ------------------------------------------------------------------------------------------- errors
@@ -268,15 +269,15 @@ options = st.dictionaries(
 
 @given(st.lists(options, max_size=5))
 def test_descriptions_of_all_ranks_round_trip(descriptions: list[dict[str, Any]]) -> None:
-    encoded = [agreement.encode(description) for description in descriptions]
+    encoded = [encode(description) for description in descriptions]
     assert all(own.dtype == np.uint8 and own.flags.writeable for own in encoded)
     gathered = np.concatenate([np.zeros(0, dtype=np.uint8), *encoded])
-    assert agreement.decode(gathered) == descriptions
+    assert decode(gathered) == descriptions
 
 
 @given(options, st.integers(1, 5))
 def test_equal_descriptions_agree(description: dict[str, Any], ranks: int) -> None:
-    agreement.require_same([dict(description) for _ in range(ranks)])
+    require_same([dict(description) for _ in range(ranks)])
 
 
 def test_the_error_names_every_field_and_rank() -> None:
@@ -284,7 +285,7 @@ def test_the_error_names_every_field_and_rank() -> None:
     descriptions[2]["bits"] = 10
     descriptions[1]["norm"] = descriptions[3]["norm"] = "l2"
     with pytest.raises(ConfigMismatchError) as error:
-        agreement.require_same(descriptions)
+        require_same(descriptions)
     assert (
         "the ranks are configured differently: "
         "bits is None on ranks 0, 1, 3, 10 on rank 2; "
@@ -299,14 +300,14 @@ def test_one_rank_that_differs_is_named(ranks: int, data: st.DataObject) -> None
     descriptions = [Config().describe() for _ in range(ranks)]
     descriptions[odd][field] = "another"
     with pytest.raises(ConfigMismatchError) as error:
-        agreement.require_same(descriptions)
+        require_same(descriptions)
     assert f"{field} is " in str(error.value)
     assert f"'another' on rank {odd}" in str(error.value)
 
 
 def test_a_field_that_only_one_rank_has() -> None:
     with pytest.raises(ConfigMismatchError, match="new is None on rank 0, 1 on rank 1"):
-        agreement.require_same([{}, {"new": 1}])
+        require_same([{}, {"new": 1}])
 
 
 class Late:
