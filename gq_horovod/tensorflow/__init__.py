@@ -242,15 +242,15 @@ class _Kernels:
         mark = self.mark(x, shape)
         norms = codec.norms(Buffer.of(x), self.plan)
         pipeline.warn_unless_finite(norms, self.name, int(step))
-        return np.concatenate([norms, self._tail(x.size, int(step))]), mark
+        return np.concatenate([norms, self._tail(shape, int(step))]), mark
 
-    def quantize(self, chunk_index: int, x: Array, shared: Array) -> Array:
+    def quantize(self, chunk_index: int, x: Array, shape: Array, shared: Array) -> Array:
         """The payload of one chunk, in as many equal parts as there are ranks if it is codes.
 
         Raises ConfigMismatchError where a rank has other settings, or another tensor.
         """
         plan = self.plan
-        self._check(shared, x.size, plan)
+        self._check(shared, shape, plan)
         chunk = self._chunks(x.size, shared)[chunk_index]
         part = chunk.of(Buffer.of(x))
         size = codec.payload_size(part.size, plan)
@@ -296,23 +296,21 @@ class _Kernels:
                 np.multiply(out, factor, out=out, casting="same_kind")
         return out
 
-    def _tail(self, count: int, step: int) -> NDArray[np.int32]:
+    def _tail(self, shape: Array, step: int) -> NDArray[np.int32]:
         """What travels behind the norms.
 
         The step; checksums of the settings and of the tensor, each with its complement, by which
         every rank sees that one has others; and `pipeline.PRESENT`, of which the maximum is 0 where
         a rank has called hvd.join(), since Horovod takes zeros for it.
         """
-        sums = _settings(self.config), self._tensor(count)
+        tensor = agreement.checksum([self.name, shape.tolist(), self.dtype])
+        sums = _settings(self.config), tensor
         pairs = [number for own in sums for number in (own, agreement.LARGEST - own)]
         return np.array([step & agreement.LARGEST, *pairs, pipeline.PRESENT], dtype=np.int32)
 
-    def _tensor(self, count: int) -> int:
-        return agreement.checksum([self.name, count, self.dtype])
-
-    def _check(self, shared: Array, count: int, plan: Plan) -> None:
+    def _check(self, shared: Array, shape: Array, plan: Plan) -> None:
         """Raise an error, on every rank alike, where their codes would not belong together."""
-        expected = self._tail(count, 0)
+        expected = self._tail(shape, 0)
         if not np.array_equal(shared[-_TAIL:][1:3], expected[1:3]):
             raise _ConfigMismatchError(
                 "GlobalQSGD: the ranks are configured differently, as they found with tensor "
@@ -321,9 +319,9 @@ class _Kernels:
             )
         if not np.array_equal(shared[-_TAIL:][3:5], expected[3:5]):
             raise _ConfigMismatchError(
-                f"GlobalQSGD: the ranks disagree about tensor {self.name!r}: this one reduces "
-                f"{count} elements of {self.dtype}. Every rank has to reduce a tensor of the same "
-                "name, number of elements and dtype."
+                f"GlobalQSGD: the ranks disagree about tensor {self.name!r}: this one's has "
+                f"shape {tuple(shape.tolist())} and dtype {self.dtype}. Every rank has to reduce a "
+                "tensor of the same name, shape and dtype."
             )
         if shared[-1] == 0 and not plan.in_flight:
             raise ValueError(
@@ -462,7 +460,7 @@ class _Reduction:
 
     def _quantize(self, index: int, shared: Any) -> Any:
         dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
-        return self._call("quantize", (index,), [self.x, shared], dtype)[0]
+        return self._call("quantize", (index,), [self.x, self.shape, shared], dtype)[0]
 
     def _size(self) -> Any:
         with _aside():

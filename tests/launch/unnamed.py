@@ -5,9 +5,11 @@ python unnamed.py none|fp16|standard|exponential|two-hop [horovod|mpi]
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -59,7 +61,17 @@ def main(which: str, transport: str = "horovod") -> None:
         other.step()
     trained = [*left.parameters(), *right.parameters()]
     say("DONE", digest(parameter.detach().numpy() for parameter in trained))
+    end_timeline()
     hvd.shutdown()
+
+
+def end_timeline() -> None:
+    """Wait until Horovod has written down every operation: at shutdown it drops what is queued."""
+    hvd.allreduce(torch.ones(1), name="end")
+    timeline = Path(os.environ["HOROVOD_TIMELINE"])
+    while hvd.rank() == 0 and '"name": "allreduce.end"' not in timeline.read_text():
+        time.sleep(0.05)
+    hvd.allreduce(torch.ones(1), name="after")
 
 
 if __name__ == "__main__":

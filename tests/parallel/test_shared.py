@@ -10,6 +10,7 @@ import gc
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -214,9 +215,12 @@ def test_two_models_with_the_same_names(method: str) -> None:
     together, apart = train(shared=True), train(shared=False)
     check_replicas(*together)
     first = len(together) // 2
-    assert all(map(torch.equal, together[:first], apart[:first]))
+    # Horovod's own sums of more than two ranks are rounded as its fusion has it. What another
+    # model leaves behind is larger by far.
+    same = torch.equal if method != "powersgd" or hvd.size() <= 2 else partial(torch.allclose, atol=1e-6)
+    assert all(map(same, together[:first], apart[:first]))
     if method == "powersgd":  # others have dithers of their own
-        assert all(map(torch.equal, together[first:], apart[first:]))
+        assert all(map(same, together[first:], apart[first:]))
 
 
 @pytest.mark.usefixtures("several_ranks")
