@@ -382,6 +382,9 @@ class InFlight:
 
 
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()  # all of this process
+# Those that wait for operations. Nobody may refer to them any more, after an error that a program
+# has caught; but other ranks, where the garbage was not collected yet, go on with the same tensors.
+_unfinished: set[Pipeline] = set()
 _making = threading.Lock()
 
 
@@ -444,6 +447,14 @@ class Pipeline:
             self._unwritten[reduction.name] = reduction
         elif not reduction.done:
             self._waiting[reduction.name] = reduction
+        self._hold()
+
+    def _hold(self) -> None:
+        """Live while anything is not done."""
+        if self._unwritten or self._waiting:
+            _unfinished.add(self)
+        else:
+            _unfinished.discard(self)
 
     def poll(self, patience: int | None = None) -> bool:
         """Advance the reductions whose operations are complete. Whether any was.
@@ -487,6 +498,7 @@ class Pipeline:
             self._in_flight.clear()
             self._unwritten.clear()
             self._waiting.clear()
+            self._hold()
 
     def drain(self) -> None:
         """Block until nothing is under way, whether or not somebody asks for it later."""

@@ -301,7 +301,13 @@ class TorchFrontend(Frontend):
                     check = group.checks.pop()
                 except IndexError:
                     break
-                check.finish(self.config.FUNCTION)
+                try:
+                    check.finish(self.config.FUNCTION)
+                except replicas.ReplicaMismatchError:
+                    # It is raised on every rank, and all of them have begun the same tensors. What
+                    # some of them went on with later, and others did not, would wait for ever.
+                    group.pipeline.drain()
+                    raise
 
     @per_process
     def _watchdog(self) -> Any:

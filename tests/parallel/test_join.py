@@ -6,6 +6,7 @@ without compression. Of Horovod's operations only Allreduce works meanwhile.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from horovod.common.exceptions import HorovodInternalError
 from test_optimizer import SHAPES, check_gradient, local_gradient, make_optimizer, make_parameters
 
 from gq_horovod import auto
+from gq_horovod.pipeline import pipelines, poll_all
 from gq_horovod.torch import GlobalQSGD, allreduce, frontend
 from gq_horovod.torch_baselines import QSGD
 
@@ -35,6 +37,11 @@ def new(levels: Any, **options: Any) -> GlobalQSGD:
     """Not shared with other tests: what happens before the first agreement matters."""
     options = {"min_elements": MIN_ELEMENTS, "transport": TRANSPORT, **options}
     return GlobalQSGD(levels=levels, **options)
+
+
+def unfinished() -> bool:
+    """Whether anything is under way on this rank, whoever has begun it."""
+    return any(not own.done for line in pipelines() for own in line._in_flight.values())
 
 
 def last() -> int:
@@ -143,6 +150,30 @@ def test_joining_with_gradients_on_their_way(levels: str, name: str) -> None:
             optimizer.step()
         optimizer.zero_grad()
     check_replicas(*parameters.values())
+
+
+@QUANTIZING
+def test_joining_after_a_step_that_was_abandoned(levels: str, name: str) -> None:
+    """A program has caught an error and forgotten all of it. The ranks were not equally far.
+
+    Horovod crashes a rank in hvd.join() where others have begun what it has not.
+    """
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, new(levels))
+    for key, parameter in parameters.items():
+        own = local_gradient(parameters, key, hvd.rank(), 0)
+        (parameter * own).sum().backward()
+    hvd.barrier()  # all norms are under way
+    if hvd.rank() != last():
+        time.sleep(0.05)
+        poll_all()
+    del optimizer, parameter, parameters
+    gc.collect()
+    if hvd.rank() == last():
+        time.sleep(0.1)
+    hvd.join()
+    assert not unfinished()
+    train(new(levels), [uneven(2, 2)])
 
 
 @QUANTIZING

@@ -217,7 +217,8 @@ def test_two_models_with_the_same_names(method: str) -> None:
     first = len(together) // 2
     # Horovod's own sums of more than two ranks are rounded as its fusion has it. What another
     # model leaves behind is larger by far.
-    same = torch.equal if method != "powersgd" or hvd.size() <= 2 else partial(torch.allclose, atol=1e-6)
+    exact = method != "powersgd" or hvd.size() <= 2
+    same = torch.equal if exact else partial(torch.allclose, atol=1e-6)
     assert all(map(same, together[:first], apart[:first]))
     if method == "powersgd":  # others have dithers of their own
         assert all(map(same, together[first:], apart[first:]))
