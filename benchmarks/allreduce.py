@@ -49,8 +49,8 @@ def horovod_methods(array: Any) -> Methods:
     import horovod.torch as hvd
     import torch
 
+    from gq_horovod.research.torch_baselines import QSGD
     from gq_horovod.torch import GlobalQSGD, allreduce
-    from gq_horovod.torch_baselines import QSGD
 
     torch.set_num_threads(1)
     hvd.init()

@@ -4,8 +4,9 @@
     python benchmarks/model.py --rates 1gbit --models embedding
 
 For each rate and model, on the hosts of tools/testbed.py: `gq-horovod calibrate`, then training
-steps of every method that the advisor knows, in turn, and the predictions of gq_horovod.model from
-the calibration and the step's computation, which is measured in the same job without communication.
+steps of every method that the advisor knows, in turn, and the predictions of
+gq_horovod.advisor.model from the calibration and the step's computation, which is measured in the
+same job without communication.
 Computation only takes time here (replay.py), so that ranks which share cores can reduce beside it.
 Prints relative errors, (predicted - measured) / measured, with the machine's load; writes
 model.json and model.png.
@@ -32,7 +33,7 @@ import training
 from rich.console import Console
 from rich.table import Table
 
-from gq_horovod import calibrate, model
+from gq_horovod.advisor import calibrate, model
 from tools import ranks, testbed
 
 matplotlib.use("Agg")

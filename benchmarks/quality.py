@@ -5,10 +5,10 @@
     python benchmarks/quality.py deeplight --seeds 1
 
 Each step splits one global batch among the ranks, computes each rank's gradient, and reduces each
-parameter's with gq_horovod.simulation: kernels, lanes, shares and random numbers are those of a job
-of that size. The global batch is the same for all numbers of ranks. Methods of a row share seeds,
-initial parameters and the order of samples; "none" too is run for each number of ranks, where it
-differs by rounding alone, which shows how far apart two runs of the same method end.
+parameter's with gq_horovod.research.simulation: kernels, lanes, shares and random numbers are those
+of a job of that size. The global batch is the same for all numbers of ranks. Methods of a row share
+seeds, initial parameters and the order of samples; "none" too is run for each number of ranks,
+where it differs by rounding alone, which shows how far apart two runs of the same method end.
 
 A run is kept in a file as soon as it has ended, so an interrupted benchmark goes on where it was.
 Prints a table, writes quality-MODEL.json and quality-MODEL.png.
@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gq_horovod import model, theory
-from gq_horovod.baselines import PowerSGDConfig, QSGDConfig
-from gq_horovod.simulation import SimulatedRanks
+from gq_horovod.research.baselines import PowerSGDConfig, QSGDConfig
+from gq_horovod.research.simulation import SimulatedRanks
+from gq_horovod.research.torch_baselines import QSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, TorchFrontend
-from gq_horovod.torch_baselines import QSGD, PowerSGD
+from mpi_ops import wire
 from mpi_ops.kernels.host import Buffer
 
 EVALUATIONS = 12  # in a run
@@ -135,15 +135,15 @@ class Reducer:
         """Bytes that a rank sends for the gradient of one parameter."""
         count = parameter.numel()
         if self._own is None or not self._own._eligible(parameter):
-            return model.sent_bytes(FLOAT_BYTES * count, self.ranks)
+            return wire.sent_bytes(FLOAT_BYTES * count, self.ranks)
         config = self._own.config
         if isinstance(config, PowerSGDConfig):
             rows, columns = config.shape(tuple(parameter.shape)) or (0, 0)
-            return model.sent_bytes(FLOAT_BYTES * config.rank * (rows + columns), self.ranks)
-        wire = theory.wire(count, config.plan(self.ranks))
+            return wire.sent_bytes(FLOAT_BYTES * config.rank * (rows + columns), self.ranks)
+        sizes = wire.wire(count, config.plan(self.ranks))
         if isinstance(config, QSGDConfig):  # everybody's codes to everybody
-            return (self.ranks - 1) * float(wire.payload + wire.norms)
-        return wire.sent
+            return (self.ranks - 1) * float(sizes.payload + sizes.norms)
+        return sizes.sent
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gq_horovod import theory
-from gq_horovod.config import Config
-from gq_horovod.simulation import SimulatedRanks
-from mpi_ops import lanes
+from gq_horovod.path.config import Config
+from gq_horovod.research import theory
+from gq_horovod.research.simulation import SimulatedRanks
+from mpi_ops import lanes, wire
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ class Result:
     lane_bits: int
     bits: float  # for each element on the wire, everything included
     error: float
-    formula: float | None  # expected error by gq_horovod.theory; for exponential levels its bound
+    formula: float | None  # expected error (research.theory); for exponential levels its bound
     simulated: bool
 
 
@@ -411,7 +411,7 @@ def measure(x: NDArray[np.float32], kind: str) -> list[Result]:
         plan = config.plan(n)
         errors = [relative(codec_mean(x, config, step) - mean, mean) for step in range(TRIALS)]
         formula = float(theory.mean_bound(x, plan).sum() / np.sum(mean**2))
-        bits = theory.wire(count, plan).bits_per_element(count)
+        bits = wire.wire(count, plan).bits_per_element(count)
         name = existing_name(config)
         results.append(
             Result(name, n, kind, config.bits, bits, float(np.mean(errors)), formula, False)
@@ -425,7 +425,7 @@ def measure(x: NDArray[np.float32], kind: str) -> list[Result]:
                 "standard" if candidate.summed else "exponential"
             )
             plan = Config(levels=levels, bits=bits, block_size=BLOCK).plan(n)
-            base = theory.wire(count, plan).bits_per_element(count)
+            base = wire.wire(count, plan).bits_per_element(count)
             errors, extra = [], 0.0
             for step in range(TRIALS):
                 got, extra = candidate.mean(own, bits, np.random.default_rng(step))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from workloads import Batch, Workload
 
-from gq_horovod.replayed import Layer
+from gq_horovod.advisor.replayed import Layer
 
 WARM_UP_STEPS = 2
 RECORDED_STEPS = 5

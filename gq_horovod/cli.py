@@ -25,8 +25,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from . import __version__, calibrate, doctor, model, report
-from .model import METHODS, MOST_RANKS, NONE, Cluster, Method
+from . import __version__
+from .advisor import calibrate, doctor, model
+from .advisor.model import METHODS, MOST_RANKS, NONE, Cluster, Method
+from .research import report
 
 # Less is within the model's error: a setting is recommended from this speed-up over none, and the
 # simplest one (the first of METHODS) that the fastest one does not beat by so much.

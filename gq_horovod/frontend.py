@@ -12,12 +12,13 @@ from functools import cached_property
 from types import MethodType
 from typing import Any, ClassVar, Literal
 
+from mpi_ops import wire
 from mpi_ops.kernels import host
 from mpi_ops.scheme import Scheme, one_of
 
-from . import __version__, log, theory
-from . import stats as statistics
-from .config import (
+from . import __version__, log
+from .guards import stats as statistics
+from .path.config import (
     AUTO,
     DEFAULT_MIN_ELEMENTS,
     DEFAULT_TIMEOUT,
@@ -227,7 +228,7 @@ class Compression(Frontend):
                 any number of ranks. From 9 bits on levels are evenly spaced, and with 9 no better
                 than with 8). "auto" tries standard and two-hop levels, standard ones of 16 bits and
                 no compression on the first 99 steps, and then stays with what was fastest (PyTorch
-                only; see gq_horovod.auto).
+                only; see gq_horovod.path.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
@@ -240,13 +241,13 @@ class Compression(Frontend):
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
             timeout: seconds after which a reduction that does not move ends this rank with an error
-                (see gq_horovod.watchdog), None for never. PyTorch only.
+                (see gq_horovod.guards.watchdog), None for never. PyTorch only.
             check_replicas: compare the optimizer's parameters between ranks every so many steps,
                 and raise ReplicaMismatchError where they differ; None for never. PyTorch only.
             stats: whether to measure what quantization does to each tensor, every 100th step or
                 every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
-                and gq_horovod.stats.write() hands them to TensorBoard. PyTorch only; ranks may
-                differ.
+                and gq_horovod.stats.write() hands them to TensorBoard. PyTorch only; ranks
+                may differ.
 
         Raises ValueError or TypeError for options that cannot work.
         """
@@ -290,7 +291,7 @@ class Compression(Frontend):
         """Codes and norms; None with levels="auto", which tries several ways."""
         if self.config.levels == "auto":
             return None
-        return theory.wire(elements, plan, self.config.transport).sent
+        return wire.wire(elements, plan, self.config.transport).sent
 
 
 def require_name(name: str | None, function: str = "GlobalQSGD") -> str:

@@ -13,6 +13,18 @@ from . import lanes
 from .kernels.host import ITEM_BYTES, Buffer
 from .scheme import Plan
 
+# Elements of a chunk that one operation of Horovod carries. It still fills the network.
+CHUNK_ELEMENTS = 1 << 21
+
+# Chunks that travel as messages between ranks (`mpi_ops.exchange`). A chunk's buffers hold twice
+# its compressed size. Four of at least eight chunks in flight keep that below the compressed size
+# of the tensor; large chunks make messages that fill the network, and what a message costs by
+# itself is too much for chunks smaller than MINIMUM_CHUNK.
+CHUNKS_IN_FLIGHT = 4
+MINIMUM_CHUNKS = 8
+MAXIMUM_CHUNK = 1 << 20  # elements
+MINIMUM_CHUNK = 1 << 17  # elements
+
 # Chunks begin at whole blocks and at whole words of lanes of any width, so they share neither norms
 # nor words.
 _UNIT = lanes.ROW * lanes.WORD_BITS
@@ -31,6 +43,11 @@ class Chunk:
         """The memory of the chunk."""
         pointer = tensor.pointer + self.start * ITEM_BYTES[tensor.dtype]
         return tensor._replace(pointer=pointer, size=self.stop - self.start)
+
+
+def message_elements(count: int) -> int:
+    """Elements of a chunk that travels as messages, of a tensor of `count` elements."""
+    return min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
 
 
 def chunks(count: int, norms: NDArray[np.int32], plan: Plan, wanted: int) -> Iterator[Chunk]:

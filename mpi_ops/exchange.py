@@ -20,20 +20,12 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from . import codec
-from .chunks import Chunk, chunks
+from .chunks import CHUNKS_IN_FLIGHT, Chunk, chunks, message_elements
 from .dither import Dithers, Stage
 from .kernels.host import Buffer
 from .scheme import Plan
 
 Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
-
-# A chunk's buffers hold twice its compressed size. Four of at least eight chunks in flight keep
-# that below the compressed size of the tensor; large chunks make messages that fill the network,
-# and what a message costs by itself is too much for chunks smaller than MINIMUM_CHUNK.
-CHUNKS_IN_FLIGHT = 4
-MINIMUM_CHUNKS = 8
-MAXIMUM_CHUNK = 1 << 20  # elements
-MINIMUM_CHUNK = 1 << 17  # elements
 
 # What one exchange uses: one for each of the two messages of every chunk in flight. MPI delivers
 # messages of one tag in the order in which they were sent, so later chunks use them again.
@@ -55,9 +47,8 @@ class Exchange:
     def steps(self) -> Steps:
         """Do it; every chunk is delivered at the end. A chunk is delivered after its x was read."""
         count = self.x.size
-        wanted = min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
         window: deque[Steps] = deque()
-        for chunk in chunks(count, self.norms, self.plan, wanted):
+        for chunk in chunks(count, self.norms, self.plan, message_elements(count)):
             if len(window) == CHUNKS_IN_FLIGHT:
                 yield from _oldest(window)
             window.append(self._reduce(chunk))

@@ -23,7 +23,7 @@ def _ours(levels: str, **options: Any) -> Any:
 
 
 def _baseline(name: str, **options: Any) -> Any:
-    from gq_horovod import torch_baselines
+    from gq_horovod.research import torch_baselines
 
     return getattr(torch_baselines, name)(**options)
 

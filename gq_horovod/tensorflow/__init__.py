@@ -68,9 +68,10 @@ from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
-from .. import __version__, agreement, log, pipeline, token
-from ..config import Config, ConfigMismatchError, Plan
+from .. import __version__, log
 from ..frontend import ClassOrInstance, Compression, require_linear, require_name
+from ..path import agreement, pipeline, token
+from ..path.config import Config, ConfigMismatchError, Plan
 
 __all__ = ["GlobalQSGD", "allreduce"]
 

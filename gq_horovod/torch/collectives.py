@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..pipeline import Array
+from ..path.pipeline import Array
 from . import numbering
 
 

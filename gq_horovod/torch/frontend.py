@@ -19,12 +19,14 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from mpi_ops.chunks import Chunk
 from mpi_ops.kernels.host import Buffer
 
-from .. import agreement, log, replicas, token, watchdog
-from ..auto import Trials, Way
-from ..config import Config, ConfigMismatchError, Plan
+from .. import log
 from ..frontend import ClassOrInstance, Compression, Frontend, per_process
-from ..pipeline import InFlight, Method, Pipeline, Task
-from ..stats import Sample
+from ..guards import replicas, watchdog
+from ..guards.stats import Sample
+from ..path import agreement, token
+from ..path.auto import Trials, Way
+from ..path.config import Config, ConfigMismatchError, Plan
+from ..path.pipeline import InFlight, Method, Pipeline, Task
 from . import numbering, tensors
 from .caller import Caller, find_caller
 from .collectives import Collectives, complete, written
@@ -448,7 +450,7 @@ class TorchFrontend(Frontend):
         group.joins = joins
         if self.config.transport == "mpi" and everyone and group.exchanges is None:
             # All ranks have to be there when it is made. Until then codes travel through Horovod.
-            from .. import mpi
+            from ..path import mpi
 
             group.exchanges = mpi.Messages(process_set.ranks or list(range(hvd.size())))
             mpi.serve(group.pipeline)
@@ -560,7 +562,7 @@ def _mpi_problem() -> str | None:
             "or unset HOROVOD_MPI_THREADS_DISABLE"
         )
     try:
-        from .. import mpi
+        from ..path import mpi
     except ImportError as error:
         return f"because mpi4py does not import ({error}): `pip install gq-horovod[mpi]`"
     reason = mpi.problem(hvd.rank(), hvd.size())

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import agreement, log, replicas
-from ..auto import Trials
-from ..config import Plan
-from ..pipeline import Exchanges, Pipeline
+from .. import log
+from ..guards import replicas
+from ..path import agreement
+from ..path.auto import Trials
+from ..path.config import Plan
+from ..path.pipeline import Exchanges, Pipeline
 from .collectives import Collectives
 
 _NOBODY = object()  # who calls hvd.allreduce, in the place of an optimizer

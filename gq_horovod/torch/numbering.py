@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
-from ..pipeline import pipelines
+from ..path.pipeline import pipelines
 
 __all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
 

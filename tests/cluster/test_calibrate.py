@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from needs import needs_hosts, run
 
-from gq_horovod import calibrate, cli, model
+from gq_horovod import cli
+from gq_horovod.advisor import calibrate, model
 from tools import ranks, testbed
 
 pytestmark = needs_hosts

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rank import digest, say
 
-from gq_horovod.config import DEFAULT_TIMEOUT
+from gq_horovod.path.config import DEFAULT_TIMEOUT
 from gq_horovod.torch import GlobalQSGD
 
 

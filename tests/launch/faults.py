@@ -25,7 +25,7 @@ import torch
 from rank import digest, say
 
 import gq_horovod.torch as gq
-from gq_horovod import pipeline
+from gq_horovod.path import pipeline
 from gq_horovod.torch.collectives import Collectives
 from mpi_ops import codec
 
@@ -136,7 +136,7 @@ def install(fault: Fault, stage: str) -> None:
         fault.after(Collectives, "allreduce_sum")
         fault.after(Collectives, "alltoall")
         if hvd.mpi_enabled():
-            from gq_horovod import mpi
+            from gq_horovod.path import mpi
 
             fault.after(mpi.Messages, "start")
     elif stage == "decompress":

@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from gq_horovod import mpi  # noqa: E402
+from gq_horovod.path import mpi  # noqa: E402
 from mpi_ops import allreduce, exponential_sum, iallreduce  # noqa: E402
 
 X = np.full(300_000, 0.5, np.float32)  # several chunks

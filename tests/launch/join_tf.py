@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from rank import digest, say
 
-from gq_horovod.config import ConfigMismatchError
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 LIMIT_SECONDS = 100

@@ -18,8 +18,8 @@ import horovod.torch as hvd
 import torch
 from rank import say
 
-from gq_horovod import agreement
-from gq_horovod.config import ConfigMismatchError
+from gq_horovod.path import agreement
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 # How long a rank that saw an error stays, so that the launcher does not end the others before they

@@ -105,7 +105,9 @@ def test_tags_where_the_script_configures_logging(tmp_path: Path) -> None:
         "1 has fewer than min_elements=4096 (80 elements, the first is 'bias')"
     )
     (other,) = [line for line in job.ranks[1].splitlines() if ":gq_horovod." in line]
-    assert other.startswith(f"WARNING:gq_horovod.pipeline:[rank 1 of 2 on {host}] tensor 'matrix' ")
+    assert other.startswith(
+        f"WARNING:gq_horovod.path.pipeline:[rank 1 of 2 on {host}] tensor 'matrix' "
+    )
 
 
 @pytest.mark.parametrize("script", [TORCH, TENSORFLOW])

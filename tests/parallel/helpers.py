@@ -12,8 +12,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from gq_horovod import auto
-from gq_horovod.config import Config, Plan
+from gq_horovod.path import auto
+from gq_horovod.path.config import Config, Plan
 from gq_horovod.torch import GlobalQSGD
 
 Tensors = Sequence[torch.Tensor]

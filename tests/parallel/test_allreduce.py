@@ -22,7 +22,7 @@ from helpers import (
     plan_of,
 )
 
-from gq_horovod import pipeline
+from gq_horovod.path import pipeline
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -17,8 +17,8 @@ from test_optimizer import (
     make_parameters,
 )
 
-from gq_horovod import auto
 from gq_horovod import torch as plugin
+from gq_horovod.path import auto
 from gq_horovod.torch import frontend
 
 LARGE = "matrix"  # not below MIN_ELEMENTS

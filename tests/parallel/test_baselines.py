@@ -23,15 +23,15 @@ from helpers import (
 )
 from test_training import Outcome, train
 
-from gq_horovod.config import ConfigMismatchError
-from gq_horovod.torch import GlobalQSGD, allreduce
-from gq_horovod.torch_baselines import (
+from gq_horovod.path.config import ConfigMismatchError
+from gq_horovod.research.torch_baselines import (
     QSGD,
     NaturalCompression,
     NearestRounding,
     PowerSGD,
     TernGrad,
 )
+from gq_horovod.torch import GlobalQSGD, allreduce
 
 UNBIASED = {
     "QSGD": QSGD(min_elements=0),

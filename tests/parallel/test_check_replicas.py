@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import TRANSPORT
 
-from gq_horovod.pipeline import pipelines
-from gq_horovod.replicas import ReplicaMismatchError
+from gq_horovod.guards.replicas import ReplicaMismatchError
+from gq_horovod.path.pipeline import pipelines
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 EVERY = 3

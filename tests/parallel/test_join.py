@@ -20,10 +20,10 @@ from helpers import TRANSPORT, check_mean, check_replicas, farthest, gradient
 from horovod.common.exceptions import HorovodInternalError
 from test_optimizer import SHAPES, check_gradient, local_gradient, make_optimizer, make_parameters
 
-from gq_horovod import auto
-from gq_horovod.pipeline import pipelines, poll_all
+from gq_horovod.path import auto
+from gq_horovod.path.pipeline import pipelines, poll_all
+from gq_horovod.research.torch_baselines import QSGD
 from gq_horovod.torch import GlobalQSGD, allreduce, frontend
-from gq_horovod.torch_baselines import QSGD
 
 pytestmark = pytest.mark.usefixtures("several_ranks")
 

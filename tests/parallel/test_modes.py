@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradient, gradients
 
+from gq_horovod.research.torch_baselines import QSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce
-from gq_horovod.torch_baselines import QSGD, PowerSGD
 
 Mode = Callable[[], AbstractContextManager[Any]]
 

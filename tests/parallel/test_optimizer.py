@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import all_bytes, check_mean, check_replicas, compressor, gradient
 
-from gq_horovod.config import Plan
+from gq_horovod.path.config import Plan
 from gq_horovod.torch import GlobalQSGD
 from mpi_ops import codec
 from mpi_ops.kernels.host import Buffer

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import check_mean, gradients
 
-from gq_horovod.config import ConfigMismatchError
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import check_mean, check_replicas, compressor, gradients
 from rendezvous import restart
 
-from gq_horovod.simulation import SimulatedRanks
+from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 pytestmark = pytest.mark.skipif(

@@ -20,8 +20,8 @@ import torch
 from helpers import TRANSPORT, check_mean, check_replicas, compressor, gradient, gradients
 from horovod.torch.compression import Compression as HorovodCompression
 
+from gq_horovod.research.torch_baselines import QSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce
-from gq_horovod.torch_baselines import QSGD, PowerSGD
 
 LEVELS = pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 

@@ -1,4 +1,4 @@
-"""gq_horovod.simulation gives the bytes that a job of real ranks gives."""
+"""gq_horovod.research.simulation gives the bytes that a job of real ranks gives."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import CONFIGURATIONS, gradients
 
-from gq_horovod.baselines import GATHER
-from gq_horovod.simulation import SimulatedRanks
+from gq_horovod.research.baselines import GATHER
+from gq_horovod.research.simulation import SimulatedRanks
+from gq_horovod.research.torch_baselines import QSGD
 from gq_horovod.torch import GlobalQSGD, TorchFrontend, allreduce
-from gq_horovod.torch_baselines import QSGD
 
 
 @pytest.mark.parametrize(("levels", "bits"), [*CONFIGURATIONS, ("qsgd", 8)])

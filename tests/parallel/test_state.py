@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradient
 
-from gq_horovod.config import ConfigMismatchError
+from gq_horovod.path.config import ConfigMismatchError
+from gq_horovod.research.torch_baselines import QSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce
-from gq_horovod.torch_baselines import QSGD, PowerSGD
 
 STEPS, PAUSE = 5, 3  # steps in all, and before the other process
 SHAPES = {"matrix": (64, 48), "vector": (5000,)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import CONFIGURATIONS, TRANSPORT, gradients
 
-from gq_horovod import stats
+from gq_horovod.guards import stats
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 ELEMENTS = 100_003

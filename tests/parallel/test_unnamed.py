@@ -17,7 +17,7 @@ import torch
 from helpers import check_replicas, compressor
 from horovod.torch import mpi_ops as hvd_ops
 
-from gq_horovod.config import ConfigMismatchError
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.torch import allreduce, numbering
 
 LEVELS = pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])

@@ -23,7 +23,7 @@ from tf_helpers import (
 )
 
 import gq_horovod.tensorflow as plugin
-from gq_horovod import pipeline
+from gq_horovod.path import pipeline
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 EVERY = pytest.mark.parametrize(("levels", "bits"), CONFIGURATIONS)

@@ -17,7 +17,7 @@ from tf_helpers import to_tf, to_torch
 
 import gq_horovod.tensorflow as with_tensorflow
 import gq_horovod.torch as with_torch
-from gq_horovod import pipeline
+from gq_horovod.path import pipeline
 from mpi_ops import codec
 
 pytestmark = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tf_helpers import check_mean, check_replicas, gradients
 
-from gq_horovod.config import ConfigMismatchError
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 pytestmark = pytest.mark.usefixtures("several_ranks")

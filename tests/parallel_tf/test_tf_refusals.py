@@ -12,9 +12,9 @@ import pytest
 import tensorflow as tf
 from tf_helpers import check_mean, compressor, gradients
 
-from gq_horovod import token
-from gq_horovod.config import ConfigMismatchError
 from gq_horovod.frontend import Compression
+from gq_horovod.path import token
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 from mpi_ops import codec
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gq_horovod import auto
-from gq_horovod.auto import NONE, Trials, Way
-from gq_horovod.config import AUTO, Config
+from gq_horovod.path import auto
+from gq_horovod.path.auto import NONE, Trials, Way
+from gq_horovod.path.config import AUTO, Config
 
 SIZES = (10, 5_000, 100_000, 2_000_000)  # elements of the tensors of a model
 Seconds = Callable[[list[Way]], float]  # of a step, from the ways of its tensors

@@ -21,8 +21,11 @@ from reference import (
 )
 from test_pipeline import Job, gradients
 
-from gq_horovod import baselines, pipeline
-from gq_horovod.baselines import (
+from gq_horovod.path import pipeline
+from gq_horovod.path.config import Config
+from gq_horovod.path.pipeline import Method, Task
+from gq_horovod.research import baselines
+from gq_horovod.research.baselines import (
     GATHER,
     GATHER_POWERS_OF_TWO,
     NEAREST,
@@ -32,8 +35,6 @@ from gq_horovod.baselines import (
     QSGDConfig,
     TernGradConfig,
 )
-from gq_horovod.config import Config
-from gq_horovod.pipeline import Method, Task
 from mpi_ops.chunks import Chunk
 
 METHODS: dict[str, tuple[Config, Method]] = {
@@ -276,7 +277,7 @@ def test_levels_do_not_depend_on_the_number_of_ranks() -> None:
 
 
 def test_repr_shows_the_options_that_users_choose() -> None:
-    from gq_horovod import torch_baselines
+    from gq_horovod.research import torch_baselines
 
     for name in torch_baselines.__all__:
         kind = getattr(torch_baselines, name)

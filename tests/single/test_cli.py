@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from test_report import events, write
 
-from gq_horovod import calibrate, cli
-from gq_horovod.calibrate import CalibrationError
-from gq_horovod.model import METHODS, Cluster, Kernels
+from gq_horovod import cli
+from gq_horovod.advisor import calibrate
+from gq_horovod.advisor.calibrate import CalibrationError
+from gq_horovod.advisor.model import METHODS, Cluster, Kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 ADVISE = ["advise", "--params", "607959381", "--step-compute", "120ms"]

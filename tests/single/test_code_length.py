@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from reference import unpack_lanes
 
-from gq_horovod import code_length
-from gq_horovod.baselines import QSGDConfig
-from gq_horovod.code_length import elias_gamma_bits, elias_omega_bits, entropy, qsgd_code_length
+from gq_horovod.research import code_length
+from gq_horovod.research.baselines import QSGDConfig
+from gq_horovod.research.code_length import (
+    elias_gamma_bits,
+    elias_omega_bits,
+    entropy,
+    qsgd_code_length,
+)
 from mpi_ops import codec
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer

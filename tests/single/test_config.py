@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import Array
 
-from gq_horovod import agreement, token
-from gq_horovod.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, ConfigMismatchError
+from gq_horovod.path import agreement, token
+from gq_horovod.path.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, ConfigMismatchError
 from mpi_ops import lanes
 from mpi_ops.agreement import decode, encode, require_same
 from mpi_ops.scheme import Scheme

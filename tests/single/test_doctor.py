@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gq_horovod import cli, doctor
-from gq_horovod.doctor import Facts, Finding, compare, diagnose, merge
+from gq_horovod import cli
+from gq_horovod.advisor import doctor
+from gq_horovod.advisor.doctor import Facts, Finding, compare, diagnose, merge
 
 GOOD: Facts = {
     "gq-horovod": "0.1.0",

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, INF_BITS, buffer
 
-from gq_horovod.config import Config
+from gq_horovod.path.config import Config
 from mpi_ops import codec
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host

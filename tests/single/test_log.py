@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gq_horovod import agreement, log, pipeline
-from gq_horovod.config import Config, ConfigMismatchError
+from gq_horovod import log
 from gq_horovod.log import Census, Log, Rarely
+from gq_horovod.path import agreement, pipeline
+from gq_horovod.path.config import Config, ConfigMismatchError
 from mpi_ops import codec
 from mpi_ops.kernels.host import Buffer
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gq_horovod import model
-from gq_horovod.config import Config
-from gq_horovod.model import (
+from gq_horovod.advisor import model
+from gq_horovod.advisor.model import (
     EXPONENTIAL,
     EXPONENTIAL_MPI,
     FP16,
@@ -27,7 +24,9 @@ from gq_horovod.model import (
     Kernels,
     Method,
 )
-from mpi_ops import codec, lanes
+from gq_horovod.path import token
+from gq_horovod.path.config import Config
+from mpi_ops import codec, lanes, wire
 
 ROOT = Path(__file__).resolve().parents[2]
 positive = st.floats(1e-3, 1e3)
@@ -92,7 +91,7 @@ def test_bytes_are_those_of_the_codec(method: Method, ranks: int, count: int) ->
     assert method.config is not None
     plan = method.config.plan(ranks)
     item = codec.payload_dtype(plan).itemsize
-    pieces = model.chunk_bytes(count, plan, method.config.transport)
+    pieces = wire.chunk_bytes(count, plan, method.config.transport)
     exact = codec.payload_size(count, plan) * item
     padding = sum(pieces) - exact
     # A chunk ends at a whole row of words, and where ranks reduce shares, of every share.
@@ -100,24 +99,12 @@ def test_bytes_are_those_of_the_codec(method: Method, ranks: int, count: int) ->
     assert 0 <= padding <= len(pieces) * shares * lanes.ROW * item
     assert padding == 0 or method is not STANDARD or len(pieces) > 1
     norms = lanes.blocks(count, plan.block_for(count))
-    assert model.norm_count(count, plan) == norms
+    assert wire.norm_count(count, plan) == norms
     whole = replace(method, config=replace(method.config, min_elements=0))
     proposals = 4 * ranks if method.config.transport == "mpi" else 0
-    total = sum(pieces) + 4 * norms + proposals + model.TOKEN_BYTES
+    total = sum(pieces) + 4 * norms + proposals + token.BYTES
     sent = model.cost(whole, [count], Cluster(ranks, 1e9)).bytes
     assert sent == pytest.approx(2 * (ranks - 1) / ranks * total)
-
-
-def test_chunk_rule_is_that_of_the_exchange() -> None:
-    """In a process of its own, since that module starts MPI."""
-    names = "MINIMUM_CHUNKS", "MAXIMUM_CHUNK", "MINIMUM_CHUNK"
-    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi_ops import exchange as e; "
-    code += f"print([getattr(e, name) for name in {names}])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    ours = [getattr(model, f"EXCHANGE_{name}") for name in names]
-    assert done.stdout.strip() == str(ours), done.stderr
 
 
 @given(count=counts, bits=st.integers(2, 15), ranks=st.integers(2, 512))

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from reference import DTYPES, Array, Z, allowance, buffer, check_law, exponential_law, standard_law
 
-from gq_horovod import pipeline, theory
-from gq_horovod.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, Plan
-from gq_horovod.pipeline import InFlight, Pipeline, Task
-from gq_horovod.simulation import combine
+from gq_horovod.path import pipeline
+from gq_horovod.path.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, Plan
+from gq_horovod.path.pipeline import InFlight, Pipeline, Task
+from gq_horovod.research import theory
+from gq_horovod.research.simulation import combine
 from mpi_ops.kernels.host import Buffer
 
 CONFIGS = {

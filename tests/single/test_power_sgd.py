@@ -11,8 +11,8 @@ import torch
 from reference import Array
 from test_pipeline import Job
 
-from gq_horovod.baselines import PowerSGDConfig
-from gq_horovod.torch_baselines import _random, power_sgd
+from gq_horovod.research.baselines import PowerSGDConfig
+from gq_horovod.research.torch_baselines import _random, power_sgd
 from mpi_ops.kernels.host import Buffer
 
 NAME = "w"

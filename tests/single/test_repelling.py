@@ -17,10 +17,11 @@ from reference import (
     unpack_lanes,
 )
 
-from gq_horovod import theory
-from gq_horovod.config import Config
+from gq_horovod.path.config import Config
+from gq_horovod.research import theory
 from mpi_ops.dither import MAXIMUM_RANK, MAXIMUM_STRATA, Stage, dither, strata_for
 from mpi_ops.kernels import host
+from mpi_ops.rounding import repelled_factor
 
 COUNT = 1 << 16
 GROUP = 256  # elements that share a mask
@@ -152,7 +153,7 @@ def test_what_is_left_of_the_variance_of_independent_gradients(ranks: int) -> No
     shares = np.random.default_rng(0).random((ranks, 20_000))
     independent = (shares * (1 - shares)).sum()
     left = 1 + theory.repelled_covariance(shares, strata_for(ranks)).sum() / independent
-    assert left == pytest.approx(theory.repelled_factor(ranks), rel=0.01)
+    assert left == pytest.approx(repelled_factor(ranks), rel=0.01)
 
 
 def test_cohorts_are_independent() -> None:

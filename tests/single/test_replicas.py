@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gq_horovod.replicas import Check, ReplicaMismatchError, Steps, digest, require_same, table
+from gq_horovod.guards.replicas import (
+    Check,
+    ReplicaMismatchError,
+    Steps,
+    digest,
+    require_same,
+    table,
+)
 
 NAMES = ["embedding", "fc.weight", "fc.bias"]
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gq_horovod import cli, report
+from gq_horovod import cli
+from gq_horovod.research import report
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gq_horovod import pipeline, theory
-from gq_horovod.baselines import GATHER, QSGDConfig
-from gq_horovod.config import Config
-from gq_horovod.simulation import SimulatedRanks, combine
+from gq_horovod.path import pipeline
+from gq_horovod.path.config import Config
+from gq_horovod.research import theory
+from gq_horovod.research.baselines import GATHER, QSGDConfig
+from gq_horovod.research.simulation import SimulatedRanks, combine
 
 CONFIGS = {
     "standard": Config(),

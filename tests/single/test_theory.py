@@ -1,4 +1,4 @@
-"""The formulas of gq_horovod.theory against the real kernels: n ranks simulated in one process.
+"""The formulas of theory and mpi_ops.rounding against the real kernels, n ranks in one process.
 
 A case runs as many reductions as make Z standard deviations of the measured squared error at most
 5 % of it, and then asserts that distance. The standard deviation comes from the laws of
@@ -24,11 +24,12 @@ from reference import (
     unpack_lanes,
 )
 
-from gq_horovod import model, theory
-from gq_horovod.config import Config
-from mpi_ops import codec, lanes
+from gq_horovod.path.config import Config
+from gq_horovod.research import theory
+from mpi_ops import codec, lanes, wire
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
+from mpi_ops.rounding import EXPONENTIAL_TYPICAL
 from mpi_ops.scheme import Plan
 
 ELEMENTS = 4096
@@ -275,7 +276,7 @@ def test_worst_cases_of_one_rounding() -> None:
     assert y[excess.argmax()] == pytest.approx(4 / 9 * theory.smallest_level(4), rel=0.01)
     octave = 2 ** np.linspace(-1, 0, 100_001)[:-1]
     typical = np.mean(theory.exponential_variance(octave, 8) / octave**2)
-    assert typical == pytest.approx(theory.EXPONENTIAL_TYPICAL, abs=1e-5)
+    assert typical == pytest.approx(EXPONENTIAL_TYPICAL, abs=1e-5)
 
 
 def test_headroom_moves_the_smallest_level_only() -> None:
@@ -490,12 +491,12 @@ def test_bits_on_the_wire_are_those_of_the_payloads(transport: str) -> None:
     ]:
         plan = Config(levels=levels, bits=bits, block_size=block_size).plan(4)
         norms = codec.norms(buffer(x), plan)
-        wire = theory.wire(count, plan, transport)
-        assert wire.norms == norms.nbytes
+        sizes = wire.wire(count, plan, transport)
+        assert sizes.norms == norms.nbytes
         payload = codec.quantize(buffer(x), norms, plan, dither(0, "w", 0, 0, Stage.QUANTIZE))
-        chunks = len(model.chunk_bytes(count, plan, transport))
+        chunks = len(wire.chunk_bytes(count, plan, transport))
         # Padding to whole rows, for each rank and chunk where ranks reduce shards.
-        assert 0 <= wire.payload - payload.nbytes <= chunks * 4 * lanes.ROW * 4
-        assert wire.sent == 1.5 * (wire.payload + wire.norms)
+        assert 0 <= sizes.payload - payload.nbytes <= chunks * 4 * lanes.ROW * 4
+        assert sizes.sent == 1.5 * (sizes.payload + sizes.norms)
         nominal = 32 / (32 // bits) + 32 / (block_size or count)
-        assert wire.bits_per_element(count) == pytest.approx(nominal, rel=0.01 * chunks)
+        assert sizes.bits_per_element(count) == pytest.approx(nominal, rel=0.01 * chunks)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from reference import Array, Z, buffer, square_law, square_level, square_places, standard_law
 
-from gq_horovod import theory
-from gq_horovod.config import Config, Plan
+from gq_horovod.path.config import Config, Plan
+from gq_horovod.research import theory
 from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from gq_horovod.watchdog import Watchdog
+from gq_horovod.guards.watchdog import Watchdog
 
 TIMEOUT = 10.0
 PAUSE = TIMEOUT / 20
@@ -44,13 +44,13 @@ def test_a_long_timeout_is_looked_at_more_often_than_twenty_times() -> None:
 
 STUCK = """
 import threading, time
-from gq_horovod import watchdog
+from gq_horovod.guards import watchdog
 watchdog.start(0.2, lambda: 3, "GlobalQSGD", lambda: {1: "weight"})
 threading.Event().wait()
 """
 CHANGING = """
 import time
-from gq_horovod import watchdog
+from gq_horovod.guards import watchdog
 looks = []
 def waiting():
     looks.append(None)
@@ -63,7 +63,7 @@ while len(looks) < 5:
 print(thread.is_alive())
 """
 GONE = """
-from gq_horovod import watchdog
+from gq_horovod.guards import watchdog
 thread = watchdog.start(0.2, lambda: 3, "GlobalQSGD", lambda: None)
 thread.join(30)
 print(thread.is_alive())

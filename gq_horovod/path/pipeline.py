@@ -20,22 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ops import codec, lanes
+from mpi_ops.chunks import CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.codec import Payload
 from mpi_ops.dither import Dithers, Stage, dither
 from mpi_ops.kernels.host import Buffer
 
+from ..log import Log, Rarely
 from .config import Plan
-from .log import Log, Rarely
 
 _log = Log(__name__)
 _not_finite = Rarely()
 
 Array = NDArray[Any]
-
-# A large tensor's codes travel in chunks: while some do, the next are computed. Chunks this large
-# still fill the network.
-CHUNK_ELEMENTS = 1 << 21
 
 # Reductions in a row whose operations are not complete, before nobody asks about the rest: a model
 # has hundreds. Operations complete about in the order in which they began.
@@ -79,7 +76,7 @@ class Collectives(Protocol):
 
 
 class Exchanges(Protocol):
-    """Reductions by messages between ranks, told apart by number (`gq_horovod.mpi`)."""
+    """Reductions by messages between ranks, told apart by number (`gq_horovod.path.mpi`)."""
 
     def propose(self) -> int:
         """A number, not negative, that this rank uses for no other exchange in flight."""

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..log import Log
 from .config import Config, Plan
-from .log import Log
 
 _log = Log(__name__)
 

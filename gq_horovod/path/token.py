@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from .config import ConfigMismatchError
 
 NUMBERS = 4  # in a token
+BYTES = 8 * NUMBERS  # that Horovod reduces for a tensor: float64
 
 # Fingerprints are small integers, so that sums over any number of ranks stay exact enough.
 _FINGERPRINT_RANGE = 251

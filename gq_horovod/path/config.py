@@ -22,15 +22,15 @@ class Config(Scheme):
     """Options of GlobalQSGD. Raises ValueError or TypeError on values that cannot work."""
 
     FUNCTION: ClassVar[str] = "GlobalQSGD"
-    LEVELS: ClassVar[tuple[str, ...]] = (*Scheme.LEVELS, "auto")  # "auto": see gq_horovod.auto
+    LEVELS: ClassVar[tuple[str, ...]] = (*Scheme.LEVELS, "auto")  # "auto": see gq_horovod.path.auto
 
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
-    # Seconds without any movement after which a rank ends; None: never. See gq_horovod.watchdog.
+    # Seconds without any movement after which a rank ends; None: never. See guards.watchdog.
     timeout: float | None = DEFAULT_TIMEOUT
-    # Compare parameters between ranks every so many steps; None: never. See gq_horovod.replicas.
+    # Compare parameters between ranks every so many steps; None: never. See guards.replicas.
     check_replicas: int | None = None
 
     def __post_init__(self) -> None:

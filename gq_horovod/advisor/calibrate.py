@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ops import codec
+from mpi_ops.chunks import CHUNKS_IN_FLIGHT, MINIMUM_CHUNKS
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
 
-from .config import Config
+from ..path.config import Config
 from .model import (
-    EXCHANGE_MINIMUM_CHUNKS,
     STANDARD,
     TWO_HOP,
     TWO_HOP_MPI,
@@ -358,7 +358,7 @@ def _payload(
 ) -> tuple[Call, int, Callable[[Cluster], float]]:
     """An exchange of `size` bytes, how many operations of Horovod it has, and its model."""
     if way == "message":
-        phases = 2 * EXCHANGE_MINIMUM_CHUNKS
+        phases = 2 * MINIMUM_CHUNKS
         return _message_call(comm, size), 0, lambda cluster: phases * cluster.messages(size)
     reduce, gather = (_mpi_calls if horovod is None else _horovod_calls)(comm, size)
     if way == "allreduce":
@@ -401,14 +401,14 @@ def _message_call(comm: MPI.Intracomm, size: int) -> Call:
 
     With chunks in flight together, as there: one after the other they reach a smaller share.
     """
-    from mpi_ops.exchange import CHUNKS_IN_FLIGHT, Steps, finish
+    from mpi_ops.exchange import Steps, finish
 
     shape = (CHUNKS_IN_FLIGHT, comm.size, size // comm.size)
     here, there = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
     others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
     def chunks(place: int) -> Steps:
-        for _ in range(EXCHANGE_MINIMUM_CHUNKS // CHUNKS_IN_FLIGHT):
+        for _ in range(MINIMUM_CHUNKS // CHUNKS_IN_FLIGHT):
             for phase, (sent, received) in enumerate(((here, there), (there, here))):
                 tag = 2 * place + phase
                 requests = [comm.Irecv(received[place, r], r, tag) for r in reversed(others)]
@@ -436,7 +436,7 @@ def _efficiency(cluster: Cluster, seconds: float, modelled: Callable[[Cluster], 
 
 def _overlap(comm: MPI.Intracomm, horovod: Any, cluster: Cluster, rounds: int) -> Cluster:
     """What kernels and communication hide of each other, and computation of both."""
-    from . import mpi
+    from ..path import mpi
 
     methods = {"allreduce": STANDARD, "gather": TWO_HOP}
     if mpi.problem(comm.rank, comm.size) is None:
@@ -478,8 +478,8 @@ def _backward(
     """A backward pass and the reduction of its gradients, each of which takes `delay` seconds."""
     import torch
 
+    from ..torch import GlobalQSGD
     from .replayed import Layer
-    from .torch import GlobalQSGD
 
     assert method.config is not None
     generator = torch.Generator().manual_seed(horovod.rank())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .model import PUBLISHED, WORKLOADS
+from ..advisor.model import PUBLISHED, WORKLOADS
 
 # ---------------------------------------------------------------------------------------- published
 

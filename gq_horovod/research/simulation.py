@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from mpi_ops.kernels.host import Buffer
 
-from .config import Config
-from .pipeline import Array, InFlight, Method, Task
+from ..path.config import Config
+from ..path.pipeline import Array, InFlight, Method, Task
 
 __all__ = ["SimulatedRanks", "combine"]
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ops.agreement import by_value, in_words
 
-from . import __version__, calibrate
+from .. import __version__
+from . import calibrate
 
 if TYPE_CHECKING:
     from mpi4py import MPI

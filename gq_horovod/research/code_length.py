@@ -19,8 +19,8 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
+from ..path.config import Plan
 from .baselines import QSGDConfig
-from .config import Plan
 
 Integers = NDArray[np.int64]
 

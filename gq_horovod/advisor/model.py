@@ -18,24 +18,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from mpi_ops import codec, lanes
-from mpi_ops.chunks import chunks
+from mpi_ops import wire
+from mpi_ops.chunks import CHUNK_ELEMENTS
 from mpi_ops.dither import MAXIMUM_RANK
-from mpi_ops.scheme import Plan
 
-from .config import Config
-from .pipeline import CHUNK_ELEMENTS
+from ..path import token
+from ..path.config import Config
 
 FLOAT32_BYTES = 4
 FLOAT16_BYTES = 2
-NORM_BYTES = 4
-TOKEN_BYTES = 16  # what Horovod itself reduces for a tensor under GlobalQSGD: four float32
-
-# The chunk rule of transport="mpi", as mpi_ops.exchange has it; that module starts MPI, so it
-# cannot be imported here. tests/single/test_model.py compares them.
-EXCHANGE_MINIMUM_CHUNKS = 8
-EXCHANGE_MAXIMUM_CHUNK = 1 << 20
-EXCHANGE_MINIMUM_CHUNK = 1 << 17
 
 
 # ------------------------------------------------------------------------------------ the paper's
@@ -344,34 +335,6 @@ METHODS = (
 # ------------------------------------------------------------------------------------------- bytes
 
 
-@lru_cache(maxsize=4096)
-def chunk_bytes(count: int, plan: Plan, transport: str) -> tuple[int, ...]:
-    """Bytes of each chunk's payload of a tensor of `count` elements, padding included.
-
-    The rules are those of the pipeline, not a copy: `mpi_ops.chunks` cuts, `mpi_ops.codec` sizes.
-    """
-    wanted = CHUNK_ELEMENTS
-    if transport == "mpi":
-        wanted = max(count // EXCHANGE_MINIMUM_CHUNKS, EXCHANGE_MINIMUM_CHUNK)
-        wanted = min(wanted, EXCHANGE_MAXIMUM_CHUNK)
-    norms = np.broadcast_to(np.int32(0), norm_count(count, plan))  # only their number matters
-    item = codec.payload_dtype(plan).itemsize
-    sizes = []
-    for chunk in chunks(count, norms, plan, wanted):
-        elements = chunk.stop - chunk.start
-        if plan.in_flight and transport == "horovod":
-            sizes.append(codec.payload_size(elements, plan) * item)
-        else:  # as many whole rows for every rank; two hops, the second with norms of its own
-            hops = (codec.shard_size(elements, plan), codec.reduced_size(elements, plan))
-            sizes.append(sum(hops) * plan.world_size * item // 2)
-    return tuple(sizes)
-
-
-def norm_count(count: int, plan: Plan) -> int:
-    """Norms of a tensor of `count` elements."""
-    return lanes.blocks(count, plan.block_for(count))
-
-
 def fused(sizes: Sequence[float], threshold: int) -> list[float]:
     """Bytes of the messages that Horovod makes of operations of these sizes, in their order.
 
@@ -429,11 +392,6 @@ def _operations(sizes: Sequence[float], cluster: Cluster) -> float:
     return started + sum(map(cluster.allreduce, messages))
 
 
-def sent_bytes(size: float, ranks: int) -> float:
-    """Bytes that a rank sends when `size` bytes are reduced: 2(n-1)/n times as many."""
-    return 2 * (ranks - 1) / ranks * size
-
-
 def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
     """Horovod's own Allreduce. float16 is cast before and after: 12 bytes per element moved."""
     total = sum(sizes)
@@ -441,7 +399,7 @@ def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
     if element_bytes == FLOAT16_BYTES:
         cast = 2 * (FLOAT32_BYTES + FLOAT16_BYTES) * total / cluster.kernels.cast
     network = _operations([element_bytes * size for size in sizes], cluster)
-    return Cost(network + cast, cast, sent_bytes(element_bytes * total, cluster.ranks))
+    return Cost(network + cast, cast, wire.sent_bytes(element_bytes * total, cluster.ranks))
 
 
 def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
@@ -454,15 +412,15 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
         return Cost(0.0, 0.0, 0.0)
     n, kernels = cluster.ranks, cluster.kernels
     plan = config.plan(n)
-    norm_bytes = [NORM_BYTES * norm_count(size, plan) for size in sizes]
+    norm_bytes = [wire.NORM_BYTES * wire.norm_count(size, plan) for size in sizes]
     if config.transport == "mpi":  # and each rank's proposal of a number
         norm_bytes = [size + 4 * n for size in norm_bytes]
-    payloads = [size for count in sizes for size in chunk_bytes(count, plan, config.transport)]
+    payloads = [size for count in sizes for size in wire.chunk_bytes(count, plan, config.transport)]
     elements, payload = sum(sizes), sum(payloads)
 
     measure = FLOAT32_BYTES * elements / kernels.norm
     norms = _operations(norm_bytes, cluster)
-    tokens = len(sizes) * (cluster.operation_overhead + cluster.allreduce(TOKEN_BYTES))
+    tokens = len(sizes) * (cluster.operation_overhead + cluster.allreduce(token.BYTES))
     moved = FLOAT32_BYTES * elements + payload
     quantize = kernels.square if plan.square else kernels.quantize
     compute = moved / quantize + moved / kernels.dequantize
@@ -487,7 +445,7 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     exposed = getattr(cluster, f"{way}_exposed")
 
     seconds = measure + norms + tokens + pipelined(compute, network, len(payloads), exposed)
-    sent = sent_bytes(payload + sum(norm_bytes) + TOKEN_BYTES * len(sizes), cluster.ranks)
+    sent = wire.sent_bytes(payload + sum(norm_bytes) + token.BYTES * len(sizes), cluster.ranks)
     return Cost(seconds, measure + compute, sent)
 
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from mpi_ops.agreement import require_same
 from mpi_ops.kernels import host
 
-from . import __version__
+from .. import __version__
+from ..log import Log
 from .config import Config, ConfigMismatchError
-from .log import Log
 from .pipeline import PRESENT, Handle, poll_all
 
 __all__ = ["LARGEST", "agree", "checksum", "describe", "wait"]

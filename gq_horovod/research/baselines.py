@@ -23,9 +23,9 @@ from mpi_ops.codec import Norms, Payload
 from mpi_ops.dither import Stage
 from mpi_ops.kernels.host import Buffer
 
-from . import pipeline
-from .config import Config, Plan
-from .pipeline import Deliver, Method, Reduction, Task
+from ..path import pipeline
+from ..path.config import Config, Plan
+from ..path.pipeline import Deliver, Method, Reduction, Task
 
 # ------------------------------------------------------------------------------------------ options
 

@@ -19,22 +19,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpi_ops import codec
-from mpi_ops.dither import MAXIMUM_STRATA, strata_for
 from mpi_ops.kernels.interface import Buffer
+from mpi_ops.rounding import (
+    COHORT,
+    EXPONENTIAL_WORST,
+    fixed_point,
+    square_position,
+    square_width,
+)
 from mpi_ops.scheme import Plan
-
-from . import model
 
 Array = NDArray[np.float64]
 
-# Fractional bits of a standard position (mpi_ops/kernels/elements.h, quantize_standard).
-FIXED_POINT = 2**16
-# Ranks whose dithers repel each other (mpi_ops/kernels/elements.h, Dither).
-COHORT = 2**MAXIMUM_STRATA
-# Largest relative variance of rounding y to one of the powers of two around it (docs/theory.md).
-EXPONENTIAL_WORST = 1 / 8
-# The same on average over y that are uniform on a logarithmic scale: 3 / (4 ln 2) - 1.
-EXPONENTIAL_TYPICAL = 0.75 / math.log(2) - 1
 # A rounding multiplies the second moment by at most this.
 HOP_FACTOR = 1 + EXPONENTIAL_WORST
 
@@ -56,30 +52,7 @@ def standard_variance(position: ArrayLike) -> Array:
 
 def standard_share(position: ArrayLike) -> Array:
     """Probability that an element at `position` is rounded up: the f of `standard_variance`."""
-    return _fixed_point(position) % 1.0
-
-
-def _fixed_point(position: ArrayLike) -> Array:
-    """A position as the kernel has it, with 16 fractional bits."""
-    result: Array = np.rint(np.multiply(position, float(FIXED_POINT))) / FIXED_POINT
-    return result
-
-
-def square_position(y: ArrayLike, levels: int) -> Array:
-    """Where `y` = x/norm lies among square levels ±(k/s)²: k on level k, linear in between. Exact.
-
-    k + (s²|y| - k²)/(2k+1) for k² <= s²|y| <= (k+1)², with the sign of y.
-    """
-    magnitude = np.minimum(np.abs(np.asarray(y, dtype=np.float64)), 1.0) * levels**2
-    low = np.floor(np.sqrt(magnitude))
-    result: Array = np.copysign(low + (magnitude - low**2) / (2 * low + 1), y)
-    return result
-
-
-def square_width(position: ArrayLike) -> Array:
-    """Distance of the two square levels around a position, in units of norm/s²: 2k+1."""
-    result: Array = np.abs(2 * np.floor(_fixed_point(position)) + 1)
-    return result
+    return fixed_point(position) % 1.0
 
 
 def square_bound(magnitude: ArrayLike, levels: int) -> Array:
@@ -162,17 +135,6 @@ def repelled_covariance(shares: ArrayLike, strata: int, widths: ArrayLike = 1.0)
             below = width * np.clip(parts * own - part, 0.0, 1.0)
             total -= below.sum(axis=0) ** 2 - np.square(below).sum(axis=0)
     return total / (parts * (parts - 1))
-
-
-def repelled_factor(ranks: int) -> float:
-    """What repelling dithers leave of the variance of a sum, for independent uniform fractions.
-
-    1 - (n-1)(M+1)/(2M²), from the mean of `repelled_covariance` over fractions that are independent
-    and uniform: 0.53 for 4 ranks and 0.50 for 64. M = 2^strata for n ranks; 1 for one rank.
-    """
-    n = min(ranks, COHORT)
-    parts = 2 ** strata_for(n)
-    return 1 - (n - 1) * (parts + 1) / (2 * parts**2)
 
 
 def _checked(function: str, gradients: ArrayLike, plan: Plan) -> NDArray[np.float32]:
@@ -491,29 +453,3 @@ def fits_lane(codes: ArrayLike, bits: int) -> bool:
     K = ⌊32/b⌋ lanes. True for all codes of at most `lanes.levels(bits, ranks)`.
     """
     return bool(np.all(largest_partial_sum(codes) <= 2 ** (bits - 1) - 1))
-
-
-# --------------------------------------------------------------------------------- bits on the wire
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What one tensor is on the wire."""
-
-    payload: int  # bytes of codes of one rank, padding included
-    norms: int  # bytes of one rank's norms
-    sent: float  # bytes that a rank sends: 2(n-1)/n times both
-
-    def bits_per_element(self, count: int) -> float:
-        """Bits of codes and norms for each of `count` elements."""
-        return 8 * (self.payload + self.norms) / count
-
-
-def wire(count: int, plan: Plan, transport: str = "horovod") -> Wire:
-    """Bytes of a tensor of `count` elements on the wire, by the sizes that the codec really makes.
-
-    A tensor's token (16 bytes) is left out; `gq_horovod.model.cost` has whole steps.
-    """
-    payload = sum(model.chunk_bytes(count, plan, transport))
-    norms = model.NORM_BYTES * model.norm_count(count, plan)
-    return Wire(payload, norms, model.sent_bytes(payload + norms, plan.world_size))

@@ -1,0 +1,65 @@
+"""What a tensor is on the wire: the sizes that `chunks` and `codec` really make, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from . import codec, lanes
+from .chunks import CHUNK_ELEMENTS, chunks, message_elements
+from .scheme import Plan
+
+NORM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What one tensor is on the wire."""
+
+    payload: int  # bytes of codes of one rank, padding included
+    norms: int  # bytes of one rank's norms
+    sent: float  # bytes that a rank sends: 2(n-1)/n times both
+
+    def bits_per_element(self, count: int) -> float:
+        """Bits of codes and norms for each of `count` elements."""
+        return 8 * (self.payload + self.norms) / count
+
+
+def wire(count: int, plan: Plan, transport: str = "horovod") -> Wire:
+    """Bytes of a tensor of `count` elements.
+
+    Without its token (`gq_horovod.path.token.BYTES`); `gq_horovod.advisor.model.cost` has whole
+    steps.
+    """
+    payload = sum(chunk_bytes(count, plan, transport))
+    norms = NORM_BYTES * norm_count(count, plan)
+    return Wire(payload, norms, sent_bytes(payload + norms, plan.world_size))
+
+
+@lru_cache(maxsize=4096)  # the advisor asks for every chunk, at every bandwidth that it tries
+def chunk_bytes(count: int, plan: Plan, transport: str) -> tuple[int, ...]:
+    """Bytes of each chunk's payload of a tensor of `count` elements, padding included."""
+    wanted = message_elements(count) if transport == "mpi" else CHUNK_ELEMENTS
+    norms = np.broadcast_to(np.int32(0), norm_count(count, plan))  # only their number matters
+    item = codec.payload_dtype(plan).itemsize
+    sizes = []
+    for chunk in chunks(count, norms, plan, wanted):
+        elements = chunk.stop - chunk.start
+        if plan.in_flight and transport == "horovod":
+            sizes.append(codec.payload_size(elements, plan) * item)
+        else:  # as many whole rows for every rank; two hops, the second with norms of its own
+            hops = (codec.shard_size(elements, plan), codec.reduced_size(elements, plan))
+            sizes.append(sum(hops) * plan.world_size * item // 2)
+    return tuple(sizes)
+
+
+def norm_count(count: int, plan: Plan) -> int:
+    """Norms of a tensor of `count` elements."""
+    return lanes.blocks(count, plan.block_for(count))
+
+
+def sent_bytes(size: float, ranks: int) -> float:
+    """Bytes that a rank sends when `size` bytes are reduced: 2(n-1)/n times as many."""
+    return 2 * (ranks - 1) / ranks * size
