@@ -20,6 +20,7 @@ from gq_horovod import cli
 from gq_horovod.advisor import calibrate
 from gq_horovod.advisor.calibrate import CalibrationError
 from gq_horovod.advisor.model import METHODS, Cluster, Kernels
+from gq_horovod.cli import units
 
 ROOT = Path(__file__).resolve().parents[2]
 ADVISE = ["advise", "--params", "607959381", "--step-compute", "120ms"]
@@ -52,7 +53,7 @@ MEASURED = Cluster(
     ],
 )
 def test_bandwidths(text: str, value: float) -> None:
-    assert cli.bandwidth(text) == pytest.approx(value)
+    assert units.bandwidth(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_bandwidths(text: str, value: float) -> None:
     [("120ms", 0.12), ("1.5s", 1.5), ("50 us", 5e-5), ("5e1us", 5e-5), ("1e-3s", 1e-3), ("0s", 0)],
 )
 def test_durations(text: str, value: float) -> None:
-    assert cli.duration(text) == pytest.approx(value)
+    assert units.duration(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_durations(text: str, value: float) -> None:
     ],
 )
 def test_counts(text: str, value: int) -> None:
-    assert cli.count(text) == value
+    assert units.count(text) == value
 
 
 @pytest.mark.parametrize(
@@ -79,19 +80,19 @@ def test_counts(text: str, value: int) -> None:
 )
 def test_what_is_no_bandwidth(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"rate in bits such as 1Gbit.*got"):
-        cli.bandwidth(text)
+        units.bandwidth(text)
 
 
 @pytest.mark.parametrize("text", ["120", "0.12", "-1s", "1h", "", "ms", "1e3", "1_0s"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"with its unit such as 120ms.*got"):
-        cli.duration(text)
+        units.duration(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "0.12", "6e-8", "many", "", "1e", "0x10"])
 def test_what_is_no_count(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"positive whole number.*got"):
-        cli.count(text)
+        units.count(text)
 
 
 # What is no number, or one that no cluster has; each with every unit of an option.
@@ -171,7 +172,7 @@ def test_the_first_and_last_values_of_every_option_give_finite_times(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli.model, "break_even", lambda *arguments: 0.0)  # slow, and no time
+    monkeypatch.setattr(cli.advise.model, "break_even", lambda *arguments: 0.0)  # slow, and no time
     arguments = [f"{option}={value}" for option, value in options.items()]
     assert cli.main([*ADVISE, *NETWORK, *arguments, "--json"]) == 0
     output = capsys.readouterr().out
@@ -201,7 +202,7 @@ def test_advise_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(result["left_out"]) == {"standard 4 bit", "standard 4 bit, mpi"}
     candidates = [row for row in rows.values() if row["candidate"]]
     fastest = min(row["step_seconds"] for row in candidates)
-    limit = cli.WORTHWHILE * fastest
+    limit = cli.advise.WORTHWHILE * fastest
     simplest = next(row for row in candidates if row["step_seconds"] < limit)
     assert result["recommended"]["argument"] == simplest["argument"]
 
