@@ -24,7 +24,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build lint format test demo bench clean distclean
+.PHONY: help setup build lint format check test demo bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ format: setup ## let ruff and clang-format rewrite the sources
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 	$(if $(CXX_FILES),$(VENV)/clang-format -i $(CXX_FILES))
+
+check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
+	$(VENV)/python -m pytest tests -m check $(PYTEST_ARGS)
 
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(VENV)/python -m pytest tests $(PYTEST_ARGS)

@@ -15,6 +15,19 @@ IN_A_RANK = "OMPI_COMM_WORLD_RANK" in os.environ or "HOROVOD_RANK" in os.environ
 collect_ignore = [] if IN_A_RANK else ["parallel", "parallel_tf"]
 
 
+# What `make check` runs of tests/single: the path of a gradient and its guards.
+THE_PATH = {
+    *("auto", "config", "hops", "imports", "log", "memory", "overflow", "packing", "philox"),
+    *("pipeline", "quantizers", "repelling", "replicas", "special_values", "two_hop", "watchdog"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "single" and item.path.stem.removeprefix("test_") in THE_PATH:
+            item.add_marker("check")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lines = [
         str(value)

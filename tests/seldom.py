@@ -1,17 +1,14 @@
-"""Parameters of tests of which the default run has one case of each kind."""
+"""Parameters of tests of which the default run has one case of each kind: `-m seldom` has more."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 
 Record = Callable[[str, object], None]  # the fixture record_property
 
-rarely = pytest.mark.skipif(
-    "GQ_TEST_FAULTS" not in os.environ, reason="one case of each kind is enough; GQ_TEST_FAULTS=1"
-)
+rarely = pytest.mark.seldom
 
 MPIRUN = [("mpirun", "horovod"), ("mpirun", "mpi")]  # launcher and transport
 EVERYWHERE = [*MPIRUN, ("horovodrun", "horovod")]

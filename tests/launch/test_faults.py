@@ -1,6 +1,6 @@
 """What a training does when a rank dies, stops, fails or runs out of memory: an error, and no hang.
 
-The default run has one case of each kind; GQ_TEST_FAULTS=1 runs all of them. The times from the
+The default run has one case of each kind; `-m "seldom or not seldom"` has all. The times from the
 fault to the end of the job are printed at the end of the session.
 """
 

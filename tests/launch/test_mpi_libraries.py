@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -92,14 +91,17 @@ def test_the_program_starts_and_ends_mpi_itself(
         assert f"rank {rank} is through" in text, job.report()
 
 
-@pytest.mark.skipif(
-    "GQ_TEST_LARGE" not in os.environ, reason="takes 10 GB of memory; set GQ_TEST_LARGE=1"
-)
+@pytest.mark.large
 @pytest.mark.parametrize(("transport", "library"), [("mpirun", "Open MPI"), ("mpich", "MPICH")])
 @pytest.mark.usefixtures("mpich")
 def test_large(transport: str, library: str, tmp_path: Path, record_property: Record) -> None:
     job = run(
-        transport, library, 2, tmp_path, record_property, ["tests/parallel/test_mpi_large.py"]
+        transport,
+        library,
+        2,
+        tmp_path,
+        record_property,
+        ["-m", "large", "tests/parallel/test_mpi_large.py"],
     )
     for rank, text in job.ranks.items():
         record_property("job", f"  rank {rank}: {re.findall('peak memory.*', text)}")

@@ -2,14 +2,13 @@
 
 Opt-in, because it takes 10 GB and some minutes:
 
-    GQ_TEST_LARGE=1 python -m pytest tests/launch/test_mpi_libraries.py -k large
+    python -m pytest tests/launch/test_mpi_libraries.py -m large
 
 prints the peak memory of each rank.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,9 +21,7 @@ from mpi_cases import COMM
 from mpi_ops.op import exponential_sum
 from mpi_ops.reduction import allreduce
 
-pytestmark = pytest.mark.skipif(
-    "GQ_TEST_LARGE" not in os.environ, reason="takes 10 GB of memory; set GQ_TEST_LARGE=1"
-)
+pytestmark = pytest.mark.large
 
 COUNT = 2**31 + 1000
 # The ends, and where bytes or elements pass 2**31 and 2**32.
