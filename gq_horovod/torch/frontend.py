@@ -48,8 +48,14 @@ class _Handed(NamedTuple):
     compressed: bool
 
 
+class _Left(NamedTuple):
+    """What decompress() has to know about a tensor that Horovod reduces by itself."""
+
+    dtype: torch.dtype  # of the tensor; Horovod may get a wider one
+
+
 class _Context(NamedTuple):
-    """What decompress() has to know about a tensor."""
+    """What decompress() has to know about a tensor that is compressed."""
 
     group: Group
     reduction: InFlight
@@ -145,30 +151,48 @@ class TorchFrontend(Frontend):
         )
         return handed, context
 
-    def _start(self, tensor: torch.Tensor, caller: Caller) -> tuple[torch.Tensor, Any]:
+    def _start(self, tensor: torch.Tensor, caller: Caller) -> tuple[torch.Tensor, _Left | _Context]:
         """What Horovod is to reduce in place of `tensor`, and what decompress() has to know."""
-        function = self.config.FUNCTION
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{function}: tensor {caller.name!r} must not require gradients, because the "
-                "quantized mean is not differentiable; pass tensor.detach()."
+                f"{self.config.FUNCTION}: tensor {caller.name!r} must not require gradients, "
+                "because the quantized mean is not differentiable; pass tensor.detach()."
             )
         group = self._group(caller.process_set)
-        if self.config.check_replicas is not None and caller.optimizer is not None:
-            self._compare_replicas(group, caller, self.config.check_replicas)
-        if group.census is not None and group.census.wanted:
-            self._see(group.census, tensor, caller.name, eligible, group.plan)
+        self._guard(group, tensor, caller, eligible)
         if not eligible:
             return _left_to_horovod(tensor)
         key = group.key(caller.name, caller.optimizer)
         step = group.next_step(key)
-        plan = group.plan
-        if group.trials is not None:
-            way = group.trials.way(step - group.first_step, tensor.numel())
-            if way.plan is None:
-                return _left_to_horovod(tensor)
-            plan = way.plan
+        plan = group.plan_of(step, tensor.numel())
+        if plan is None:
+            return _left_to_horovod(tensor)
+        task, sample = self._task(tensor, caller, group, key, step, plan)
+        mark = token.make(caller.name, tensor.shape, tensors.DTYPES[tensor.dtype])
+        context = _Context(
+            group=group,
+            reduction=group.pipeline.submit(task),
+            token=mark,
+            factor=caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1),
+            strides=tensors.dense_strides(tensor),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            sample=sample,
+        )
+        return torch.from_numpy(np.array(mark)), context
+
+    def _guard(self, group: Group, tensor: torch.Tensor, caller: Caller, eligible: bool) -> None:
+        """Compare replicas and log the tensor, where the options ask for it; changes nothing."""
+        if self.config.check_replicas is not None and caller.optimizer is not None:
+            self._compare_replicas(group, caller, self.config.check_replicas)
+        if group.census is not None and group.census.wanted:
+            self._see(group.census, tensor, caller.name, eligible, group.plan)
+
+    def _task(
+        self, tensor: torch.Tensor, caller: Caller, group: Group, key: str, step: int, plan: Plan
+    ) -> tuple[Task, Sample | None]:
+        """The reduction of a tensor, and what collects its statistics, if it is their turn."""
         values = self._stage(tensor.detach())
         result_dtype = self.RESULT_DTYPE or values.dtype
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
@@ -195,22 +219,15 @@ class TorchFrontend(Frontend):
             memory=group.memories.setdefault(key, {}),
             observe=None if sample is None else partial(_observe, sample),
         )
-        mark = token.make(caller.name, tensor.shape, tensors.DTYPES[tensor.dtype])
-        reduction = group.pipeline.submit(task)
-        factor = caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1)
-        strides = tensors.dense_strides(tensor)
-        context = _Context(
-            group, reduction, mark, factor, strides, tensor.dtype, tensor.device, sample
-        )
-        return torch.from_numpy(np.array(mark)), context
+        return task, sample
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
         self._finish_checks()
-        if ctx is None:
+        if ctx is None:  # a sparse gradient, about which Horovod has not asked compress()
             return tensor
-        if isinstance(ctx, torch.dtype):
-            return tensor.to(ctx)
+        if isinstance(ctx, _Left):
+            return tensor.to(ctx.dtype)
         assert isinstance(ctx, _Context)
         if ctx.factor != 0:  # with a factor of zero nothing comes back of a token
             try:
@@ -569,12 +586,13 @@ def _mpi_problem() -> str | None:
     return None if reason is None else f"because {reason}"
 
 
-def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:
+def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, _Left]:
     """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
+    left = _Left(tensor.dtype)
     if tensor.dtype == torch.bfloat16:
-        return tensor.float().contiguous(), tensor.dtype
+        return tensor.float().contiguous(), left
     # What Horovod does not know at all it refuses in its own words.
-    return tensor.contiguous() if tensors.dense(tensor) else tensor, None
+    return tensor.contiguous() if tensors.dense(tensor) else tensor, left
 
 
 def allreduce(

@@ -84,6 +84,12 @@ class Group:
             self.steps[key] = step + 1
             return step
 
+    def plan_of(self, step: int, elements: int) -> Plan | None:
+        """The plan of a tensor's reduction; None where a trial leaves it to Horovod."""
+        if self.trials is None:
+            return self.plan
+        return self.trials.way(step - self.first_step, elements).plan
+
     @property
     def end_step(self) -> int:
         """A step that no tensor has reached."""

@@ -525,5 +525,6 @@ def test_compress_has_to_be_called_by_horovod(plugin: Any) -> None:
 def test_decompress_returns_what_was_left_to_horovod(plugin: Any) -> None:
     tensor = plugin.torch.ones(5)
     assert plugin.GlobalQSGD.decompress(tensor, None) is tensor
-    narrow = plugin.GlobalQSGD.decompress(tensor, plugin.torch.bfloat16)
-    assert narrow.dtype == plugin.torch.bfloat16
+    handed, left = plugin.frontend._left_to_horovod(tensor.bfloat16())
+    assert handed.dtype == plugin.torch.float32
+    assert plugin.GlobalQSGD.decompress(handed, left).dtype == plugin.torch.bfloat16
