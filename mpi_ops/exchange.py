@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from . import codec
 from .chunks import CHUNKS_IN_FLIGHT, Chunk, chunks, message_elements
-from .dither import Dithers, Stage
+from .dither import Dithers
 from .kernels.host import Buffer
 from .scheme import Plan
+from .stages import Stages
 
 Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
 
@@ -58,6 +59,7 @@ class Exchange:
     def _reduce(self, chunk: Chunk) -> Steps:
         """Quantize a chunk, reduce this rank's share of it, gather all shares."""
         comm, plan = self.comm, self.plan
+        stages = Stages(plan, comm.rank, self.dither)
         x = chunk.of(self.x)
         tag = self.first_tag + 2 * (chunk.index % CHUNKS_IN_FLIGHT)
         # Each rank begins with its neighbour, so that not all of them send to the same one first.
@@ -69,16 +71,13 @@ class Exchange:
         payload = reduced.reshape(-1)[: comm.size * size].reshape(comm.size, size)
         pieces = np.empty_like(payload)
         requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
-        random = self.dither(chunk.index, Stage.QUANTIZE, plan.strata)
-        codec.quantize(x, chunk.norms, plan, random, out=payload.reshape(-1))
+        stages.quantize(chunk, x, out=payload.reshape(-1))
         requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
         pieces[comm.rank] = payload[comm.rank]
         yield from finish(requests)
 
         requests = [comm.Irecv(reduced[rank], rank, tag + 1) for rank in reversed(others)]
-        random = self.dither(chunk.index, Stage.REDUCE, 0)
-        norms = codec.norms_of_share(chunk.norms, x.size, comm.rank, plan)
-        codec.reduce(pieces, plan, random, out=reduced[comm.rank], norms=norms)
+        stages.reduce(chunk, pieces, out=reduced[comm.rank])
         del pieces
         requests += [comm.Isend(reduced[comm.rank], rank, tag + 1) for rank in others]
         yield from finish(requests)

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from . import agreement, codec, lifetime
 from .chunks import Chunk
-from .dither import Stage, dither
 from .exchange import TAGS, Exchange, finish
 from .kernels import host
 from .kernels.host import Buffer
 from .kernels.interface import dtype_name
 from .scheme import ConfigMismatchError, Plan, Scheme
+from .stages import dithers
 
 Bytes = NDArray[np.uint8]
 # Yields whenever there is nothing to do but wait; returns the error that every rank gets, if any.
@@ -427,12 +427,7 @@ def _reduction(
     channel.turn += 1
     yield from finish([exchange])
     del local
-    seed = prepared.scheme.seed
-
-    def random(chunk: int, stage: Stage, strata: int) -> NDArray[np.uint32]:
-        name = f"mpi_ops.allreduce.{chunk}"
-        return dither(seed, name, operation, channel.comm.rank, stage, strata)
-
+    random = dithers(prepared.scheme.seed, "mpi_ops.allreduce", operation, channel.comm.rank)
     first_tag = operation % _TAG_SETS * TAGS
     x, out, plan = prepared.x, prepared.target, prepared.plan
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from mpi_ops import codec, rounding, wire
 from mpi_ops.chunks import Chunk
-from mpi_ops.dither import Stage
 from mpi_ops.kernels.host import Buffer
 
 from ..path.config import Plan
@@ -106,8 +105,7 @@ class Sample:
         plan = task.plan
         x = chunk.of(Buffer.of(self._x))
         own = self._x[chunk.start : chunk.stop]
-        random = task.dither(chunk.index, Stage.QUANTIZE, plan.strata)
-        payload = codec.quantize(x, chunk.norms, plan, random)
+        payload = task.stages.quantize(chunk, x)
         # The codes of this rank alone: what the mean over one rank would be decoded from.
         alone = replace(plan, world_size=1)
         if plan.levels == "two-hop":

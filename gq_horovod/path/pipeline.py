@@ -19,12 +19,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops import codec, lanes
+from mpi_ops import codec, lanes, stages
 from mpi_ops.chunks import CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from mpi_ops.chunks import Chunk, chunks
 from mpi_ops.codec import Payload
-from mpi_ops.dither import Dithers, Stage, dither
+from mpi_ops.dither import Dithers
 from mpi_ops.kernels.host import Buffer
+from mpi_ops.stages import Stages
 
 from ..log import Log, Rarely
 from .config import Plan
@@ -117,9 +118,19 @@ class Task:
     # Called with the chunk and the output as soon as a part of the mean is decoded.
     observe: Callable[[Task, Chunk, Buffer], None] | None = None
 
-    def dither(self, chunk: int, stage: Stage, strata: int = 0) -> NDArray[np.uint32]:
-        """Randomness of one stage of a chunk on this rank."""
-        return dither(self.seed, f"{self.key}.{chunk}", self.step, self.rank, stage, strata)
+    @property
+    def dither(self) -> Dithers:
+        """Randomness of the stages of chunks on this rank."""
+        return stages.dithers(self.seed, self.key, self.step, self.rank)
+
+    @property
+    def stages(self) -> Stages:
+        """What this rank computes."""
+        return Stages(self.plan, self.rank, self.dither)
+
+    def operation(self, part: str) -> str:
+        """The name of an operation, the same on every rank."""
+        return f"{self.name}.{part}"
 
     def chunks(self, norms: NDArray[np.int32]) -> list[Chunk]:
         """The chunks in which codes travel through `collectives`."""
@@ -178,7 +189,7 @@ def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
 def own_norms(task: Task) -> NDArray[np.int32]:
     """Norm of each block on this rank, as bit patterns."""
     norms = codec.norms(task.x, task.plan)
-    warn_unless_finite(norms, task.name.removeprefix("gq."), task.step)
+    warn_unless_finite(norms, stages.user_name(task.name), task.step)
     return norms
 
 
@@ -191,14 +202,13 @@ def global_norms(
     """
     own = own_norms(task)
     both = np.concatenate([own, np.array(beside, dtype=np.int32)]) if beside else own
-    both = yield task.collectives.allreduce_max(both, f"{task.name}.norm")
+    both = yield task.collectives.allreduce_max(both, task.operation(stages.NORM))
     return both[: own.size], both[own.size :]
 
 
 def quantize(task: Task, chunk: Chunk, plan: Plan, out: Payload | None = None) -> Payload:
     """This rank's codes of a chunk, in `out` if it is given."""
-    random = task.dither(chunk.index, Stage.QUANTIZE, plan.strata)
-    return codec.quantize(chunk.of(task.x), chunk.norms, plan, random, out)
+    return task.stages._replace(plan=plan).quantize(chunk, chunk.of(task.x), out)
 
 
 def standard(
@@ -206,14 +216,14 @@ def standard(
 ) -> Reduction:
     """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
     norms, _ = yield from global_norms(task)
-    yield from _sum(task, norms, task.plan, "codes", deliver, quantize)
+    yield from _sum(task, norms, task.plan, stages.codes, deliver, quantize)
 
 
 def _sum(
     task: Task,
     norms: NDArray[np.int32],
     plan: Plan,
-    part: str,
+    part: Callable[[int], str],
     deliver: Deliver,
     quantize: Callable[[Task, Chunk, Plan], Payload] = quantize,
 ) -> Reduction:
@@ -221,7 +231,7 @@ def _sum(
     sums = []
     for chunk in task.chunks(norms):
         payload = quantize(task, chunk, plan)
-        name = f"{task.name}.{part}.{chunk.index}"
+        name = task.operation(part(chunk.index))
         sums.append((chunk, task.collectives.allreduce_sum(payload, name)))
     for chunk, handle in sums:
         deliver(chunk, (yield handle))
@@ -245,7 +255,7 @@ def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliv
     def deliver_summed(chunk: Chunk, payload: Payload) -> None:
         deliver(chunk, Summed(plan, payload))
 
-    yield from _sum(task, norms, plan, "joined", deliver_summed)
+    yield from _sum(task, norms, plan, "joined.{}".format, deliver_summed)
 
 
 def by_shares(task: Task, deliver: Deliver) -> Reduction:
@@ -253,26 +263,22 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
 
     Two hops: Alltoall of codes, Allgather of the reduced shares.
     """
-    plan = task.plan
+    own = task.stages
     norms, (present,) = yield from global_norms(task, PRESENT)
     if present != PRESENT:
         yield from _sum_without_the_joined(task, norms, deliver)
         return
     received = []
     for chunk in task.chunks(norms):
-        x = chunk.of(task.x)
-        size = codec.shard_size(x.size, plan) * plan.world_size
-        codes = np.empty(size, dtype=codec.payload_dtype(plan))
-        quantize(task, chunk, plan, codes)
-        name = f"{task.name}.codes.{chunk.index}"
+        size = own.sent_size(chunk.stop - chunk.start)
+        codes = own.quantize(chunk, chunk.of(task.x), np.empty(size, codec.payload_dtype(own.plan)))
+        name = task.operation(stages.codes(chunk.index))
         received.append((chunk, task.collectives.alltoall(codes, name)))
     means = []
     for chunk, handle in received:
         pieces = yield handle
-        random = task.dither(chunk.index, Stage.REDUCE)
-        own = codec.norms_of_share(chunk.norms, chunk.stop - chunk.start, task.rank, plan)
-        share = codec.reduce(np.split(pieces, plan.world_size), plan, random, norms=own)
-        name = f"{task.name}.mean.{chunk.index}"
+        share = own.reduce(chunk, pieces)
+        name = task.operation(stages.mean(chunk.index))
         means.append((chunk, task.collectives.allgather(share, name)))
     for chunk, handle in means:
         deliver(chunk, (yield handle))

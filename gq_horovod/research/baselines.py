@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops import codec, lanes
+from mpi_ops import codec, lanes, stages
 from mpi_ops.chunks import Chunk
 from mpi_ops.codec import Norms, Payload
 from mpi_ops.dither import Stage
@@ -171,9 +171,9 @@ def gather(
         message = np.empty(size, dtype=np.uint8)
         norms, codes = _parts(message, chunk, task.plan)
         norms[:] = chunk.norms
-        random = task.dither(chunk.index, Stage.QUANTIZE)
+        random = task.dither(chunk.index, Stage.QUANTIZE, 0)
         codec.quantize(x, chunk.norms, task.plan, random, out=codes)
-        name = f"{task.name}.codes.{chunk.index}"
+        name = task.operation(stages.codes(chunk.index))
         gathered.append((chunk, task.collectives.allgather(message, name)))
     for chunk, handle in gathered:
         deliver(chunk, (yield handle))

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ops.kernels.host import Buffer
+from mpi_ops.stages import tensor_name
 
 from ..path.config import Config
 from ..path.pipeline import Array, InFlight, Method, Task
@@ -143,8 +144,8 @@ class SimulatedRanks:
         ranks = [
             InFlight(
                 Task(
-                    name=f"gq.{name}",
-                    key=f"gq.{name}",
+                    name=tensor_name(name),
+                    key=tensor_name(name),
                     x=own,
                     new_output=lambda: out,
                     plan=self._plan,

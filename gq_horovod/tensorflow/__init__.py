@@ -63,10 +63,10 @@ except ImportError as error:
 from tensorflow.python.ops import script_ops
 from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
 
-from mpi_ops import codec, lanes
+from mpi_ops import codec, lanes, stages
 from mpi_ops.chunks import Chunk, chunks
-from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Buffer
+from mpi_ops.stages import Stages
 
 from .. import __version__, log
 from ..frontend import ClassOrInstance, Compression, require_linear, require_name
@@ -254,24 +254,15 @@ class _Kernels:
         self._check(shared, shape, plan)
         chunk = self._chunks(x.size, shared)[chunk_index]
         part = chunk.of(Buffer.of(x))
-        size = codec.payload_size(part.size, plan)
-        if not plan.in_flight:
-            size = codec.shard_size(part.size, plan) * plan.world_size
-        out = _aligned(size, codec.payload_dtype(plan))
-        random = self._dither(chunk_index, shared, Stage.QUANTIZE, plan.strata)
-        codec.quantize(part, chunk.norms, plan, random, out=out)
-        return out
+        own = self._stages(shared)
+        out = _aligned(own.sent_size(part.size), codec.payload_dtype(plan))
+        return own.quantize(chunk, part, out)
 
     def reduce(self, chunk_index: int, pieces: Array, shared: Array, size: Array) -> Array:
         """The share of one chunk's mean that this rank rounds for all."""
-        plan = self.plan
         chunk = self._chunks(int(size), shared)[chunk_index]
-        count = chunk.stop - chunk.start
-        own = codec.norms_of_share(chunk.norms, count, self.process_set.rank(), plan)
-        out = _aligned(codec.reduced_size(count, plan), pieces.dtype)
-        random = self._dither(chunk_index, shared, Stage.REDUCE)
-        codec.reduce(np.split(pieces, plan.world_size), plan, random, out, own)
-        return out
+        out = _aligned(codec.reduced_size(chunk.stop - chunk.start, self.plan), pieces.dtype)
+        return self._stages(shared).reduce(chunk, pieces, out)
 
     def check(self, reduced: Array, mark: Array) -> None:
         """Raise ConfigMismatchError where the ranks disagree about the tensor."""
@@ -287,10 +278,10 @@ class _Kernels:
     ) -> Array:
         """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
         self.check(reduced, mark)
-        plan = self.plan
+        own, plan = self._stages(shared), self.plan
         out = _aligned(int(size), tf.as_dtype(self.dtype).as_numpy_dtype)
         for chunk, payload in zip(self._chunks(out.size, shared), sums, strict=True):
-            codec.dequantize(payload, chunk.norms, plan, chunk.of(Buffer.of(out)))
+            own.dequantize(chunk, payload, chunk.of(Buffer.of(out)))
         factor = self.scaling * (plan.world_size if self.sums else 1)
         if factor != 1:
             with np.errstate(over="ignore", invalid="ignore"):  # Inf, as Horovod's sums have it
@@ -338,12 +329,9 @@ class _Kernels:
         wanted = max(count, 1) if self.chunk_count == 1 else pipeline.CHUNK_ELEMENTS
         return list(chunks(count, norms, self.plan, wanted)) or [Chunk(0, 0, 0, norms)]
 
-    def _dither(
-        self, chunk_index: int, shared: Array, stage: Stage, strata: int = 0
-    ) -> NDArray[np.uint32]:
-        # The names are those of the pipeline, so that all frameworks round alike.
-        name, rank = f"gq.{self.name}.{chunk_index}", self.process_set.rank()
-        return dither(self.config.seed, name, int(shared[-_TAIL]), rank, stage, strata)
+    def _stages(self, shared: Array) -> Stages:
+        name, rank, step = stages.tensor_name(self.name), self.process_set.rank(), shared[-_TAIL]
+        return Stages(self.plan, rank, stages.dithers(self.config.seed, name, int(step), rank))
 
 
 @cache
@@ -432,7 +420,7 @@ class _Reduction:
             inputs = [self.x, self.shape, self.counter.next()]
         own, mark = self._call("measure", (), inputs, tf.int32, tf.float64)
         mark.set_shape([4])
-        shared = self._allreduce(own, "norm", hvd.Max)
+        shared = self._allreduce(own, stages.NORM, hvd.Max)
         with _aside(), tf.control_dependencies(self.counter.set(shared[-_TAIL])):
             return tf.identity(shared), mark
 
@@ -444,7 +432,7 @@ class _Reduction:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
         payloads = [self._quantize(index, shared) for index in range(self.kernels.chunk_count)]
         return [
-            self._allreduce(payload, f"codes.{index}", hvd.Sum)
+            self._allreduce(payload, stages.codes(index), hvd.Sum)
             for index, payload in enumerate(payloads)
         ]
 
@@ -453,10 +441,10 @@ class _Reduction:
         means = []
         for index in range(self.kernels.chunk_count):
             codes = self._quantize(index, shared)
-            pieces = hvd.alltoall(codes, **self._named(f"codes.{index}"))
+            pieces = hvd.alltoall(codes, **self._named(stages.codes(index)))
             inputs = [pieces, shared, self._size()]
             (share,) = self._call("reduce", (index,), inputs, codes.dtype)
-            means.append(hvd.allgather(share, **self._named(f"mean.{index}")))
+            means.append(hvd.allgather(share, **self._named(stages.mean(index))))
         return means
 
     def _quantize(self, index: int, shared: Any) -> Any:
@@ -478,7 +466,7 @@ class _Reduction:
         }
 
     def _name(self, part: str) -> str:
-        return f"gq.{hvd_ops._normalize_name(self.kernels.name)}.{part}"
+        return f"{stages.tensor_name(hvd_ops._normalize_name(self.kernels.name))}.{part}"
 
     def _call(self, stage: str, index: tuple[int, ...], inputs: list[Any], *dtypes: Any) -> Any:
         """Insert a call of a kernel; all of its results are vectors."""

@@ -16,6 +16,7 @@ import torch
 from horovod.torch import mpi_ops as hvd_ops
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from mpi_ops import stages
 from mpi_ops.chunks import Chunk
 from mpi_ops.kernels.host import Buffer
 
@@ -204,8 +205,8 @@ class TorchFrontend(Frontend):
 
         sample = self._sample(values, step)
         task = Task(
-            name=f"gq.{caller.name}",
-            key=f"gq.{key}",
+            name=stages.tensor_name(caller.name),
+            key=stages.tensor_name(key),
             x=tensors.buffer(values),
             new_output=new_output,
             plan=plan,
@@ -531,7 +532,7 @@ class GlobalQSGD(TorchFrontend, Compression):
         return Sample(values.flatten().to("cpu", torch.float32, copy=True).numpy())
 
     def _collect(self, task: Task, sample: Sample) -> None:
-        self.stats[task.key.removeprefix("gq.")] = sample.stats(task, self.config.transport)
+        self.stats[stages.user_name(task.key)] = sample.stats(task, self.config.transport)
 
 
 def _observe(sample: Sample, task: Task, chunk: Chunk, output: Buffer) -> None:
