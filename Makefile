@@ -35,7 +35,7 @@ setup: ## make .venv with everything in it (first time 10 to 20 minutes)
 
 build: setup ## rebuild the native kernels if their sources changed
 
-$(LIBRARY): $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) setup.py
+$(LIBRARY): $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/*.cu) setup.py
 	@echo "compiling the native kernels"
 	@$(VENV)/python setup.py --quiet build_ext --inplace
 

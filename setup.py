@@ -72,7 +72,7 @@ class BuildKernels(build_ext):
 def fingerprint() -> str:
     """Of what decides the arithmetic: ranks whose libraries differ here may get other bytes."""
     digest = hashlib.blake2b(" ".join(FLAGS).encode(), digest_size=8)
-    for path in sorted([*KERNELS.glob("*.h"), *KERNELS.glob("*.cpp")]):
+    for path in sorted(path for kind in ("h", "cpp", "cu") for path in KERNELS.glob(f"*.{kind}")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -145,35 +145,40 @@ class Trials:
         return chosen if size >= chosen.min_elements else NONE
 
     def state_dict(self) -> dict[str, Any]:
-        """What load_state_dict() of another process goes on from: plain numbers and texts."""
+        """What load_state_dict() of another process goes on from: plain numbers."""
+        places = self._places()
         return {
             "began": dict(self._began),
-            "trials": [[str(way) for way in trial.settings] for trial in self._trials],
-            "decision": None if self.decision is None else str(self.decision),
+            "finalists": [[places[way] for way in trial.settings] for trial in self._trials[1:]],
+            "decision": None if self.decision is None else places[self.decision],
         }
+
+    def _places(self) -> dict[Way, int]:
+        """Where each setting is among all that are tried."""
+        return {way: place for place, way in enumerate(self._trials[0].settings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what state_dict() returned, with the same options and world size.
 
         The step at which the process before ended is not counted: its end is not known.
         """
-        known = {str(way): way for way in self._trials[0].settings}
-        for steps, names in zip(STEPS[1:], state["trials"][1:], strict=False):
-            finalists = [known[name] for name in names]
+        every = self._trials[0].settings
+        for steps, places in zip(STEPS[1:], state["finalists"], strict=False):
+            finalists = [every[place] for place in places]
             self._trials.append(_Trial(self._trials[-1].end, steps, finalists))
         last = max(state["began"], default=None)
         self._began = {step: when for step, when in state["began"].items() if step != last}
-        self.decision = None if state["decision"] is None else known[state["decision"]]
+        self.decision = None if state["decision"] is None else every[state["decision"]]
 
     def outcome(self) -> tuple[int, int]:
         """What has been settled so far, as numbers that grow with it, for adopt() of another rank.
 
         The decision's place among all settings from 1 on, 0 for none yet; a bit for each finalist.
         """
-        places = {str(way): place for place, way in enumerate(self._trials[0].settings)}
-        decision = 0 if self.decision is None else places[str(self.decision)] + 1
+        places = self._places()
+        decision = 0 if self.decision is None else places[self.decision] + 1
         finalists = [way for trial in self._trials[1:] for way in trial.settings]
-        return decision, sum(1 << places[str(way)] for way in finalists)
+        return decision, sum(1 << places[way] for way in finalists)
 
     def adopt(self, decision: int, finalists: int) -> None:
         """Take over what other ranks have settled while this one had called hvd.join()."""

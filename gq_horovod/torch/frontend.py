@@ -33,7 +33,7 @@ from .caller import Caller, find_caller
 from .collectives import Collectives, complete, written
 from .group import Group, describe_loaded
 
-_FORMAT = 2  # of state_dict()
+_FORMAT = 3  # of state_dict()
 
 # While the ranks of a process set compare their configurations, by its ranks: the operations of two
 # threads, or of two instances, would have one name.

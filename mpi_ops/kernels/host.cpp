@@ -91,15 +91,15 @@ struct RowNorms {
   int64_t left = 0;
   int32_t current = 0;
 
-  // False where the row is the first of a block, so that its scale has to be computed.
-  inline __attribute__((always_inline)) bool same_block() {
+  // False where the row is in the block of the row before, so that its scale is known.
+  inline __attribute__((always_inline)) bool advance() {
     if (left != 0) {
       --left;
-      return true;
+      return false;
     }
     current = *norms++;
     left = rows_per_block - 1;
-    return false;
+    return true;
   }
 };
 
@@ -128,7 +128,7 @@ GQ_INLINE const T* padded_group(const T* x, int64_t count, T* buffer) {
 GQ_INLINE void next_scales(RowNorms& rows, int count, float numerator, Scale& scale,
                            Scale* scales) {
   for (int h = 0; h < count; ++h) {
-    if (!rows.same_block()) scale = scale_down(rows.current, numerator);
+    if (rows.advance()) scale = scale_down(rows.current, numerator);
     scales[h] = scale;
   }
 }
@@ -263,7 +263,7 @@ GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, i
   for (int64_t row = 0; row < rows; payload += kRow) {
     __builtin_memcpy(words, payload, sizeof words);
     for (int k = 0; k < lanes && row < rows; ++k, ++row) {
-      if (!row_norms.same_block()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
+      if (row_norms.advance()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
       const float norm = norm_of(row_norms.current);
       alignas(64) T values[kRow];
       for (int j = 0; j < kRow; ++j) {
@@ -302,7 +302,7 @@ GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, in
         }
     }
     for (int k = 0; k < lanes && row < rows; ++k, ++row) {
-      row_norms.same_block();
+      row_norms.advance();
       const float norm = norm_of(row_norms.current);
       alignas(64) float values[kRow];
       for (int j = 0; j < kRow; ++j) {
@@ -330,7 +330,7 @@ GQ_INLINE void dequantize_exponential_rows(const uint8_t* codes, int64_t count, 
 #pragma GCC unroll 2
     for (int k = 0; k < kPerByte; ++k, ++row) {
       if (row >= rows) break;
-      if (!row_norms.same_block()) norm = norm_of(row_norms.current);
+      if (row_norms.advance()) norm = norm_of(row_norms.current);
       alignas(64) T values[kRow];
       for (int j = 0; j < kRow; ++j)
         store(values + j, decode_exponential<kBits>(packed[j] >> (kBits * k)) * raise * norm);
