@@ -350,6 +350,7 @@ def tokens_of(own: Token, world_size: int) -> Array:
 def test_a_token_is_one_and_a_fingerprint() -> None:
     own = token.make("layer.weight", (50, 20), "float32")
     assert own == token.make("layer.weight", (50, 20), "float32")
+    assert np.array(own).nbytes == token.BYTES == 32  # what PyTorch and TensorFlow make of it
     assert own[0] == 1.0
     assert all(number == int(number) and 1 <= number <= 251 for number in own)
     others = {
