@@ -17,7 +17,6 @@ import numpy as np
 import tensorflow as tf
 from rank import digest, say
 
-import gq_horovod.tensorflow as plugin
 from gq_horovod.tensorflow import GlobalQSGD
 from mpi_ops import codec
 
@@ -87,7 +86,7 @@ def note_levels() -> list[int]:
         levels[0] = plan.level_count
         return quantize(x, norms, plan, *rest, **options)
 
-    plugin.codec.quantize = noting
+    codec.quantize = noting
     return levels
 
 

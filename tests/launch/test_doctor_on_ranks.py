@@ -11,7 +11,7 @@ LIMIT_SECONDS = 180
 DOCTOR = "import sys; from gq_horovod.cli import main; sys.exit(main(['doctor', '--json']))"
 # One rank has another version of the package, as far as it knows.
 DIFFERENT = (
-    "import os; from gq_horovod import doctor\n"
+    "import os; from gq_horovod.advisor import doctor\n"
     "doctor.__version__ = '9.' + os.environ['OMPI_COMM_WORLD_RANK']\n"
 )
 

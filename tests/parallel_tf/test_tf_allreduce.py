@@ -71,7 +71,7 @@ def round_to_nearest(self: Any, index: int, x: Any, shape: Any, shared: Any) -> 
     return quantize(self, index, (np.round(x / level) * level).astype(x.dtype), shape, shared)
 
 
-class RankZero(plugin._Kernels):
+class RankZero(plugin.kernels.Kernels):
     @property
     def process_set(self) -> Any:
         return SimpleNamespace(size=super().process_set.size, rank=lambda: 0)
@@ -81,7 +81,7 @@ def round_alike_on_all_ranks(self: Any, index: int, x: Any, shape: Any, shared: 
     return quantize(RankZero(**vars(self)), index, x, shape, shared)
 
 
-quantize = plugin._Kernels.quantize
+quantize = plugin.kernels.Kernels.quantize
 
 
 @pytest.mark.parametrize("mutant", [shrink, round_to_nearest, round_alike_on_all_ranks])
@@ -100,7 +100,7 @@ def test_faulty_rounding_fails_the_check(
         inputs = inputs[:1] * hvd.size()  # so that the errors are alike, too
     own = inputs[hvd.rank()]
     check_mean(allreduce(own, name, compression=compression), inputs, compression)
-    monkeypatch.setattr(plugin._Kernels, "quantize", mutant)
+    monkeypatch.setattr(plugin.kernels.Kernels, "quantize", mutant)
     result = allreduce(own, name, compression=compression)
     with pytest.raises(AssertionError, match=r"biased|sum of squares|mean"):
         check_mean(result, inputs, compression)

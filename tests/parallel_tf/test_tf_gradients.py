@@ -230,7 +230,7 @@ def test_no_gradient_waits_for_another(first: int, monkeypatch: pytest.MonkeyPat
     compression = compressor(min_elements=4096)
     done = threading.Event()
     waited: list[bool] = []
-    measure, dequantize = plugin._Kernels.measure, plugin._Kernels.dequantize
+    measure, dequantize = plugin.kernels.Kernels.measure, plugin.kernels.Kernels.dequantize
 
     def slow(self: Any, *arguments: Any) -> Any:
         if self.name == f"DistributedGradientTape.{last}":
@@ -243,8 +243,8 @@ def test_no_gradient_waits_for_another(first: int, monkeypatch: pytest.MonkeyPat
             done.set()
         return result
 
-    monkeypatch.setattr(plugin._Kernels, "measure", slow)
-    monkeypatch.setattr(plugin._Kernels, "dequantize", watched)
+    monkeypatch.setattr(plugin.kernels.Kernels, "measure", slow)
+    monkeypatch.setattr(plugin.kernels.Kernels, "dequantize", watched)
     check_all(
         tf.function(Model(compression=compression).gradients)(own(11)), locals_of(11), compression
     )

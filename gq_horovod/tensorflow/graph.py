@@ -1,0 +1,204 @@
+"""One tensor's way through the graph of TensorFlow."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow import mpi_ops as hvd_ops
+from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
+
+from mpi_ops import codec, stages
+
+from .kernels import KEY, TAIL, Kernels, run
+from .ranks import LOSS, elastic
+
+
+def aside() -> Any:
+    """A name scope for operations that have no name of their own.
+
+    Horovod names operations that the user gave no name after their inputs. Those keep the names
+    that TensorFlow gives them without compression.
+    """
+    return tf.name_scope("gq")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One tensor's way through the graph, as a vector."""
+
+    kernels: Kernels
+    ignore_name_scope: bool
+    x: Any
+    shape: Any  # of the user's tensor
+    counter: Counter
+
+    def begin(self) -> tuple[Any, tuple[Any, list[Any]] | None]:
+        """The token; and, in a graph, what `finish` needs.
+
+        Eagerly every operation waits for all ranks, so that Horovod can reduce the token first and
+        nothing else is sent where they disagree. In a graph that would be a round trip for nothing.
+        """
+        if tf.executing_eagerly():
+            mark = self.kernels.mark(np.array(self.x), np.array(self.shape))
+            return tf.constant(mark), None
+        shared, mark = self._measure()
+        return mark, (shared, self._payloads(shared))
+
+    def finish(self, reduced: Any, mark: Any, begun: tuple[Any, list[Any]] | None) -> Any:
+        """The result, as a vector, for the reduced token."""
+        if begun is None:
+            self.kernels.check(reduced.numpy(), mark.numpy())
+            shared, _ = self._measure()
+            begun = shared, self._payloads(shared)
+        shared, payloads = begun
+        inputs = [reduced, mark, shared, self._size(), *payloads]
+        return self._call("dequantize", (), inputs, self.x.dtype)[0]
+
+    def _measure(self) -> tuple[Any, Any]:
+        """What the ranks share before they quantize; and the token.
+
+        They take the largest step of any rank, and go on from there: where one has joined or been
+        lost, no dither of a step that was is used again.
+        """
+        with aside():
+            inputs = [self.x, self.shape, self.counter.next()]
+        own, mark = self._call("measure", (), inputs, tf.int32, tf.float64)
+        mark.set_shape([4])
+        shared = self._allreduce(own, stages.NORM, hvd.Max)
+        with aside(), tf.control_dependencies(self.counter.set(shared[-TAIL])):
+            return tf.identity(shared), mark
+
+    def _payloads(self, shared: Any) -> list[Any]:
+        standard = self.kernels.plan.in_flight
+        return self._standard(shared) if standard else self._by_shares(shared)
+
+    def _standard(self, shared: Any) -> list[Any]:
+        """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
+        payloads = [self._quantize(index, shared) for index in range(self.kernels.chunk_count)]
+        return [
+            self._allreduce(payload, stages.codes(index), hvd.Sum)
+            for index, payload in enumerate(payloads)
+        ]
+
+    def _by_shares(self, shared: Any) -> list[Any]:
+        """Codes that Allreduce cannot add: each rank reduces one share of all ranks' codes."""
+        means = []
+        for index in range(self.kernels.chunk_count):
+            codes = self._quantize(index, shared)
+            pieces = hvd.alltoall(codes, **self._named(stages.codes(index)))
+            inputs = [pieces, shared, self._size()]
+            (share,) = self._call("reduce", (index,), inputs, codes.dtype)
+            means.append(hvd.allgather(share, **self._named(stages.mean(index))))
+        return means
+
+    def _quantize(self, index: int, shared: Any) -> Any:
+        dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
+        return self._call("quantize", (index,), [self.x, self.shape, shared], dtype)[0]
+
+    def _size(self) -> Any:
+        with aside():
+            return tf.size(self.x)
+
+    def _allreduce(self, array: Any, part: str, op: int) -> Any:
+        return hvd_ops._allreduce(array, op=op, **self._named(part))
+
+    def _named(self, part: str) -> dict[str, Any]:
+        return {
+            "name": f"{LOSS}.{self._name(part)}" if elastic() else self._name(part),
+            "ignore_name_scope": self.ignore_name_scope,
+            "process_set": self.kernels.process_set,
+        }
+
+    def _name(self, part: str) -> str:
+        return f"{stages.tensor_name(hvd_ops._normalize_name(self.kernels.name))}.{part}"
+
+    def _call(self, stage: str, index: tuple[int, ...], inputs: list[Any], *dtypes: Any) -> Any:
+        """Insert a call of a kernel; all of its results are vectors."""
+        call = self.kernels.encode(stage, *index)
+        if tf.executing_eagerly():
+            results = run(call, *(np.array(x) for x in inputs))
+            return [tf.convert_to_tensor(x) for x in (results if len(dtypes) > 1 else [results])]
+        with aside():
+            inputs = [tf.constant(call), *inputs]
+        part = ".".join([stage, *map(str, index)])
+        results = tf.raw_ops.PyFuncStateless(
+            input=inputs, token=KEY, Tout=dtypes, name=self._name(part)
+        )
+        for result in results:
+            result.set_shape([None])
+        return results
+
+
+class Counter:
+    """How many times a tensor of one name was reduced.
+
+    A table of one number in TensorFlow's memory. TensorFlow orders the uses of one resource, and of
+    nothing else. Graphs make the table themselves where there is none of its name, which a variable
+    does not: they can be saved, and run in another process or in a session.
+    """
+
+    def __init__(self) -> None:
+        self._shared_name = f"gq.step.{uuid.uuid4()}"
+
+    def next(self) -> Any:
+        """The number of the reduction that begins here, as a tensor; the first is 0."""
+        number = self.last() + 1
+        with tf.control_dependencies(self.set(number)):
+            return tf.identity(number)
+
+    def set(self, number: Any) -> list[Any]:
+        """Make this the number of the last reduction; what does it, in a graph."""
+        with tf.device("/CPU:0"):
+            done = tf.raw_ops.LookupTableInsertV2(
+                table_handle=self._table(),
+                keys=tf.constant(0, tf.int64),
+                values=tf.cast(number, tf.int64),
+            )
+        return [] if done is None else [done]
+
+    def last(self) -> Any:
+        """The number of the last reduction, as a tensor; -1 where there was none."""
+        with tf.device("/CPU:0"):
+            return tf.raw_ops.LookupTableFindV2(
+                table_handle=self._table(),
+                keys=tf.constant(0, tf.int64),
+                default_value=tf.constant(-1, tf.int64),
+            )
+
+    def _table(self) -> Any:
+        if tf.executing_eagerly():
+            return self._make()
+        # In the function around the branch of a tf.cond that Horovod puts a gradient into: branches
+        # without a resource among their inputs would run one after the other.
+        graph = tf.compat.v1.get_default_graph()
+        while isinstance(graph, CondBranchFuncGraph):
+            graph = graph.outer_graph
+        made = graph.get_collection_ref(self)  # one for a graph, or TensorFlow would see several
+        if not made:
+            with graph.as_default(), tf.control_dependencies(None):
+                made.append(self._make())
+        return made[0]
+
+    def _make(self) -> Any:
+        with tf.device("/CPU:0"):
+            return tf.raw_ops.MutableHashTableV2(
+                key_dtype=tf.int64,
+                value_dtype=tf.int64,
+                shared_name=self._shared_name,
+                name="gq.step",
+            )
+
+
+def not_differentiable(x: Any, result: Any) -> Any:
+    """The result; an error if somebody differentiates it to `x`, not a gradient of None."""
+    _, result = tf.raw_ops.IdentityN(input=[x, result])
+    return tf.raw_ops.PreventGradient(
+        input=result,
+        message="GlobalQSGD: a compressed result must not be differentiated, because the quantized "
+        "mean is not differentiable; pass tf.stop_gradient(tensor), or no compression.",
+    )
