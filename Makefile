@@ -29,7 +29,7 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv with everything in it (first time 10 to 20 minutes)
+setup: ## make .venv with everything in it (first time 6 to 12 minutes)
 	@PATH="$(CALLERS_PATH)" $(PYTHON) tools/setup_env.py
 	@$(MAKE) --silent --no-print-directory $(LIBRARY)
 

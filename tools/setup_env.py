@@ -548,7 +548,7 @@ def horovod_wheel(key: str, inputs: dict, compiler: str) -> Path:
         wheel = cached_wheel(place)
         if wheel:
             return wheel
-        say(f"      compiling with {jobs()} jobs: 5 to 15 minutes on two cores, once")
+        say(f"      compiling with {jobs()} jobs: 4 to 10 minutes on two cores, once")
         with tempfile.TemporaryDirectory(prefix="gq-horovod-") as scratch:
             built = build_horovod(Path(scratch), compiler)
             # Into place in one rename, on the same file system: nobody sees half a wheel.
