@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 
 from . import codec
 from .chunks import CHUNKS_IN_FLIGHT, Chunk, chunks, message_elements
-from .dither import Dithers
 from .kernels.host import Buffer
-from .scheme import Plan
 from .stages import Stages
 
 Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
@@ -41,15 +39,14 @@ class Exchange:
     first_tag: int  # the same on every rank; uses TAGS tags from here
     x: Buffer  # must not change until the exchange is complete
     norms: NDArray[np.int32]  # of all ranks
-    plan: Plan
-    dither: Dithers
+    stages: Stages  # of this rank of `comm`
     deliver: Callable[[Chunk, codec.Payload], None]  # takes the reduced payload of a chunk
 
     def steps(self) -> Steps:
         """Do it; every chunk is delivered at the end. A chunk is delivered after its x was read."""
         count = self.x.size
         window: deque[Steps] = deque()
-        for chunk in chunks(count, self.norms, self.plan, message_elements(count)):
+        for chunk in chunks(count, self.norms, self.stages.plan, message_elements(count)):
             if len(window) == CHUNKS_IN_FLIGHT:
                 yield from _oldest(window)
             window.append(self._reduce(chunk))
@@ -58,8 +55,7 @@ class Exchange:
 
     def _reduce(self, chunk: Chunk) -> Steps:
         """Quantize a chunk, reduce this rank's share of it, gather all shares."""
-        comm, plan = self.comm, self.plan
-        stages = Stages(plan, comm.rank, self.dither)
+        comm, stages, plan = self.comm, self.stages, self.stages.plan
         x = chunk.of(self.x)
         tag = self.first_tag + 2 * (chunk.index % CHUNKS_IN_FLIGHT)
         # Each rank begins with its neighbour, so that not all of them send to the same one first.

@@ -30,7 +30,7 @@ from .kernels import host
 from .kernels.host import Buffer
 from .kernels.interface import dtype_name
 from .scheme import ConfigMismatchError, Plan, Scheme
-from .stages import dithers
+from .stages import Stages, dithers
 
 Bytes = NDArray[np.uint8]
 # Yields whenever there is nothing to do but wait; returns the error that every rank gets, if any.
@@ -427,14 +427,15 @@ def _reduction(
     channel.turn += 1
     yield from finish([exchange])
     del local
-    random = dithers(prepared.scheme.seed, "mpi_ops.allreduce", operation, channel.comm.rank)
+    rank = channel.comm.rank
+    random = dithers(prepared.scheme.seed, "mpi_ops.allreduce", operation, rank)
+    stages = Stages(prepared.plan, rank, random)
     first_tag = operation % _TAG_SETS * TAGS
-    x, out, plan = prepared.x, prepared.target, prepared.plan
 
     def decode(chunk: Chunk, payload: codec.Payload) -> None:
-        codec.dequantize(payload, chunk.norms, plan, chunk.of(out))
+        stages.dequantize(chunk, payload, chunk.of(prepared.target))
 
-    yield from Exchange(channel.comm, first_tag, x, norms, plan, random, decode).steps()
+    yield from Exchange(channel.comm, first_tag, prepared.x, norms, stages, decode).steps()
     if not prepared.average:
         _scale(prepared.out, prepared.plan.world_size)
     return None

@@ -53,6 +53,11 @@ def mean(chunk: int) -> str:
     return f"mean.{chunk}"
 
 
+def joined(chunk: int) -> str:
+    """The operation on the codes of a chunk while a rank has called hvd.join()."""
+    return f"joined.{chunk}"
+
+
 # -------------------------------------------------------------------------------------- randomness
 
 

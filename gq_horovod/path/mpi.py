@@ -27,11 +27,10 @@ from numpy.typing import NDArray
 from mpi_ops import lifetime
 from mpi_ops.chunks import Chunk
 from mpi_ops.codec import Payload
-from mpi_ops.dither import Dithers
 from mpi_ops.exchange import TAGS, Exchange
 from mpi_ops.kernels.host import Buffer
+from mpi_ops.stages import Stages
 
-from .config import Plan
 from .pipeline import Pipeline
 
 # Exchanges under way. They own the memory that MPI reads and writes, so they have to outlive a
@@ -153,12 +152,11 @@ class Messages:
         number: int,
         x: Buffer,
         norms: NDArray[np.int32],
-        plan: Plan,
-        dither: Dithers,
+        stages: Stages,
         deliver: Callable[[Chunk, Payload], None],
     ) -> Running:
         """Reduce the codes of `x` over ranks."""
-        return Running(Exchange(self._comm, number * TAGS, x, norms, plan, dither, deliver))
+        return Running(Exchange(self._comm, number * TAGS, x, norms, stages, deliver))
 
 
 @cache

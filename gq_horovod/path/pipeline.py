@@ -87,11 +87,10 @@ class Exchanges(Protocol):
         number: int,
         x: Buffer,
         norms: NDArray[np.int32],
-        plan: Plan,
-        dither: Dithers,
+        stages: Stages,
         deliver: Deliver,
     ) -> Handle:
-        """Reduce `x`; `dither` gives the randomness of a chunk's stage, `deliver` takes codes."""
+        """Reduce `x`; `stages` are those of this rank, `deliver` takes codes."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,10 @@ class Summed(NamedTuple):
 
 def dequantize(task: Task, chunk: Chunk, payload: Any, out: Buffer) -> None:
     """Decode a reduced payload of `chunk` to `out`, the chunk's part of the mean."""
-    plan = task.plan
+    own = task.stages
     if isinstance(payload, Summed):
-        plan, payload = payload
-    codec.dequantize(payload, chunk.norms, plan, out)
+        own, payload = own._replace(plan=payload.plan), payload.payload
+    own.dequantize(chunk, payload, out)
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliv
     def deliver_summed(chunk: Chunk, payload: Payload) -> None:
         deliver(chunk, Summed(plan, payload))
 
-    yield from _sum(task, norms, plan, "joined.{}".format, deliver_summed)
+    yield from _sum(task, norms, plan, stages.joined, deliver_summed)
 
 
 def by_shares(task: Task, deliver: Deliver) -> Reduction:
@@ -296,7 +295,7 @@ def exchange(task: Task, deliver: Deliver) -> Reduction:
         yield from _sum_without_the_joined(task, norms, deliver)
         return
     number = int(numbers[0]) - 1
-    yield task.exchanges.start(number, task.x, norms, task.plan, task.dither, deliver)
+    yield task.exchanges.start(number, task.x, norms, task.stages, deliver)
 
 
 METHODS = {

@@ -14,6 +14,7 @@ import torch
 
 from gq_horovod.path import auto
 from gq_horovod.path.config import Config, Plan
+from gq_horovod.path.pipeline import pipelines
 from gq_horovod.torch import GlobalQSGD
 
 Tensors = Sequence[torch.Tensor]
@@ -289,6 +290,11 @@ def all_bytes(tensors: Tensors, process_set: Any = hvd.global_process_set) -> to
     own = torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
     gathered = hvd.allgather(own, name="test.replicas", process_set=process_set)
     return gathered.view(process_set.size(), -1)
+
+
+def unfinished() -> bool:
+    """Whether anything is under way on this rank, whoever has begun it."""
+    return any(not own.done for line in pipelines() for own in line._in_flight.values())
 
 
 def check_replicas(*tensors: torch.Tensor, process_set: Any = hvd.global_process_set) -> None:

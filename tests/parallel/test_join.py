@@ -16,12 +16,12 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from helpers import TRANSPORT, check_mean, check_replicas, farthest, gradient
+from helpers import TRANSPORT, check_mean, check_replicas, farthest, gradient, unfinished
 from horovod.common.exceptions import HorovodInternalError
 from test_optimizer import SHAPES, check_gradient, local_gradient, make_optimizer, make_parameters
 
 from gq_horovod.path import auto
-from gq_horovod.path.pipeline import pipelines, poll_all
+from gq_horovod.path.pipeline import poll_all
 from gq_horovod.research.torch_baselines import QSGD
 from gq_horovod.torch import GlobalQSGD, allreduce, frontend
 
@@ -37,11 +37,6 @@ def new(levels: Any, **options: Any) -> GlobalQSGD:
     """Not shared with other tests: what happens before the first agreement matters."""
     options = {"min_elements": MIN_ELEMENTS, "transport": TRANSPORT, **options}
     return GlobalQSGD(levels=levels, **options)
-
-
-def unfinished() -> bool:
-    """Whether anything is under way on this rank, whoever has begun it."""
-    return any(not own.done for line in pipelines() for own in line._in_flight.values())
 
 
 def last() -> int:

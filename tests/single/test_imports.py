@@ -113,11 +113,6 @@ def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def top_level_imports(path: Path) -> set[str]:
-    package = ".".join(path.relative_to(ROOT).parent.parts)
-    return {name.split(".")[0] for name in imported(path.read_text(), package)}
-
-
 # The rooms, and what each may import of the others. Frameworks are for those that say so.
 ROOMS = {
     "mpi_ops": set[str](),
