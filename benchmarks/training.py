@@ -270,8 +270,13 @@ def run_rank(options: argparse.Namespace) -> None:
     if options.times:
         workload = replay.Replay(workload, options.times, ahead=not options.serial)
     watch = Stopwatch()
-    for name in ("norms", "quantize", "reduce", "dequantize"):
-        watch.watch(codec, name, name)
+    for stage, name in (
+        ("measure", "norms"),
+        ("quantize_parcel", "quantize"),
+        ("reduce_share", "reduce"),
+        ("dequantize_parcel", "dequantize"),
+    ):
+        watch.watch(codec, stage, name)
     for name in ("compress", "decompress"):
         watch.watch(hvd.Compression.fp16, name, "cast")
     contestants = [Contestant(COMPUTE, workload, watch)]

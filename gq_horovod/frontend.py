@@ -18,6 +18,7 @@ from mpi_ops.scheme import Scheme, one_of
 
 from . import __version__, log
 from .guards import stats as statistics
+from .path.buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
 from .path.config import (
     AUTO,
     DEFAULT_MIN_ELEMENTS,
@@ -214,6 +215,8 @@ class Compression(Frontend):
         min_elements: int = DEFAULT_MIN_ELEMENTS,
         seed: int = 0,
         process_set: Any = None,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES,
         transport: Literal["horovod", "mpi"] = "horovod",
         timeout: float | None = DEFAULT_TIMEOUT,
         check_replicas: int | None = None,
@@ -237,6 +240,9 @@ class Compression(Frontend):
             min_elements: tensors with fewer elements go through Horovod's own Allreduce.
             seed: key of the dither; runs that share it (and everything else) are reproducible.
             process_set: the process set whose ranks reduce; by default that of the caller.
+            bucket_bytes: gradients of an optimizer that are reduced together, in bytes; 0 for each
+                by itself. Results do not depend on it. PyTorch only.
+            first_bucket_bytes: the same of those that come first. PyTorch only.
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
@@ -258,6 +264,8 @@ class Compression(Frontend):
             norm=norm,
             min_elements=min_elements,
             seed=seed,
+            bucket_bytes=bucket_bytes,
+            first_bucket_bytes=first_bucket_bytes,
             transport=transport,
             timeout=timeout,
             check_replicas=check_replicas,
@@ -272,6 +280,8 @@ class Compression(Frontend):
                 ("timeout", timeout, (DEFAULT_TIMEOUT,)),
                 ("check_replicas", check_replicas, (None,)),
                 ("stats", stats, (False,)),
+                ("bucket_bytes", bucket_bytes, (DEFAULT_BUCKET_BYTES,)),
+                ("first_bucket_bytes", first_bucket_bytes, (DEFAULT_FIRST_BUCKET_BYTES,)),
             ]
         for argument, value, choices in limited:
             if value not in choices:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import lanes
+from . import lanes, sizes
 from .kernels.host import ITEM_BYTES, Buffer
 from .scheme import Plan
 
-# Elements of a chunk that one operation of Horovod carries. It still fills the network.
+# Elements of a chunk that one operation of Horovod carries. It still fills the network; with many
+# ranks chunks grow, so that what goes to each of them does too.
 CHUNK_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS_PER_RANK = 1 << 16
 
 # Chunks that travel as messages between ranks (`mpi_ops.exchange`). A chunk's buffers hold twice
 # its compressed size. Four of at least eight chunks in flight keep that below the compressed size
@@ -45,9 +47,24 @@ class Chunk:
         return tensor._replace(pointer=pointer, size=self.stop - self.start)
 
 
+def chunk_elements(ranks: int) -> int:
+    """Elements of a chunk that one operation of Horovod carries, among so many ranks."""
+    return max(CHUNK_ELEMENTS, CHUNK_ELEMENTS_PER_RANK * ranks)
+
+
 def message_elements(count: int) -> int:
-    """Elements of a chunk that travels as messages, of a tensor of `count` elements."""
+    """Elements of a chunk that travels as messages, of `count` elements that are reduced."""
     return min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
+
+
+def spans(count: int, plan: Plan, wanted: int) -> Iterator[tuple[int, int]]:
+    """Where the chunks, of about `wanted` elements each, of `count` elements begin and end."""
+    unit = math.lcm(plan.block_size or _UNIT, _UNIT)
+    if not plan.in_flight:
+        unit = math.lcm(unit, sizes.share_unit(plan))
+    size = -(-wanted // unit) * unit
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
 
 
 def chunks(count: int, norms: NDArray[np.int32], plan: Plan, wanted: int) -> Iterator[Chunk]:
@@ -55,10 +72,7 @@ def chunks(count: int, norms: NDArray[np.int32], plan: Plan, wanted: int) -> Ite
 
     Where the plan has one norm for the tensor, all chunks have it.
     """
-    unit = math.lcm(plan.block_size or _UNIT, _UNIT)
-    size = -(-wanted // unit) * unit
-    for index, start in enumerate(range(0, count, size)):
-        stop = min(start + size, count)
+    for index, (start, stop) in enumerate(spans(count, plan, wanted)):
         if plan.block_size is None:
             own = norms
         else:

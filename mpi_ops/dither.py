@@ -9,14 +9,10 @@ their codes are added (kernels/elements.h says how).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
-
-# What makes the dither of a chunk by its index, of a stage, with so many bits of strata.
-Dithers = Callable[[int, "Stage", int], NDArray[np.uint32]]
 
 
 class Stage(IntEnum):

@@ -1,12 +1,13 @@
-"""Reduce a tensor's codes among the ranks of a communicator by messages between pairs of ranks.
+"""Reduce a bucket's codes among the ranks of a communicator by messages between pairs of ranks.
 
 Each rank sends every other rank its share of the codes, reduces its own share from all ranks' codes
 (standard: an integer sum; exponential and two-hop: decoded, averaged, rounded once), and sends the
 result to every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an
 Allreduce can do, and one rank decides each share, so all ranks get the same bytes.
 
-Tensors are cut into chunks, several of which are in flight: while some travel, others are
-quantized, reduced or decoded. Importing this module imports mpi4py, and calls nothing of MPI.
+Parcels are chunks of this transport's own size, and several are in flight: while some travel,
+others are quantized, reduced or decoded. Importing this module imports mpi4py, and calls nothing of
+MPI.
 """
 
 from __future__ import annotations
@@ -20,64 +21,65 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from . import codec
-from .chunks import CHUNKS_IN_FLIGHT, Chunk, chunks, message_elements
-from .kernels.host import Buffer
+from .chunks import CHUNKS_IN_FLIGHT
+from .kernels.host import Tensors
+from .layout import Parcel
 from .stages import Stages
+from .stages import Steps as Numbers
 
 Steps = Generator[None, None, None]  # yields whenever there is nothing to do but wait
 
-# What one exchange uses: one for each of the two messages of every chunk in flight. MPI delivers
-# messages of one tag in the order in which they were sent, so later chunks use them again.
+# What one exchange uses: one for each of the two messages of every parcel in flight. MPI delivers
+# messages of one tag in the order in which they were sent, so later parcels use them again.
 TAGS = 2 * CHUNKS_IN_FLIGHT
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One tensor to reduce. Exchanges in flight on one communicator must not share tags."""
+    """One bucket to reduce. Exchanges in flight on one communicator must not share tags."""
 
     comm: MPI.Intracomm
     first_tag: int  # the same on every rank; uses TAGS tags from here
-    x: Buffer  # must not change until the exchange is complete
+    x: Tensors  # must not change until the exchange is complete
+    steps: Numbers
     norms: NDArray[np.int32]  # of all ranks
-    stages: Stages  # of this rank of `comm`
-    deliver: Callable[[Chunk, codec.Payload], None]  # takes the reduced payload of a chunk
+    stages: Stages  # of this rank of `comm`, with a layout for messages
+    deliver: Callable[[Parcel, codec.Payload], None]  # takes the reduced payload of a parcel
 
-    def steps(self) -> Steps:
-        """Do it; every chunk is delivered at the end. A chunk is delivered after its x was read."""
-        count = self.x.size
+    def run(self) -> Steps:
+        """Do it; every parcel is delivered at the end. One is delivered after its x was read."""
         window: deque[Steps] = deque()
-        for chunk in chunks(count, self.norms, self.stages.plan, message_elements(count)):
+        for parcel in self.stages.layout.parcels:
             if len(window) == CHUNKS_IN_FLIGHT:
                 yield from _oldest(window)
-            window.append(self._reduce(chunk))
+            window.append(self._reduce(parcel))
         while window:
             yield from _oldest(window)
 
-    def _reduce(self, chunk: Chunk) -> Steps:
-        """Quantize a chunk, reduce this rank's share of it, gather all shares."""
-        comm, stages, plan = self.comm, self.stages, self.stages.plan
-        x = chunk.of(self.x)
-        tag = self.first_tag + 2 * (chunk.index % CHUNKS_IN_FLIGHT)
+    def _reduce(self, parcel: Parcel) -> Steps:
+        """Quantize a parcel, reduce this rank's share of it, gather all shares."""
+        comm, stages = self.comm, self.stages
+        tag = self.first_tag + 2 * (parcel.index % CHUNKS_IN_FLIGHT)
         # Each rank begins with its neighbour, so that not all of them send to the same one first.
         others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
         # Reduced shares come where the codes have been. They may be longer.
-        reduced = np.empty((comm.size, codec.reduced_size(x.size, plan)), codec.payload_dtype(plan))
-        size = codec.shard_size(x.size, plan)
-        payload = reduced.reshape(-1)[: comm.size * size].reshape(comm.size, size)
+        dtype = codec.payload_dtype(stages.plan)
+        reduced = np.empty((comm.size, parcel.reduced_size), dtype)
+        payload = reduced.reshape(-1)[: parcel.size].reshape(comm.size, parcel.share_size)
         pieces = np.empty_like(payload)
         requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
-        stages.quantize(chunk, x, out=payload.reshape(-1))
+        stages.quantize(parcel, self.x, self.steps, self.norms, payload.reshape(-1))
         requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
         pieces[comm.rank] = payload[comm.rank]
         yield from finish(requests)
 
         requests = [comm.Irecv(reduced[rank], rank, tag + 1) for rank in reversed(others)]
-        stages.reduce(chunk, pieces, out=reduced[comm.rank])
+        stages.reduce(parcel, pieces, self.steps, self.norms, reduced[comm.rank])
         del pieces
         requests += [comm.Isend(reduced[comm.rank], rank, tag + 1) for rank in others]
         yield from finish(requests)
-        self.deliver(chunk, reduced.reshape(-1))
+        self.deliver(parcel, reduced.reshape(-1))
 
 
 def finish(requests: list[MPI.Request]) -> Steps:

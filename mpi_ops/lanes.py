@@ -9,6 +9,9 @@ signed). A *block* is the run of elements that share one norm. Elements are hand
 from __future__ import annotations
 
 ROW = 32
+# Elements that share a call of the random generator (kGroupRows rows in kernels/elements.h). Where
+# a part of a tensor begins with a whole group, it has the numbers that the whole tensor would have.
+GROUP = 8 * ROW
 WORD_BITS = 32
 STANDARD_BITS = range(2, 17)
 EXPONENTIAL_BITS = (4, 8)

@@ -24,13 +24,13 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from . import agreement, codec, lifetime
-from .chunks import Chunk
 from .exchange import TAGS, Exchange, finish
 from .kernels import host
-from .kernels.host import Buffer
+from .kernels.host import Buffer, Tensors
 from .kernels.interface import dtype_name
+from .layout import Parcel, layout
 from .scheme import ConfigMismatchError, Plan, Scheme
-from .stages import Stages, dithers
+from .stages import Stages
 
 Bytes = NDArray[np.uint8]
 # Yields whenever there is nothing to do but wait; returns the error that every rank gets, if any.
@@ -427,15 +427,16 @@ def _reduction(
     channel.turn += 1
     yield from finish([exchange])
     del local
-    rank = channel.comm.rank
-    random = dithers(prepared.scheme.seed, "mpi_ops.allreduce", operation, rank)
-    stages = Stages(prepared.plan, rank, random)
+    own = layout((prepared.x.size,), prepared.plan, None)
+    stages = Stages(own, ("mpi_ops.allreduce",), prepared.scheme.seed, channel.comm.rank)
     first_tag = operation % _TAG_SETS * TAGS
+    numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
+    x, target = Tensors.of(prepared.x), Tensors.of(prepared.target)
 
-    def decode(chunk: Chunk, payload: codec.Payload) -> None:
-        stages.dequantize(chunk, payload, chunk.of(prepared.target))
+    def decode(parcel: Parcel, payload: codec.Payload) -> None:
+        stages.dequantize(parcel, payload, norms, target)
 
-    yield from Exchange(channel.comm, first_tag, prepared.x, norms, stages, decode).steps()
+    yield from Exchange(channel.comm, first_tag, x, numbers, norms, stages, decode).run()
     if not prepared.average:
         _scale(prepared.out, prepared.plan.world_size)
     return None

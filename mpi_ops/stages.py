@@ -1,6 +1,6 @@
 """One reduction, described once: what a rank computes, what its operations are called.
 
-For each chunk of a tensor, after the ranks have taken the maximum of their norms (`norm`):
+For each parcel of a bucket, after the ranks have taken the maximum of their norms (`norm`):
 
 1. `quantize`: this rank's codes, by the norms of all ranks.
 2. Codes of standard levels are summed by Allreduce (`codes`). Others go by an Alltoall: each rank
@@ -15,16 +15,18 @@ between ranks replace them (`exchange`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import codec
+from . import codec, lanes
 from .chunks import Chunk
 from .codec import Payload
-from .dither import Dithers, Stage, dither
-from .kernels.interface import Buffer
+from .dither import Stage, dither
+from .kernels.interface import Tensors
+from .layout import Layout, Parcel
 from .scheme import Plan
 
 # ------------------------------------------------------------------------------------------- names
@@ -43,74 +45,117 @@ def user_name(name: str) -> str:
 NORM = "norm"
 
 
-def codes(chunk: int) -> str:
-    """The operation on the codes of a chunk."""
-    return f"codes.{chunk}"
+def codes(parcel: int) -> str:
+    """The operation on the codes of a parcel."""
+    return f"codes.{parcel}"
 
 
-def mean(chunk: int) -> str:
-    """The operation on the shares of a chunk's mean."""
-    return f"mean.{chunk}"
+def mean(parcel: int) -> str:
+    """The operation on the shares of a parcel's mean."""
+    return f"mean.{parcel}"
 
 
-def joined(chunk: int) -> str:
-    """The operation on the codes of a chunk while a rank has called hvd.join()."""
-    return f"joined.{chunk}"
-
-
-# -------------------------------------------------------------------------------------- randomness
-
-
-def dithers(seed: int, name: str, step: int, rank: int) -> Dithers:
-    """The randomness of all chunks and stages of a tensor's reduction, on one rank.
-
-    Arguments:
-        seed: of the options.
-        name: of the tensor (`tensor_name`), the same on every rank.
-        step: how often it was reduced before.
-        rank: among those that reduce it.
-    """
-
-    def of(chunk: int, stage: Stage, strata: int) -> NDArray[np.uint32]:
-        return dither(seed, f"{name}.{chunk}", step, rank, stage, strata)
-
-    return of
+def joined(parcel: int) -> str:
+    """The operation on the codes of a parcel while a rank has called hvd.join()."""
+    return f"joined.{parcel}"
 
 
 # -------------------------------------------------------------------------------------- arithmetic
 
+Steps = NDArray[np.uint32]  # for each tensor of a bucket, how often it was reduced before
 
-class Stages(NamedTuple):
-    """What one rank computes in the reduction of a tensor."""
 
-    plan: Plan
-    rank: int
-    dither: Dithers
+@dataclass(frozen=True)
+class Stages:
+    """What one rank computes in the reduction of a bucket."""
 
-    def sent_size(self, count: int) -> int:
-        """Elements of the payload of a chunk of `count` elements, for the operation `codes`."""
-        if self.plan.in_flight:
-            return codec.payload_size(count, self.plan)
-        return codec.shard_size(count, self.plan) * self.plan.world_size
+    layout: Layout
+    names: tuple[str, ...]  # of the tensors (`tensor_name`), the same on every rank
+    seed: int  # of the options
+    rank: int  # among those that reduce
 
-    def quantize(self, chunk: Chunk, x: Buffer, out: Payload | None = None) -> Payload:
-        """This rank's codes of a chunk, whose elements are `x`.
+    @property
+    def plan(self) -> Plan:
+        """The settings of all tensors."""
+        return self.layout.plan
 
-        `out` may be longer than the codes, to be cut into equal parts: the rest becomes zeros.
-        """
-        random = self.dither(chunk.index, Stage.QUANTIZE, self.plan.strata)
-        return codec.quantize(x, chunk.norms, self.plan, random, out)
+    def measure(self, x: Tensors, out: NDArray[np.int32]) -> None:
+        """Write this rank's norms to `out`, as many as the layout has."""
+        if self._gaps:
+            out[:] = 0
+        codec.measure(x, self.layout.measured(x), self.plan, out)
+
+    def quantize(
+        self, parcel: Parcel, x: Tensors, steps: Steps, norms: NDArray[np.int32], out: Payload
+    ) -> Payload:
+        """This rank's codes of a parcel, by the norms of all ranks, in `out`; which it returns."""
+        random = self.dithers(parcel, steps)
+        codec.quantize_parcel(x, parcel.table(x, random), norms, self.plan, out)
+        return out
 
     def reduce(
-        self, chunk: Chunk, pieces: NDArray[np.generic], out: Payload | None = None
+        self,
+        parcel: Parcel,
+        pieces: NDArray[np.generic],
+        steps: Steps,
+        norms: NDArray[np.int32],
+        out: Payload,
     ) -> Payload:
-        """This rank's share of a chunk's mean, from all ranks' codes of the share, one a row."""
-        random = self.dither(chunk.index, Stage.REDUCE, 0)
-        count = chunk.stop - chunk.start
-        norms = codec.norms_of_share(chunk.norms, count, self.rank, self.plan)
+        """This rank's share of a parcel's mean, from all ranks' codes of the share, one a row."""
+        piece, segments = parcel.share(self.rank)
+        segments = segments.copy()
+        if not self.plan.in_flight:
+            segments["random"] = self._random(parcel, Stage.REDUCE, steps)[piece]
+        own = None
+        if self.plan.levels == "two-hop":
+            begin, end = parcel.norm_span
+            own = codec.norms_of_share(norms[begin:end], parcel.padded, self.rank, self.plan)
         rows = pieces.reshape(self.plan.world_size, -1)
-        return codec.reduce(rows, self.plan, random, out, norms)
+        return codec.reduce_share(rows, segments, self.plan, out, own)
 
-    def dequantize(self, chunk: Chunk, payload: Payload, out: Buffer) -> None:
-        """Write the mean of a chunk to `out`, from the sum of codes or from all shares."""
-        codec.dequantize(payload, chunk.norms, self.plan, out)
+    def dequantize(
+        self, parcel: Parcel, payload: Payload, norms: NDArray[np.int32], out: Tensors
+    ) -> None:
+        """Write the mean of a parcel to `out`, from the sum of codes or from all shares."""
+        codec.dequantize_parcel(payload, parcel.results(out), norms, self.plan, out)
+
+    def dithers(self, parcel: Parcel, steps: Steps) -> NDArray[np.uint32]:
+        """The dithers with which this rank quantizes a parcel's pieces, one a row."""
+        return self._random(parcel, Stage.QUANTIZE, steps)
+
+    def _random(self, parcel: Parcel, stage: Stage, steps: Steps) -> NDArray[np.uint32]:
+        tensor, words = self._words(parcel.index, stage)
+        words = words.copy()
+        words[:, 2] = steps[tensor]
+        return words
+
+    @cached_property
+    def _gaps(self) -> bool:
+        """Whether there is room between the norms of one tensor and the next."""
+        measured = (lanes.blocks(own, self.plan.block_for(own)) for own in self.layout.counts)
+        return self.layout.norm_count > sum(measured)
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, Stage], tuple[NDArray[np.int64], NDArray[np.uint32]]]:
+        return {}
+
+    def _words(self, index: int, stage: Stage) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """The tensor of each piece of a parcel, and its dither at step 0."""
+        known = self._known.get((index, stage))
+        if known is None:
+            pieces = self.layout.parcels[index].pieces
+            # Whoever reduces an element rounds it in the same way.
+            rank, strata = (self.rank, self.plan.strata) if stage is Stage.QUANTIZE else (0, 0)
+            words = [
+                dither(self.seed, f"{self.names[own.tensor]}.{own.chunk}", 0, rank, stage, strata)
+                for own in pieces
+            ]
+            tensors = np.array([own.tensor for own in pieces], dtype=np.int64)
+            known = self._known[index, stage] = tensors, np.stack(words)
+        return known
+
+
+def chunk_of(parcel: Parcel, place: int, norms: NDArray[np.int32]) -> Chunk:
+    """A piece of a parcel as a chunk of its tensor; `norms` are all those of the bucket."""
+    own = parcel.pieces[place]
+    return Chunk(own.chunk, own.start, own.stop, norms[own.norms :][: own.norm_count])

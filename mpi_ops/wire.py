@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
-from . import codec, lanes
-from .chunks import CHUNK_ELEMENTS, chunks, message_elements
+from . import lanes
+from .chunks import chunk_elements
+from .layout import layout
 from .scheme import Plan
+from .sizes import payload_dtype
 
 NORM_BYTES = 4
 
@@ -41,18 +41,16 @@ def wire(count: int, plan: Plan, transport: str = "horovod") -> Wire:
 @lru_cache(maxsize=4096)  # the advisor asks for every chunk, at every bandwidth that it tries
 def chunk_bytes(count: int, plan: Plan, transport: str) -> tuple[int, ...]:
     """Bytes of each chunk's payload of a tensor of `count` elements, padding included."""
-    wanted = message_elements(count) if transport == "mpi" else CHUNK_ELEMENTS
-    norms = np.broadcast_to(np.int32(0), norm_count(count, plan))  # only their number matters
-    item = codec.payload_dtype(plan).itemsize
-    sizes = []
-    for chunk in chunks(count, norms, plan, wanted):
-        elements = chunk.stop - chunk.start
-        if plan.in_flight and transport == "horovod":
-            sizes.append(codec.payload_size(elements, plan) * item)
-        else:  # as many whole rows for every rank; two hops, the second with norms of its own
-            hops = (codec.shard_size(elements, plan), codec.reduced_size(elements, plan))
-            sizes.append(sum(hops) * plan.world_size * item // 2)
-    return tuple(sizes)
+    item = payload_dtype(plan).itemsize
+    limit = None if transport == "mpi" else chunk_elements(plan.world_size)
+    found = []
+    for parcel in layout((count,), plan, limit).parcels:
+        if not parcel.shares:
+            found.append(parcel.size * item)
+        else:  # as many whole units for every rank; two hops, the second with norms of its own
+            hops = parcel.share_size + parcel.reduced_size
+            found.append(hops * plan.world_size * item // 2)
+    return tuple(found)
 
 
 def norm_count(count: int, plan: Plan) -> int:

@@ -23,7 +23,6 @@ from mpi_ops.chunks import Chunk
 from mpi_ops.kernels.host import Buffer
 
 from ..path.config import Plan
-from ..path.pipeline import Task
 
 __all__ = ["TensorStats", "check", "write"]
 
@@ -100,12 +99,20 @@ class Sample:
         self._widths = self._common = 0.0
         self._saturated = self._to_zero = 0
 
-    def add(self, task: Task, chunk: Chunk, result: NDArray[np.floating[Any]]) -> None:
-        """Count a chunk, whose part of the mean is `result`."""
-        plan = task.plan
+    def add(
+        self,
+        plan: Plan,
+        chunk: Chunk,
+        random: NDArray[np.uint32],
+        result: NDArray[np.floating[Any]],
+    ) -> None:
+        """Count a chunk, which was quantized with the dither `random`.
+
+        `result` is its part of the mean.
+        """
         x = chunk.of(Buffer.of(self._x))
         own = self._x[chunk.start : chunk.stop]
-        payload = task.stages.quantize(chunk, x)
+        payload = codec.quantize(x, chunk.norms, plan, random)
         # The codes of this rank alone: what the mean over one rank would be decoded from.
         alone = replace(plan, world_size=1)
         if plan.levels == "two-hop":
@@ -127,15 +134,15 @@ class Sample:
             counts = np.diff(np.append(starts, own.size))
             self._common += float((np.add.reduceat(width, starts) ** 2 / counts).sum())
 
-    def stats(self, task: Task, transport: str) -> TensorStats:
-        """The figures, after all chunks."""
-        plan, count = task.plan, task.x.size
+    def stats(self, plan: Plan, step: int, transport: str) -> TensorStats:
+        """The figures, after all chunks; `step` counts the reductions before."""
+        count = self._x.size
         gain = rounding.repelled_factor(plan.world_size) if plan.strata else 1.0
         if self._widths > 0:  # ranks whose levels differ in width repel each other less
             gain = 1 - (1 - gain) * self._common / self._widths
         error = gain * self._noise / plan.world_size + self._second
         return TensorStats(
-            step=task.step,
+            step=step,
             elements=count,
             bits=wire.wire(count, plan, transport).bits_per_element(count),
             relative_error=_ratio(self._noise, self._signal),

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
+from .buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
+
 __all__ = ["Config", "ConfigMismatchError", "Plan"]
 
 # Below this the latency of the extra operations costs more than the bytes that they save.
@@ -26,6 +28,9 @@ class Config(Scheme):
 
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
+    # Bytes of gradients that are reduced together, and of those that come first. 0: each by itself.
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
     # Seconds without any movement after which a rank ends; None: never. See guards.watchdog.
@@ -35,9 +40,15 @@ class Config(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_integer("min_elements", self.min_elements)
-        if self.min_elements < 0:
-            self._fail("min_elements", "0 or more", self.min_elements, "0 compresses every tensor")
+        for name, remedy in (
+            ("min_elements", "0 compresses every tensor"),
+            ("bucket_bytes", "0 reduces each tensor by itself"),
+            ("first_bucket_bytes", "0 begins with a bucket of one tensor"),
+        ):
+            value = getattr(self, name)
+            self._require_integer(name, value)
+            if value < 0:
+                self._fail(name, "0 or more", value, remedy)
         if self.levels == "auto" and self.bits is not None:
             self._fail("bits", "None with levels='auto'", self.bits, "leave it out, or set levels")
         if self.transport not in ("horovod", "mpi"):
@@ -57,9 +68,9 @@ class Config(Scheme):
                 self._fail("check_replicas", expected, self.check_replicas, "None never checks")
 
     def describe_results(self) -> dict[str, Any]:
-        """The options that results depend on: a resumed run may be guarded in another way."""
-        guards = ("timeout", "check_replicas")
-        return {key: value for key, value in self.describe().items() if key not in guards}
+        """The options that results depend on: a resumed run may have others of the rest."""
+        rest = ("timeout", "check_replicas", "bucket_bytes", "first_bucket_bytes")
+        return {key: value for key, value in self.describe().items() if key not in rest}
 
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""

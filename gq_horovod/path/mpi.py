@@ -25,11 +25,11 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpi_ops import lifetime
-from mpi_ops.chunks import Chunk
 from mpi_ops.codec import Payload
 from mpi_ops.exchange import TAGS, Exchange
-from mpi_ops.kernels.host import Buffer
-from mpi_ops.stages import Stages
+from mpi_ops.kernels.host import Tensors
+from mpi_ops.layout import Parcel
+from mpi_ops.stages import Stages, Steps
 
 from .pipeline import Pipeline
 
@@ -50,7 +50,7 @@ class Running:
     """An exchange under way; `Handle` of the pipeline. It advances when it is asked."""
 
     def __init__(self, exchange: Exchange) -> None:
-        self._steps = exchange.steps()
+        self._steps = exchange.run()
         self.failed = False
         _running.add(self)
         self.ready()  # the first messages go out now
@@ -150,13 +150,14 @@ class Messages:
     def start(
         self,
         number: int,
-        x: Buffer,
+        x: Tensors,
+        steps: Steps,
         norms: NDArray[np.int32],
         stages: Stages,
-        deliver: Callable[[Chunk, Payload], None],
+        deliver: Callable[[Parcel, Payload], None],
     ) -> Running:
         """Reduce the codes of `x` over ranks."""
-        return Running(Exchange(self._comm, number * TAGS, x, norms, stages, deliver))
+        return Running(Exchange(self._comm, number * TAGS, x, steps, norms, stages, deliver))
 
 
 @cache

@@ -1,8 +1,9 @@
-"""A gradient's path: norm, quantize, reduce, dequantize, with many tensors in flight at once.
+"""A bucket's path: norm, quantize, reduce, dequantize, with many buckets in flight at once.
 
-Each method is a generator that reads from top to bottom and yields wherever it waits for the
-network. `Pipeline` advances the generators of all tensors whenever it gets the chance, so that no
-backward hook ever waits for a round trip.
+A *bucket* is what is reduced together: several tensors, or one. Each method is a generator that
+reads from top to bottom and yields wherever it waits for the network. `Pipeline` advances the
+generators of all buckets whenever it gets the chance, so that no backward hook ever waits for a
+round trip.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ops import codec, lanes, stages
-from mpi_ops.chunks import CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from mpi_ops.chunks import Chunk, chunks
+from mpi_ops.chunks import chunk_elements as chunk_elements
 from mpi_ops.codec import Payload
-from mpi_ops.dither import Dithers
-from mpi_ops.kernels.host import Buffer
-from mpi_ops.stages import Stages
+from mpi_ops.kernels.host import Buffer, Tensors
+from mpi_ops.layout import Layout, Parcel, layout
+from mpi_ops.stages import Stages, Steps
 
 from ..log import Log, Rarely
 from .config import Plan
@@ -85,84 +87,138 @@ class Exchanges(Protocol):
     def start(
         self,
         number: int,
-        x: Buffer,
+        x: Tensors,
+        steps: Steps,
         norms: NDArray[np.int32],
         stages: Stages,
-        deliver: Deliver,
+        deliver: Callable[[Parcel, Payload], None],
     ) -> Handle:
         """Reduce `x`; `stages` are those of this rank, `deliver` takes codes."""
 
 
+class Memory:
+    """What the norms and the codes of a bucket lie in, step after step."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def take(self, name: str, size: int, dtype: Any) -> Array:
+        """An array that was given out before under that name, or a new one."""
+        own = self._arrays.get(name)
+        if own is None or own.size != size or own.dtype != dtype:
+            own = self._arrays[name] = np.empty(size, dtype)
+        return own
+
+
 @dataclass(frozen=True)
 class Task:
-    """One tensor to average over ranks."""
+    """Tensors to average over ranks, together: a bucket."""
 
-    name: str  # of operations: the same on every rank, another for each tensor in flight
-    key: str  # of the dither: the same on every rank, another for each tensor of the program
-    x: Buffer  # must not change until the reduction is done
-    # Called when the mean is asked for, by when x is not needed any more: memory for the mean, with
-    # as many elements as x; may be x itself.
-    new_output: Callable[[], Buffer]
+    name: str  # of operations: the same on every rank, another for each bucket in flight
+    # Of the tensors' dithers: the same on every rank, others for each tensor of the program.
+    keys: tuple[str, ...]
+    counts: tuple[int, ...]  # their elements
+    x: Tensors  # must not change until the reduction is done
+    # Called when the means are asked for, by when x is not needed any more: memory for them, with
+    # as many elements each as x; may be x itself.
+    new_output: Callable[[], Tensors]
     plan: Plan
     collectives: Collectives
     rank: int  # in the group that reduces
     seed: int
-    step: int  # how many times this tensor was reduced before
+    steps: Steps  # how many times each tensor was reduced before
     # Complete when x has been written: an accelerator may be at it still. None: it has been.
     written: Handle | None = None
     exchanges: Exchanges | None = None  # where codes are to travel beside `collectives`
     method: Method | None = None  # another way than Global-QSGD's
-    # What the method keeps of this tensor from step to step.
-    memory: dict[str, Any] = field(default_factory=dict)
-    # Called with the chunk and the output as soon as a part of the mean is decoded.
-    observe: Callable[[Task, Chunk, Buffer], None] | None = None
+    # What the method keeps of a tensor from step to step.
+    state: dict[str, Any] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
+    # Called with whether any rank has each of several tensors, as soon as that is known.
+    seen: Callable[[NDArray[np.int32]], None] | None = None
+    # Called as soon as a part of a mean is decoded: with the tensor's place, the chunk of it, and
+    # the output.
+    observe: Callable[[Task, int, Chunk, Tensors], None] | None = None
 
-    @property
-    def dither(self) -> Dithers:
-        """Randomness of the stages of chunks on this rank."""
-        return stages.dithers(self.seed, self.key, self.step, self.rank)
-
-    @property
+    @cached_property
     def stages(self) -> Stages:
         """What this rank computes."""
-        return Stages(self.plan, self.rank, self.dither)
+        limit = None if self.exchanges is not None else chunk_elements(self.plan.world_size)
+        own = layout(self.counts, self.plan, limit)
+        return _stages(own, self.keys, self.seed, self.rank)
+
+    def summed(self, plan: Plan) -> Stages:
+        """What it computes where codes are summed by Allreduce, by norms that are there already."""
+        own = layout(self.counts, plan, chunk_elements(plan.world_size), norms_for=self.plan)
+        return _stages(own, self.keys, self.seed, self.rank)
 
     def operation(self, part: str) -> str:
         """The name of an operation, the same on every rank."""
         return f"{self.name}.{part}"
 
+    # For methods that reduce tensors one by one.
+
+    @property
+    def key(self) -> str:
+        """Of the dither of the only tensor."""
+        (key,) = self.keys
+        return key
+
+    @property
+    def step(self) -> int:
+        """How many times the only tensor was reduced before."""
+        return int(self.steps[0])
+
+    @property
+    def tensor(self) -> Buffer:
+        """The only tensor."""
+        return self.buffer(self.x)
+
+    def buffer(self, tensors: Tensors) -> Buffer:
+        """The only one of `tensors`."""
+        own = tensors
+        (pointer,), (count,) = own.pointers.tolist(), self.counts
+        return Buffer(pointer, own.dtype, count, own.owner, own.memory, own.stream)
+
     def chunks(self, norms: NDArray[np.int32]) -> list[Chunk]:
-        """The chunks in which codes travel through `collectives`."""
-        return list(chunks(self.x.size, norms, self.plan, CHUNK_ELEMENTS))
+        """The chunks in which the only tensor travels."""
+        (count,) = self.counts
+        return list(chunks(count, norms, self.plan, chunk_elements(self.plan.world_size)))
 
 
-# A reduction waits for the handles that it yields, and delivers what the mean is decoded from: each
-# chunk's reduced payload, when the chunk's part of x is not needed any more.
-Deliver = Callable[[Chunk, Any], None]
+@lru_cache(maxsize=4096)  # what is worked out for a bucket serves all of its steps
+def _stages(own: Layout, keys: tuple[str, ...], seed: int, rank: int) -> Stages:
+    return Stages(own, keys, seed, rank)
+
+
+# A reduction waits for the handles that it yields, and delivers what means are decoded from: a part
+# of the bucket and what was reduced for it, when that part of x is not needed any more.
+Deliver = Callable[[Any, Any], None]
 Reduction = Generator[Handle, Any, None]
 
 
-class Summed(NamedTuple):
-    """A reduced payload of another plan than its task's."""
+class Reduced(NamedTuple):
+    """A reduced payload, and what it is decoded with."""
 
-    plan: Plan
+    stages: Stages
+    norms: NDArray[np.int32]  # of all tensors
     payload: Payload
 
 
-def dequantize(task: Task, chunk: Chunk, payload: Any, out: Buffer) -> None:
-    """Decode a reduced payload of `chunk` to `out`, the chunk's part of the mean."""
-    own = task.stages
-    if isinstance(payload, Summed):
-        own, payload = own._replace(plan=payload.plan), payload.payload
-    own.dequantize(chunk, payload, out)
+def dequantize(task: Task, parcel: Parcel, reduced: Reduced, out: Tensors) -> None:
+    """Decode a parcel to its parts of `out`."""
+    reduced.stages.dequantize(parcel, reduced.payload, reduced.norms, out)
+    if task.observe is not None:
+        for place, piece in enumerate(parcel.pieces):
+            task.observe(task, piece.tensor, stages.chunk_of(parcel, place, reduced.norms), out)
 
 
 @dataclass(frozen=True)
 class Method:
-    """The way that a tensor goes, and how the mean is decoded from what it delivers."""
+    """The way that a bucket goes, and how means are decoded from what it delivers."""
 
     reduce: Callable[[Task, Deliver], Reduction]
-    decode: Callable[[Task, Chunk, Any, Buffer], None] = dequantize
+    decode: Callable[[Task, Any, Any, Tensors], None] = dequantize
 
 
 def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
@@ -185,59 +241,74 @@ def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
         )
 
 
-def own_norms(task: Task) -> NDArray[np.int32]:
-    """Norm of each block on this rank, as bit patterns."""
-    norms = codec.norms(task.x, task.plan)
-    warn_unless_finite(norms, stages.user_name(task.name), task.step)
-    return norms
+def _warn_unless_all_finite(task: Task, norms: NDArray[np.int32]) -> None:
+    if not (_log.on(logging.WARNING) and norms.size and norms.max() >= codec.INFINITY):
+        return
+    own = task.stages.layout
+    ends = [*own.norm_places[1:], own.norm_count]
+    for key, step, begin, end in zip(task.keys, task.steps, own.norm_places, ends, strict=True):
+        warn_unless_finite(norms[begin:end], stages.user_name(key), int(step))
 
 
-def global_norms(
-    task: Task, *beside: int
-) -> Generator[Handle, Any, tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Norm of each block over all ranks, as bit patterns; NaN and Inf of one rank reach all.
+class Shared(NamedTuple):
+    """What all ranks know after the norms."""
 
-    And the maximum over ranks of what goes beside them.
-    """
-    own = own_norms(task)
-    both = np.concatenate([own, np.array(beside, dtype=np.int32)]) if beside else own
+    norms: NDArray[np.int32]  # of all blocks, as bit patterns; NaN and Inf of one rank reach all
+    beside: NDArray[np.int32]  # the maximum of what went beside them
+
+
+def global_norms(task: Task, *beside: int) -> Generator[Handle, Any, Shared]:
+    """The norms of all ranks, and the maximum over ranks of what goes beside them."""
+    count = task.stages.layout.norm_count
+    there = [int(own != 0) for own in task.x.pointers] if len(task.counts) > 1 else []
+    both = task.memory.take("norms", count + len(there) + len(beside), np.int32)
+    task.stages.measure(task.x, both[:count])
+    _warn_unless_all_finite(task, both[:count])
+    both[count:] = [*there, *beside]
     both = yield task.collectives.allreduce_max(both, task.operation(stages.NORM))
-    return both[: own.size], both[own.size :]
+    norms, seen, others = np.split(both, [count, count + len(there)])
+    if there and task.seen is not None:
+        task.seen(seen)
+    return Shared(norms, others)
 
 
-def quantize(task: Task, chunk: Chunk, plan: Plan, out: Payload | None = None) -> Payload:
-    """This rank's codes of a chunk, in `out` if it is given."""
-    return task.stages._replace(plan=plan).quantize(chunk, chunk.of(task.x), out)
+def quantize(
+    task: Task, own: Stages, parcel: Parcel, norms: NDArray[np.int32], part: str
+) -> Payload:
+    """This rank's codes of a parcel."""
+    out = task.memory.take(part, parcel.size, codec.payload_dtype(own.plan))
+    return own.quantize(parcel, task.x, task.steps, norms, out)
 
 
-def standard(
-    task: Task, deliver: Deliver, quantize: Callable[[Task, Chunk, Plan], Payload] = quantize
-) -> Reduction:
+Quantize = Callable[[Task, Stages, Parcel, NDArray[np.int32], str], Payload]
+
+
+def standard(task: Task, deliver: Deliver, quantize: Quantize = quantize) -> Reduction:
     """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
     norms, _ = yield from global_norms(task)
-    yield from _sum(task, norms, task.plan, stages.codes, deliver, quantize)
+    yield from _sum(task, norms, task.stages, stages.codes, deliver, quantize)
 
 
 def _sum(
     task: Task,
     norms: NDArray[np.int32],
-    plan: Plan,
+    own: Stages,
     part: Callable[[int], str],
     deliver: Deliver,
-    quantize: Callable[[Task, Chunk, Plan], Payload] = quantize,
+    quantize: Quantize = quantize,
 ) -> Reduction:
-    """Deliver the sums of all ranks' codes of each chunk; `part` names the operations."""
+    """Deliver the sums of all ranks' codes of each parcel; `part` names the operations."""
     sums = []
-    for chunk in task.chunks(norms):
-        payload = quantize(task, chunk, plan)
-        name = task.operation(part(chunk.index))
-        sums.append((chunk, task.collectives.allreduce_sum(payload, name)))
-    for chunk, handle in sums:
-        deliver(chunk, (yield handle))
+    for parcel in own.layout.parcels:
+        name = part(parcel.index)
+        payload = quantize(task, own, parcel, norms, name)
+        sums.append((parcel, task.collectives.allreduce_sum(payload, task.operation(name))))
+    for parcel, handle in sums:
+        deliver(parcel, Reduced(own, norms, (yield handle)))
 
 
 def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliver) -> Reduction:
-    """The way of a tensor while some rank has called hvd.join(), whatever its levels.
+    """The way of a bucket while some rank has called hvd.join(), whatever its levels.
 
     Horovod lets such a rank take part in an Allreduce, with zeros, and in nothing else. So codes
     travel as standard levels of the widest lanes, which are finer than those of any other plan.
@@ -250,11 +321,7 @@ def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliv
             f"summed in {bits} bits meanwhile; give every rank as many batches."
         )
     plan = replace(task.plan, levels="standard", bits=bits, level_count=count, square=False)
-
-    def deliver_summed(chunk: Chunk, payload: Payload) -> None:
-        deliver(chunk, Summed(plan, payload))
-
-    yield from _sum(task, norms, plan, stages.joined, deliver_summed)
+    yield from _sum(task, norms, task.summed(plan), stages.joined, deliver)
 
 
 def by_shares(task: Task, deliver: Deliver) -> Reduction:
@@ -268,19 +335,19 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
         yield from _sum_without_the_joined(task, norms, deliver)
         return
     received = []
-    for chunk in task.chunks(norms):
-        size = own.sent_size(chunk.stop - chunk.start)
-        codes = own.quantize(chunk, chunk.of(task.x), np.empty(size, codec.payload_dtype(own.plan)))
-        name = task.operation(stages.codes(chunk.index))
-        received.append((chunk, task.collectives.alltoall(codes, name)))
+    for parcel in own.layout.parcels:
+        name = stages.codes(parcel.index)
+        codes = quantize(task, own, parcel, norms, name)
+        received.append((parcel, task.collectives.alltoall(codes, task.operation(name))))
     means = []
-    for chunk, handle in received:
+    for parcel, handle in received:
         pieces = yield handle
-        share = own.reduce(chunk, pieces)
-        name = task.operation(stages.mean(chunk.index))
-        means.append((chunk, task.collectives.allgather(share, name)))
-    for chunk, handle in means:
-        deliver(chunk, (yield handle))
+        name = stages.mean(parcel.index)
+        out = task.memory.take(name, parcel.reduced_size, codec.payload_dtype(own.plan))
+        share = own.reduce(parcel, pieces, task.steps, norms, out)
+        means.append((parcel, task.collectives.allgather(share, task.operation(name))))
+    for parcel, handle in means:
+        deliver(parcel, Reduced(own, norms, (yield handle)))
 
 
 def exchange(task: Task, deliver: Deliver) -> Reduction:
@@ -294,8 +361,12 @@ def exchange(task: Task, deliver: Deliver) -> Reduction:
     if not numbers.all():
         yield from _sum_without_the_joined(task, norms, deliver)
         return
-    number = int(numbers[0]) - 1
-    yield task.exchanges.start(number, task.x, norms, task.stages, deliver)
+    number, own = int(numbers[0]) - 1, task.stages
+
+    def deliver_reduced(parcel: Parcel, payload: Payload) -> None:
+        deliver(parcel, Reduced(own, norms, payload))
+
+    yield task.exchanges.start(number, task.x, task.steps, norms, own, deliver_reduced)
 
 
 METHODS = {
@@ -306,7 +377,7 @@ METHODS = {
 
 
 def method(task: Task) -> Method:
-    """The way that a tensor goes."""
+    """The way that a bucket goes."""
     if task.method is not None:
         return task.method
     return METHODS[task.plan.levels] if task.exchanges is None else Method(exchange)
@@ -319,8 +390,8 @@ class InFlight:
         self.name = task.name
         self.error: Exception | None = None  # what one of its operations or stages raised
         self.task = task
-        self._delivered: deque[tuple[Chunk, Any]] = deque()
-        self._output: Buffer | None = None
+        self._delivered: deque[tuple[Any, Any]] = deque()
+        self._output: Tensors | None = None
         self._method = method(task)
         self._reduction = self._reduce()
         self._handle: Handle | None = next(self._reduction, None)
@@ -330,8 +401,8 @@ class InFlight:
             yield self.task.written
         yield from self._method.reduce(self.task, self._deliver)
 
-    def _deliver(self, chunk: Chunk, payload: Any) -> None:
-        self._delivered.append((chunk, payload))
+    def _deliver(self, part: Any, reduced: Any) -> None:
+        self._delivered.append((part, reduced))
 
     @property
     def done(self) -> bool:
@@ -367,19 +438,17 @@ class InFlight:
             self.error = error
         return True
 
-    def decode(self) -> Buffer:
-        """Decode what has been delivered so far, and return the mean, which then has that much.
+    def decode(self) -> Tensors:
+        """Decode what has been delivered so far, and return the means, which then have that much.
 
-        Not before the mean is asked for: a reduction that nobody asks for must not write to memory
+        Not before a mean is asked for: a reduction that nobody asks for must not write to memory
         that its owner may use for something else by then.
         """
         if self._output is None:
             self._output = self.task.new_output()
         while self._delivered:  # another thread may add to it
-            chunk, payload = self._delivered.popleft()
-            self._method.decode(self.task, chunk, payload, chunk.of(self._output))
-            if self.task.observe is not None:
-                self.task.observe(self.task, chunk, self._output)
+            part, reduced = self._delivered.popleft()
+            self._method.decode(self.task, part, reduced, self._output)
         return self._output
 
 
@@ -441,7 +510,7 @@ class Pipeline:
                     self._in_flight[task.name] = started
                     self._await(started)
                     return started
-            self._settle(abandoned)  # nobody asked for its error either
+            self.settle(abandoned)  # nobody asked for its error either
 
     def _await(self, reduction: InFlight) -> None:
         """Keep a reduction where it is found when what it waits for may be complete."""
@@ -494,6 +563,10 @@ class Pipeline:
         """Whether anything is in flight."""
         return bool(self._in_flight)
 
+    def has(self, reduction: InFlight) -> bool:
+        """Whether a reduction is in flight: neither asked for, nor given up."""
+        return self._in_flight.get(reduction.name) is reduction
+
     def give_up(self) -> None:
         """Forget what is in flight: after a failed operation none of it can be trusted."""
         with self._lock:
@@ -507,13 +580,13 @@ class Pipeline:
         for reduction in list(self._in_flight.values()):
             self._advance_until_done(reduction)
 
-    def finish(self, reduction: InFlight) -> Buffer:
-        """The mean of a tensor. Blocks, and advances the others meanwhile.
+    def finish(self, reduction: InFlight) -> Tensors:
+        """The means of a bucket. Blocks, and advances the others meanwhile.
 
         Raises what its operations or stages raised, and then gives up the others too.
         """
         try:
-            self._settle(reduction, decode=True)
+            self.settle(reduction, decode=True)
             if reduction.error is not None:
                 raise reduction.error
             return reduction.decode()
@@ -521,12 +594,17 @@ class Pipeline:
             self.give_up()
             raise
 
-    def _settle(self, reduction: InFlight, decode: bool = False) -> None:
+    def settle(self, reduction: InFlight, decode: bool = False) -> None:
         """Advance everything until a reduction is done, decode it meanwhile, and forget it."""
         self._advance_until_done(reduction, decode)
         with self._lock:
-            if self._in_flight.get(reduction.name) is reduction:
+            if self.has(reduction):
                 del self._in_flight[reduction.name]
+
+    def nudge(self) -> None:
+        """Advance what began first, if it can; for whoever comes by often."""
+        if self._waiting or self._unwritten:
+            self.poll(1)
 
     def _advance_until_done(self, reduction: InFlight, decode: bool = False) -> None:
         """Advance everything until a reduction is done.
@@ -540,7 +618,7 @@ class Pipeline:
                 self.idle[thread] = (reduction.name, self._advances)
                 rounds += 1
                 with self._lock:
-                    if self._in_flight.get(reduction.name) is not reduction:
+                    if not self.has(reduction):
                         raise RuntimeError(
                             f"{self._function}: the reduction of {reduction.name!r} was given up, "
                             "because an operation that was in flight with it failed; see the first "

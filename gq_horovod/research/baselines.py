@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from mpi_ops import codec, lanes, stages
 from mpi_ops.chunks import Chunk
 from mpi_ops.codec import Norms, Payload
-from mpi_ops.dither import Stage
-from mpi_ops.kernels.host import Buffer
+from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels.host import Buffer, Tensors
+from mpi_ops.layout import Parcel
+from mpi_ops.stages import Stages
 
 from ..path import pipeline
 from ..path.config import Config, Plan
@@ -148,7 +150,7 @@ _PIECE_ELEMENTS = 1 << 16
 
 def local_norms(task: Task) -> Norms:
     """Norm of each block on this rank, as bit patterns."""
-    return codec.norms(task.x, task.plan)
+    return codec.norms(task.tensor, task.plan)
 
 
 def powers_of_two(task: Task) -> Norms:
@@ -165,13 +167,14 @@ def gather(
     """Each rank quantizes by its own norms; norms and codes of all go to all by Allgather."""
     gathered = []
     for chunk in task.chunks(norms_of(task)):
-        x = chunk.of(task.x)
+        x = chunk.of(task.tensor)
         items = codec.payload_size(x.size, task.plan)
         size = chunk.norms.nbytes + items * codec.payload_dtype(task.plan).itemsize
         message = np.empty(size, dtype=np.uint8)
         norms, codes = _parts(message, chunk, task.plan)
         norms[:] = chunk.norms
-        random = task.dither(chunk.index, Stage.QUANTIZE, 0)
+        name = f"{task.key}.{chunk.index}"
+        random = dither(task.seed, name, task.step, task.rank, Stage.QUANTIZE)
         codec.quantize(x, chunk.norms, task.plan, random, out=codes)
         name = task.operation(stages.codes(chunk.index))
         gathered.append((chunk, task.collectives.allgather(message, name)))
@@ -179,13 +182,13 @@ def gather(
         deliver(chunk, (yield handle))
 
 
-def add_up(task: Task, chunk: Chunk, gathered: NDArray[np.uint8], out: Buffer) -> None:
-    """Decode the messages of all ranks and add them up in `out`, float32, in the ranks' order.
+def add_up(task: Task, chunk: Chunk, gathered: NDArray[np.uint8], means: Tensors) -> None:
+    """Decode all ranks' messages and add them up in `means`, float32, in the ranks' order.
 
     The order is the same on every rank, and so is the result, bit for bit. What is decoded is each
     rank's share of the mean, so a sum exceeds the largest norm by no more than rounding does.
     """
-    plan = task.plan
+    plan, out = task.plan, chunk.of(task.buffer(means))
     parts = [_parts(message, chunk, plan) for message in np.split(gathered, plan.world_size)]
     if plan.levels == "exponential":  # codec.dequantize takes such codes for those of a mean
         parts = [(_divided(norms, plan.world_size), codes) for norms, codes in parts]
@@ -234,13 +237,16 @@ def array_of(buffer: Buffer) -> NDArray[np.float32]:
 # ------------------------------------------------------------------------------- rounded to nearest
 
 
-def nearest(task: Task, chunk: Chunk, plan: Plan) -> Payload:
+def nearest(
+    task: Task, own: Stages, parcel: Parcel, all_norms: NDArray[np.int32], part: str
+) -> Payload:
     """This rank's codes of a chunk of float32, each rounded to the nearest level.
 
     The kernel packs them: it gets integers, in units in which no fraction is left to round.
     """
+    plan, chunk = own.plan, stages.chunk_of(parcel, 0, all_norms)
     block = plan.block_for(chunk.stop - chunk.start)
-    x = array_of(chunk.of(task.x))
+    x = array_of(chunk.of(task.tensor))
     norms = chunk.norms.view(np.float32).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.where(norms > 0, plan.level_count / norms, 0.0)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops.kernels.host import Buffer
+from mpi_ops.kernels.host import Buffer, Tensors
 from mpi_ops.stages import tensor_name
 
 from ..path.config import Config
@@ -117,7 +117,7 @@ class SimulatedRanks:
         self._config, self._method = config, method
         self._plan = config.plan(world_size)
         self._steps: dict[str, int] = {}
-        self._memories: dict[str, list[dict[str, Any]]] = {}
+        self._states: dict[str, list[dict[str, Any]]] = {}
 
     def reduce(self, name: str, gradients: Sequence[Buffer], out: Buffer) -> None:
         """Write the mean over ranks to `out`.
@@ -139,22 +139,23 @@ class SimulatedRanks:
             )
         step = self._steps.get(name, 0)
         self._steps[name] = step + 1
-        memories = self._memories.setdefault(name, [{} for _ in range(world_size)])
+        states = self._states.setdefault(name, [{} for _ in range(world_size)])
         network = _Network(world_size)
         ranks = [
             InFlight(
                 Task(
                     name=tensor_name(name),
-                    key=tensor_name(name),
-                    x=own,
-                    new_output=lambda: out,
+                    keys=(tensor_name(name),),
+                    counts=(own.size,),
+                    x=Tensors.of(own),
+                    new_output=lambda: Tensors.of(out),
                     plan=self._plan,
                     collectives=network,
                     rank=rank,
                     seed=self._config.seed,
-                    step=step,
+                    steps=np.array([step & 0xFFFFFFFF], dtype=np.uint32),
                     method=self._method,
-                    memory=memories[rank],
+                    state=states[rank],
                 )
             )
             for rank, own in enumerate(gradients)

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpi_ops.chunks import Chunk
 from mpi_ops.dither import Stage, dither
-from mpi_ops.kernels.host import Buffer
+from mpi_ops.kernels.host import Buffer, Tensors
 
 from ..path.config import DEFAULT_MIN_ELEMENTS
 from ..path.pipeline import Deliver, Method, Reduction, Task
@@ -251,14 +250,14 @@ def power_sgd(config: PowerSGDConfig) -> Method:
 
 def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Reduction:
     """One step of power iteration on the mean of all ranks' matrices (algorithm 1 of the paper)."""
-    matrix = _matrix(task.x)
+    matrix = _matrix(task.tensor)
     shape = list(matrix.shape)
-    if task.memory.get("shape") != shape:  # what was kept is that of another tensor
-        task.memory.clear()
-        task.memory["shape"] = shape
-    if "error" in task.memory:
-        matrix = matrix + task.memory["error"]  # a new one: until it is decoded, x must not change
-    right = task.memory.get("right")
+    if task.state.get("shape") != shape:  # what was kept is that of another tensor
+        task.state.clear()
+        task.state["shape"] = shape
+    if "error" in task.state:
+        matrix = matrix + task.state["error"]  # a new one: until it is decoded, x must not change
+    right = task.state.get("right")
     if right is None:
         right = _random(task, (matrix.shape[1], config.rank))
 
@@ -278,18 +277,18 @@ def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Red
     if bool(right.isfinite().all()):
         if config.error_feedback:
             with _own_precision():
-                task.memory["error"] = torch.addmm(matrix, left, own.T, alpha=-1)
+                task.state["error"] = torch.addmm(matrix, left, own.T, alpha=-1)
         if config.warm_start:
-            task.memory["right"] = right
-    deliver(_whole(task), (left, right))
+            task.state["right"] = right
+    deliver(None, (left, right))
 
 
 def _multiply_factors(
-    task: Task, chunk: Chunk, factors: tuple[torch.Tensor, torch.Tensor], out: Buffer
+    task: Task, part: None, factors: tuple[torch.Tensor, torch.Tensor], out: Tensors
 ) -> None:
     """The mean from its two factors, into `out`."""
     left, right = factors
-    mean = _matrix(out)
+    mean = _matrix(task.buffer(out))
     if bool(right.isfinite().all()):
         with _own_precision():
             torch.mm(left, right.T, out=mean)
@@ -324,7 +323,3 @@ def _random(task: Task, shape: tuple[int, int]) -> torch.Tensor:
     """Normal numbers, the same on every rank, and others for every tensor and step."""
     words: NDArray[np.uint32] = dither(task.seed, task.name, task.step, 0, Stage.QUANTIZE)
     return torch.from_numpy(np.random.default_rng(words).standard_normal(shape, dtype=np.float32))
-
-
-def _whole(task: Task) -> Chunk:
-    return Chunk(0, 0, task.x.size, np.empty(0, dtype=np.int32))

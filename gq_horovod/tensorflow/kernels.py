@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from horovod.tensorflow import mpi_ops as hvd_ops
 from numpy.typing import NDArray
 from tensorflow.python.ops import script_ops
 
-from mpi_ops import codec, lanes, stages
-from mpi_ops.chunks import Chunk, chunks
-from mpi_ops.kernels.host import Buffer
-from mpi_ops.stages import Stages
+from mpi_ops import codec, stages
+from mpi_ops.kernels.host import Buffer, Tensors
+from mpi_ops.layout import Layout, layout
+from mpi_ops.stages import Stages, Steps
 
 from .. import __version__
 from ..path import agreement, pipeline, token
@@ -97,19 +97,22 @@ class Kernels:
 
         Raises ConfigMismatchError where a rank has other settings, or another tensor.
         """
-        plan = self.plan
-        self._check(shared, shape, plan)
-        chunk = self._chunks(x.size, shared)[chunk_index]
-        part = chunk.of(Buffer.of(x))
-        own = self._stages(shared)
-        out = _aligned(own.sent_size(part.size), codec.payload_dtype(plan))
-        return own.quantize(chunk, part, out)
+        self._check(shared, shape, self.plan)
+        own = self._stages(x.size)
+        if not own.layout.parcels:
+            return _aligned(0, codec.payload_dtype(own.plan))
+        parcel = own.layout.parcels[chunk_index]
+        out = _aligned(parcel.size, codec.payload_dtype(own.plan))
+        return own.quantize(parcel, _tensors(x), _steps(shared), shared[:-TAIL], out)
 
     def reduce(self, chunk_index: int, pieces: Array, shared: Array, size: Array) -> Array:
         """The share of one chunk's mean that this rank rounds for all."""
-        chunk = self._chunks(int(size), shared)[chunk_index]
-        out = _aligned(codec.reduced_size(chunk.stop - chunk.start, self.plan), pieces.dtype)
-        return self._stages(shared).reduce(chunk, pieces, out)
+        own = self._stages(int(size))
+        if not own.layout.parcels:
+            return _aligned(0, pieces.dtype)
+        parcel = own.layout.parcels[chunk_index]
+        out = _aligned(parcel.reduced_size, pieces.dtype)
+        return own.reduce(parcel, pieces, _steps(shared), shared[:-TAIL], out)
 
     def check(self, reduced: Array, mark: Array) -> None:
         """Raise ConfigMismatchError where the ranks disagree about the tensor."""
@@ -125,10 +128,10 @@ class Kernels:
     ) -> Array:
         """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
         self.check(reduced, mark)
-        own, plan = self._stages(shared), self.plan
+        own, plan = self._stages(int(size)), self.plan
         out = _aligned(int(size), tf.as_dtype(self.dtype).as_numpy_dtype)
-        for chunk, payload in zip(self._chunks(out.size, shared), sums, strict=True):
-            own.dequantize(chunk, payload, chunk.of(Buffer.of(out)))
+        for parcel, payload in zip(own.layout.parcels, sums, strict=out.size > 0):
+            own.dequantize(parcel, payload, shared[:-TAIL], _tensors(out))
         factor = self.scaling * (plan.world_size if self.sums else 1)
         if factor != 1:
             with np.errstate(over="ignore", invalid="ignore"):  # Inf, as Horovod's sums have it
@@ -170,15 +173,26 @@ class Kernels:
                 "levels='standard', or give every rank equally many batches."
             )
 
-    def _chunks(self, count: int, shared: Array) -> list[Chunk]:
-        norms = shared[:-TAIL]
+    def _stages(self, count: int) -> Stages:
         # Where the graph was built without knowing the size, there is one chunk.
-        wanted = max(count, 1) if self.chunk_count == 1 else pipeline.CHUNK_ELEMENTS
-        return list(chunks(count, norms, self.plan, wanted)) or [Chunk(0, 0, 0, norms)]
+        ranks = self.plan.world_size
+        limit = max(count, 1) if self.chunk_count == 1 else pipeline.chunk_elements(ranks)
+        name, rank = stages.tensor_name(self.name), self.process_set.rank()
+        return _stages(layout((count,), self.plan, limit), name, self.config.seed, rank)
 
-    def _stages(self, shared: Array) -> Stages:
-        name, rank, step = stages.tensor_name(self.name), self.process_set.rank(), shared[-TAIL]
-        return Stages(self.plan, rank, stages.dithers(self.config.seed, name, int(step), rank))
+
+@lru_cache(maxsize=4096)  # one for each tensor of a model
+def _stages(own: Layout, name: str, seed: int, rank: int) -> Stages:
+    return Stages(own, (name,), seed, rank)
+
+
+def _tensors(x: Array) -> Tensors:
+    return Tensors.of(Buffer.of(x))
+
+
+def _steps(shared: Array) -> Steps:
+    """How often the tensor was reduced before, on all ranks alike."""
+    return shared[-TAIL : 1 - TAIL].astype(np.uint32)
 
 
 @cache
@@ -209,5 +223,4 @@ script_ops._py_funcs._funcs[KEY] = run
 def chunk_count(count: int | None, plan: Plan) -> int:
     if not count:  # unknown, or an empty tensor in a group with a large one
         return 1
-    norms = np.empty(lanes.blocks(count, plan.block_for(count)), dtype=np.int32)
-    return len(list(chunks(count, norms, plan, pipeline.CHUNK_ELEMENTS)))
+    return len(layout((count,), plan, pipeline.chunk_elements(plan.world_size)).parcels)

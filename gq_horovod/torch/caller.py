@@ -23,6 +23,10 @@ class Caller(NamedTuple):
     scaling: float = 1.0  # of the result, beside what op does
     in_place: bool = False  # whether the result replaces the tensor
     optimizer: Any = None
+    parameter: Any = None  # of the optimizer
+    # The tensors of the same call, where there are several, and the place of this one.
+    together: Any = None
+    place: int = 0
 
 
 _Place = tuple[str, str, int]
@@ -41,6 +45,26 @@ _ADASUM_HOOK = _place_of(hvd_optimizer._DistributedAdasumOptimizer._allreduce_gr
 _ALLREDUCE = _place_of(hvd_ops.allreduce.__code__)
 _GROUPED_ALLREDUCE = _place_of(hvd_ops.grouped_allreduce.__code__)
 _KNOWN = {_HOOK, _GROUPED_HOOK, _ADASUM_HOOK, _ALLREDUCE, _GROUPED_ALLREDUCE}
+
+_HOOK_CODE = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
+_GROUPED_HOOK_CODE = hvd_optimizer._DistributedOptimizer._grouped_allreduce_grad_async.__code__
+
+
+def find_hook(tensor: torch.Tensor, frame: FrameType) -> tuple[Any, Any] | None:
+    """The optimizer whose gradient `tensor` is, and the parameter, where that is plain to see.
+
+    Quickly: this is asked for every gradient of every step. `frame` is that of the caller of
+    compress(). None where only `find_caller` knows.
+    """
+    if frame.f_code is _HOOK_CODE:
+        variables = frame.f_locals
+        return variables["self"], variables["p"]
+    outer = frame.f_back if frame.f_code.co_name == "<listcomp>" else frame
+    if outer is not None and outer.f_code is _GROUPED_HOOK_CODE:
+        parameter = frame.f_locals.get("p")
+        if parameter is not None and parameter.grad is tensor:
+            return outer.f_locals["self"], parameter
+    return None
 
 
 def find_caller(tensor: torch.Tensor, frame: FrameType | None, function: str) -> Caller:
@@ -85,9 +109,10 @@ def _identify(
     if place == _GROUPED_HOOK:
         index = _index(tensor, [parameter.grad for parameter in variables["ps"]], inner)
         return _optimizer_caller(variables["self"], variables["ps"][index], function)
-    name = variables["name"]
-    index = _index(tensor, variables["tensors"], inner)
-    return _function_caller(variables, None if name is None else f"{name}.{index}", function)
+    name, together = variables["name"], variables["tensors"]
+    index = _index(tensor, together, inner)
+    caller = _function_caller(variables, None if name is None else f"{name}.{index}", function)
+    return caller._replace(together=together, place=index)
 
 
 def _loop_variables(frame: FrameType, between: list[FrameType]) -> list[Any]:
@@ -125,7 +150,12 @@ def _optimizer_caller(optimizer: Any, parameter: torch.Tensor, function: str) ->
     # gradient_predivide_factor only divides before the sum what it multiplies after it.
     name = optimizer._parameter_names[parameter]
     require_linear(hvd, optimizer.op, name, function)
-    return Caller(name, optimizer.op, optimizer.process_set, in_place=True, optimizer=optimizer)
+    return Caller(
+        *(name, optimizer.op, optimizer.process_set),
+        in_place=True,
+        optimizer=optimizer,
+        parameter=parameter,
+    )
 
 
 def _function_caller(variables: dict[str, Any], name: str | None, function: str) -> Caller:

@@ -5,32 +5,30 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
 import horovod.torch as hvd
-import numpy as np
 import torch
 from horovod.torch import mpi_ops as hvd_ops
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from mpi_ops import stages
-from mpi_ops.chunks import Chunk
-from mpi_ops.kernels.host import Buffer
 
 from .. import log
 from ..frontend import ClassOrInstance, Compression, Frontend, per_process
 from ..guards import replicas, watchdog
 from ..guards.stats import Sample
-from ..path import agreement, token
+from ..path import agreement, buckets, token
 from ..path.auto import Trials, Way
 from ..path.config import Config, ConfigMismatchError, Plan
-from ..path.pipeline import InFlight, Method, Pipeline, Task
+from ..path.pipeline import Method, Pipeline
 from . import numbering, tensors
-from .caller import Caller, find_caller
-from .collectives import Collectives, complete, written
+from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together
+from .caller import Caller, find_caller, find_hook
+from .collectives import Collectives, complete
 from .group import Group, describe_loaded
 
 _FORMAT = 3  # of state_dict()
@@ -40,32 +38,10 @@ _FORMAT = 3  # of state_dict()
 _agreeing: dict[tuple[int, ...], threading.RLock] = {}
 
 
-class _Handed(NamedTuple):
-    """What Horovod reduces for a tensor: a token, or the tensor itself."""
-
-    reference: weakref.ref[torch.Tensor]
-    shape: torch.Size  # of the tensor
-    dtype: torch.dtype
-    compressed: bool
-
-
 class _Left(NamedTuple):
     """What decompress() has to know about a tensor that Horovod reduces by itself."""
 
     dtype: torch.dtype  # of the tensor; Horovod may get a wider one
-
-
-class _Context(NamedTuple):
-    """What decompress() has to know about a tensor that is compressed."""
-
-    group: Group
-    reduction: InFlight
-    token: tuple[float, ...]
-    factor: float  # result = mean over ranks * factor
-    strides: tuple[int, ...] | None  # of the result; None: contiguous
-    dtype: torch.dtype
-    device: torch.device
-    sample: Sample | None  # of a step whose statistics are collected
 
 
 def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,6 +62,10 @@ def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+# The function above stands between compress() and its caller.
+_CALL_CODE = _never_traced(lambda: None).__code__
+
+
 class TorchFrontend(Frontend):
     """Horovod's interface for PyTorch, for methods of any kind."""
 
@@ -101,8 +81,18 @@ class TorchFrontend(Frontend):
         return {}
 
     @per_process
-    def _handed(self) -> dict[str, _Handed]:
-        """What Horovod was last given to reduce for a tensor, by its name."""
+    def _optimizers(self) -> weakref.WeakKeyDictionary[Any, Settled]:
+        """The buckets of each optimizer."""
+        return weakref.WeakKeyDictionary()
+
+    @per_process
+    def _calls(self) -> dict[int, Together]:
+        """The buckets of a call for several tensors that is under way, by its thread."""
+        return {}
+
+    @per_process
+    def _handed(self) -> dict[int, tuple[weakref.ref[torch.Tensor], Handed]]:
+        """What Horovod was given to reduce, by its id()."""
         return {}
 
     @per_process
@@ -129,7 +119,7 @@ class TorchFrontend(Frontend):
         """What to collect statistics of this step in, if it is one of those."""
         return None
 
-    def _collect(self, task: Task, sample: Sample) -> None:
+    def _collect(self, key: str, sample: Sample, plan: Plan, step: int) -> None:
         """Keep the statistics of a reduction that is done."""
 
     @property
@@ -145,14 +135,17 @@ class TorchFrontend(Frontend):
 
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
-        caller = find_caller(tensor, sys._getframe(1), self.config.FUNCTION)
-        handed, context = self._start(tensor, caller)
-        self._handed[caller.name] = _Handed(
-            weakref.ref(handed), tensor.shape, tensor.dtype, isinstance(context, _Context)
-        )
-        return handed, context
+        frame = sys._getframe(1)
+        if frame.f_back is not None and frame.f_code is _CALL_CODE:
+            frame = frame.f_back
+        hook = find_hook(tensor, frame)
+        settled = None if hook is None else self._optimizers.get(hook[0])
+        if hook is None or settled is None or not self._is_current(settled, hook[0].process_set):
+            caller = find_caller(tensor, frame, self.config.FUNCTION)
+            return self._start(tensor, caller)
+        return self._arrive(tensor, settled, *hook)
 
-    def _start(self, tensor: torch.Tensor, caller: Caller) -> tuple[torch.Tensor, _Left | _Context]:
+    def _start(self, tensor: torch.Tensor, caller: Caller) -> tuple[torch.Tensor, _Left | Context]:
         """What Horovod is to reduce in place of `tensor`, and what decompress() has to know."""
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
@@ -161,66 +154,154 @@ class TorchFrontend(Frontend):
                 "because the quantized mean is not differentiable; pass tensor.detach()."
             )
         group = self._group(caller.process_set)
-        self._guard(group, tensor, caller, eligible)
+        if caller.optimizer is not None:
+            settled = self._optimizers.get(caller.optimizer)
+            if settled is None or not self._is_current(settled, caller.process_set):
+                settled = self._optimizers[caller.optimizer] = Settled(group)
+            return self._arrive(tensor, settled, caller.optimizer, caller.parameter)
+        self._guard(group, tensor, caller.name, eligible)
         if not eligible:
-            return _left_to_horovod(tensor)
-        key = group.key(caller.name, caller.optimizer)
+            return self._left_to_horovod(tensor, caller.name)
+        if caller.together is not None and group.trials is None:
+            call = self._call_of(caller, group)
+            arrived = call.arrive(caller.place, tensor, lambda own: group.next_step(own.key))
+            if arrived is not None:
+                return arrived
+        key = group.key(caller.name, None)
         step = group.next_step(key)
-        plan = group.plan_of(step, tensor.numel())
+        plan = group.way_of(step, tensor.numel()).plan
         if plan is None:
-            return _left_to_horovod(tensor)
-        task, sample = self._task(tensor, caller, group, key, step, plan)
-        mark = token.make(caller.name, tensor.shape, tensors.DTYPES[tensor.dtype])
-        context = _Context(
-            group=group,
-            reduction=group.pipeline.submit(task),
-            token=mark,
-            factor=caller.scaling * (group.plan.world_size if caller.op == hvd.Sum else 1),
-            strides=tensors.dense_strides(tensor),
-            dtype=tensor.dtype,
-            device=tensor.device,
-            sample=sample,
-        )
-        return torch.from_numpy(np.array(mark)), context
+            return self._left_to_horovod(tensor, caller.name)
+        member = (caller.name, key, tensor)
+        bucket = Bucket(self, group, plan, [member], caller.op, caller.scaling)
+        return bucket.arrive(ALONE, 0, tensor, step)
 
-    def _guard(self, group: Group, tensor: torch.Tensor, caller: Caller, eligible: bool) -> None:
+    def _arrive(
+        self, tensor: torch.Tensor, settled: Settled, optimizer: Any, parameter: torch.Tensor
+    ) -> tuple[torch.Tensor, _Left | Context]:
+        """The same for a gradient of an optimizer."""
+        group, name = settled.group, optimizer._parameter_names[parameter]
+        eligible = self._eligible(tensor)
+        if eligible and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{self.config.FUNCTION}: the gradient of {name!r} must not require gradients, "
+                "because the quantized mean is not differentiable; detach it."
+            )
+        self._guard(group, tensor, name, eligible, optimizer)
+        if not eligible:
+            return self._left_to_horovod(tensor, name)
+        key = settled.key(name, optimizer)
+        step = group.next_step(key)
+        way = group.way_of(step, tensor.numel())
+        if way.plan is None:
+            return self._left_to_horovod(tensor, name)
+        members = settled.members(way, lambda: self._cut(optimizer, group, way))
+        arrived = settled.arrive(members, parameter, tensor, step)
+        if arrived is not None:
+            return arrived
+        # One that its bucket was not made for: of another dtype than its parameter, or new.
+        bucket = Bucket(self, group, way.plan, [(name, key, tensor)], optimizer.op, in_place=True)
+        return bucket.arrive(ALONE, 0, tensor, step)
+
+    def _cut(
+        self, optimizer: Any, group: Group, way: Way
+    ) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
+        """The buckets of an optimizer whose tensors go some way, and their parameters.
+
+        They depend on nothing but what is the same on every rank.
+        """
+        assert way.plan is not None
+        names = optimizer._parameter_names
+        # Gradients come about in the reverse order of the model.
+        parameters = [
+            parameter
+            for part in reversed(optimizer.param_groups)
+            for parameter in reversed(part["params"])
+            if parameter in optimizer._requires_update and self._eligible(parameter)
+        ]
+        alike: dict[Any, list[torch.Tensor]] = {}
+        for own in parameters:
+            if own.numel() >= way.min_elements:
+                # A group of Horovod's is handed over as a whole.
+                group_of = optimizer._p_to_group.get(own) if optimizer._groups is not None else None
+                kind = (id(group_of) if group_of else None, own.dtype, own.device)
+                alike.setdefault(kind, []).append(own)
+        limit = self.config.bucket_bytes
+        if self._method() is not None or (
+            way.plan.levels == "two-hop" and way.plan.block_size is None
+        ):
+            limit = 0
+        for (group_of, *_), members in alike.items():
+            sizes = [own.numel() * own.element_size() for own in members]
+            if group_of is not None and limit:
+                places = [range(len(members))]
+            else:
+                places = buckets.cut(sizes, self.config.first_bucket_bytes, limit)
+            for chosen in places:
+                own = [members[place] for place in chosen]
+                described = [(names[one], group.key(names[one], optimizer), one) for one in own]
+                yield (
+                    Bucket(self, group, way.plan, described, optimizer.op, in_place=True),
+                    own,
+                )
+
+    def _call_of(self, caller: Caller, group: Group) -> Together:
+        """The buckets of the call that reduces several tensors now."""
+        thread = threading.get_ident()
+        call = self._calls.get(thread)
+        if call is None or not call.goes_on(caller.together, caller.place):
+            alike: dict[Any, list[int]] = {}
+            for place, own in enumerate(caller.together):
+                if self._eligible(own) and not own.requires_grad:
+                    alike.setdefault((own.dtype, own.device), []).append(place)
+            base = caller.name.removesuffix(f".{caller.place}")
+            alone = self._method() is not None or (
+                group.plan.levels == "two-hop" and group.plan.block_size is None
+            )
+            members: dict[int, Member] = {}
+            for places in alike.values():
+                for chosen in [[place] for place in places] if alone else [places]:
+                    described = [
+                        (name, group.key(name, None), caller.together[place])
+                        for place in chosen
+                        for name in [f"{base}.{place}"]
+                    ]
+                    bucket = Bucket(self, group, group.plan, described, caller.op, caller.scaling)
+                    members.update(zip(chosen, bucket.members, strict=True))
+            call = self._calls[thread] = Together(caller.together, members)
+        return call
+
+    def _is_current(self, settled: Settled, process_set: Any) -> bool:
+        """Whether the ranks need not agree anew before an optimizer's next gradient."""
+        group = settled.group
+        known = self._groups.get(group.key_of_ranks) is group and settled.joins == group.joins
+        return known and _current(group, process_set)
+
+    def _guard(
+        self, group: Group, tensor: torch.Tensor, name: str, eligible: bool, optimizer: Any = None
+    ) -> None:
         """Compare replicas and log the tensor, where the options ask for it; changes nothing."""
-        if self.config.check_replicas is not None and caller.optimizer is not None:
-            self._compare_replicas(group, caller, self.config.check_replicas)
+        if self.config.check_replicas is not None and optimizer is not None:
+            self._compare_replicas(group, optimizer, name, self.config.check_replicas)
         if group.census is not None and group.census.wanted:
-            self._see(group.census, tensor, caller.name, eligible, group.plan)
+            self._see(group.census, tensor, name, eligible, group.plan)
 
-    def _task(
-        self, tensor: torch.Tensor, caller: Caller, group: Group, key: str, step: int, plan: Plan
-    ) -> tuple[Task, Sample | None]:
-        """The reduction of a tensor, and what collects its statistics, if it is their turn."""
-        values = self._stage(tensor.detach())
-        result_dtype = self.RESULT_DTYPE or values.dtype
-        # The optimizer's gradient is reduced where it lies, as by Horovod itself.
-        ours = caller.in_place or values.data_ptr() != tensor.data_ptr()
-        ours = ours and values.dtype == result_dtype
+    def _left_to_horovod(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, _Left]:
+        """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
+        if tensor.dtype == torch.bfloat16:
+            handed = tensor.float().contiguous()
+        else:  # what Horovod does not know at all it refuses in its own words
+            handed = tensor.contiguous() if tensors.dense(tensor) else tensor
+        self._hand(handed, Handed(name, tensor.shape, tensor.dtype, False))
+        return handed, _Left(tensor.dtype)
 
-        def new_output() -> Buffer:
-            return tensors.buffer(values if ours else tensors.new_output(values, result_dtype))
-
-        sample = self._sample(values, step)
-        task = Task(
-            name=stages.tensor_name(caller.name),
-            key=stages.tensor_name(key),
-            x=tensors.buffer(values),
-            new_output=new_output,
-            plan=plan,
-            collectives=group.collectives,
-            rank=group.rank,
-            seed=self.config.seed,
-            step=step,
-            written=written(values),
-            exchanges=group.exchanges,
-            method=self._method(),
-            memory=group.memories.setdefault(key, {}),
-            observe=None if sample is None else partial(_observe, sample),
-        )
-        return task, sample
+    def _hand(self, handed: torch.Tensor, own: Handed) -> None:
+        """Remember what Horovod is given for a tensor."""
+        known = self._handed
+        number = id(handed)
+        last = known.get(number)
+        if last is None or last[0]() is not handed:
+            known[number] = weakref.ref(handed, lambda _: known.pop(number, None)), own
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
@@ -229,26 +310,29 @@ class TorchFrontend(Frontend):
             return tensor
         if isinstance(ctx, _Left):
             return tensor.to(ctx.dtype)
-        assert isinstance(ctx, _Context)
-        if ctx.factor != 0:  # with a factor of zero nothing comes back of a token
+        assert isinstance(ctx, Context)
+        run, bucket = ctx.run, ctx.run.bucket
+        if run.open:
+            run.owner.flush()
+        if bucket.factor != 0:  # with a factor of zero nothing comes back of a token
+            own = bucket.members[ctx.place]
             try:
                 token.check(
                     tensor.tolist(),
-                    ctx.token,
-                    ctx.reduction.name,
-                    ctx.group.plan.world_size,
+                    bucket.marks[ctx.place],
+                    stages.tensor_name(own.name),
+                    bucket.plan.world_size,
                     self.config.FUNCTION,
                 )
             except ConfigMismatchError:
-                ctx.group.pipeline.give_up()
+                bucket.group.pipeline.give_up()
                 raise
-        mean = ctx.group.pipeline.finish(ctx.reduction).owner
-        assert isinstance(mean, torch.Tensor)
-        if ctx.sample is not None:
-            self._collect(ctx.reduction.task, ctx.sample)
-        if ctx.factor != 1:
-            mean.mul_(ctx.factor)
-        mean = mean.to(ctx.device, ctx.dtype)
+        mean = run.take(ctx.place)
+        if bucket.factor != 1:
+            mean.mul_(bucket.factor)
+        own = bucket.members[ctx.place]
+        if mean.dtype is not own.dtype or mean.device != own.device:
+            mean = mean.to(own.device, own.dtype)
         if ctx.strides is not None:
             # A channels_last gradient stays one: its optimizer state has these strides too.
             strided = torch.empty_strided(
@@ -278,25 +362,25 @@ class TorchFrontend(Frontend):
 
         Horovod may know nothing but a token.
         """
-        for name, handed in list(self._handed.items()):
-            if handed.reference() is tensor:
-                way = "left to Horovod"
-                if handed.compressed:
-                    way = f"compressed: Horovod reduces a token of {token.NUMBERS} float64 for it"
-                return (
-                    f"({self.config.FUNCTION}: on this rank tensor {name!r} has the shape "
-                    f"{tuple(handed.shape)} and the dtype {_name(handed.dtype)}, and is {way}. "
-                    "Every rank has to reduce a tensor of the same name, shape and dtype.)"
-                )
+        known = self._handed.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            handed = known[1]
+            way = "left to Horovod"
+            if handed.compressed:
+                way = f"compressed: Horovod reduces a token of {token.NUMBERS} float64 for it"
+            return (
+                f"({self.config.FUNCTION}: on this rank tensor {handed.name!r} has the shape "
+                f"{tuple(handed.shape)} and the dtype {_name(handed.dtype)}, and is {way}. "
+                "Every rank has to reduce a tensor of the same name, shape and dtype.)"
+            )
         return None
 
     # --------------------------------------------------------------------------------------- guards
 
-    def _compare_replicas(self, group: Group, caller: Caller, every: int) -> None:
+    def _compare_replicas(self, group: Group, optimizer: Any, name: str, every: int) -> None:
         """Where a step begins with this gradient, and it is its turn: start comparing."""
-        optimizer = caller.optimizer
         steps = group.checked.setdefault(optimizer, replicas.Steps())
-        step = steps.begin(caller.name)
+        step = steps.begin(name)
         if step is None or step % every:
             return
         # Those of a group that was added after the optimizer was wrapped have no names: Horovod
@@ -307,7 +391,7 @@ class TorchFrontend(Frontend):
             for index, own in enumerate(part["params"])
         }
         names = list(parameters)
-        ranks = caller.process_set.ranks or list(range(hvd.size()))
+        ranks = optimizer.process_set.ranks or list(range(hvd.size()))
         digests = [replicas.digest(tensors.bytes_of(own)) for own in parameters.values()]
         own = replicas.table(digests, group.rank, len(ranks))
         handle = group.collectives.allreduce_max(own, f"gq.replicas.{names[0]}")
@@ -348,7 +432,7 @@ class TorchFrontend(Frontend):
         Horovod's operations for our tensors, all others while tensors of ours are in flight (which
         move only when this rank comes back from them), and our own loops.
         """
-        given = {id(handed.reference()): name for name, handed in list(self._handed.items())}
+        given = {number: own.name for number, (_, own) in list(self._handed.items())}
         groups = list(self._groups.values())
         busy = any(group.pipeline.busy for group in groups)
         handles, library = hvd_ops._handle_map, numbering.library()
@@ -419,6 +503,7 @@ class TorchFrontend(Frontend):
         self._loaded.clear()
         self._loaded.update((_as_ranks(key), own) for key, own in state["process_sets"].items())
         self._groups.clear()
+        self._optimizers.clear()
 
     state_dict = ClassOrInstance(_state_dict)
     load_state_dict = ClassOrInstance(_load_state_dict)
@@ -487,6 +572,7 @@ class TorchFrontend(Frontend):
         loaded = self._loaded.get(key)
         group = Group(
             function=self.config.FUNCTION,
+            key_of_ranks=key,
             session=numbering.session(),
             rank=process_set.rank(),
             plan=plan,
@@ -531,15 +617,8 @@ class GlobalQSGD(TorchFrontend, Compression):
             return None
         return Sample(values.flatten().to("cpu", torch.float32, copy=True).numpy())
 
-    def _collect(self, task: Task, sample: Sample) -> None:
-        self.stats[stages.user_name(task.key)] = sample.stats(task, self.config.transport)
-
-
-def _observe(sample: Sample, task: Task, chunk: Chunk, output: Buffer) -> None:
-    """Add a chunk to the statistics of a step."""
-    assert isinstance(output.owner, torch.Tensor)
-    part = output.owner.detach().flatten()[chunk.start : chunk.stop]
-    sample.add(task, chunk, part.to("cpu", torch.float32).numpy())
+    def _collect(self, key: str, sample: Sample, plan: Plan, step: int) -> None:
+        self.stats[key] = sample.stats(plan, step, self.config.transport)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -585,15 +664,6 @@ def _mpi_problem() -> str | None:
         return f"because mpi4py does not import ({error}): `pip install gq-horovod[mpi]`"
     reason = mpi.problem(hvd.rank(), hvd.size())
     return None if reason is None else f"because {reason}"
-
-
-def _left_to_horovod(tensor: torch.Tensor) -> tuple[torch.Tensor, _Left]:
-    """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
-    left = _Left(tensor.dtype)
-    if tensor.dtype == torch.bfloat16:
-        return tensor.float().contiguous(), left
-    # What Horovod does not know at all it refuses in its own words.
-    return tensor.contiguous() if tensors.dense(tensor) else tensor, left
 
 
 def allreduce(

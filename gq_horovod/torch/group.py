@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from .. import log
 from ..guards import replicas
 from ..path import agreement
-from ..path.auto import Trials
+from ..path.auto import Trials, Way
 from ..path.config import Plan
 from ..path.pipeline import Exchanges, Pipeline
 from .collectives import Collectives
@@ -26,6 +27,7 @@ class Group:
     """State of an instance among the ranks of a process set."""
 
     function: str  # what errors name
+    key_of_ranks: tuple[int, ...]  # of the process set; () for the global one
     session: object  # identifies an hvd.init()
     rank: int
     plan: Plan
@@ -84,11 +86,15 @@ class Group:
             self.steps[key] = step + 1
             return step
 
-    def plan_of(self, step: int, elements: int) -> Plan | None:
-        """The plan of a tensor's reduction; None where a trial leaves it to Horovod."""
+    def way_of(self, step: int, elements: int) -> Way:
+        """How a tensor is reduced; without a plan where a trial leaves it to Horovod."""
         if self.trials is None:
-            return self.plan
-        return self.trials.way(step - self.first_step, elements).plan
+            return self._way
+        return self.trials.way(step - self.first_step, elements)
+
+    @cached_property
+    def _way(self) -> Way:
+        return Way("plan", self.plan)
 
     @property
     def end_step(self) -> int:

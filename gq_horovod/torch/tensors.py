@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from mpi_ops.kernels.host import Buffer
 
 DTYPES = {
     torch.float32: "float32",
@@ -39,14 +38,13 @@ def _cupy_is_there() -> bool:
     return True
 
 
-def buffer(tensor: torch.Tensor) -> Buffer:
-    """The memory of a contiguous tensor, for kernels."""
-    memory, stream = "host", None
-    if tensor.is_cuda:
-        from mpi_ops.kernels import device  # imports CuPy
+def memory_of(tensor: torch.Tensor) -> tuple[str, Any]:
+    """Where a tensor lies, for kernels, and the stream for those on a device."""
+    if not tensor.is_cuda:
+        return "host", None
+    from mpi_ops.kernels import device  # imports CuPy
 
-        memory, stream = "device", device.own_stream(tensor.get_device())
-    return Buffer(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel(), tensor, memory, stream)
+    return "device", device.own_stream(tensor.get_device())
 
 
 def new_output(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from .. import lanes
 from . import host
-from .interface import SIGNATURES, Buffer, Kernels
+from .interface import SIGNATURES, Buffer, Kernels, Tensors
 
 # The flags are part of the arithmetic, like those of the host library: no fused multiply-add, IEEE
 # division, and denormals as they are. CuPy's own compiling would add -ftz=true behind these, which
@@ -165,9 +165,10 @@ class Device(Kernels):
         return cupy.asarray(np.array([self.address(array) for array in arrays], dtype=np.uint64))
 
     @contextmanager
-    def on_device_of(self, buffer: Buffer) -> Iterator[None]:
+    def on_device_of(self, buffer: Buffer | Tensors) -> Iterator[None]:
         stream = nullcontext() if buffer.stream is None else buffer.stream
-        with cupy.cuda.Device(_device_of(buffer.pointer)), stream:
+        pointer = buffer.pointer if isinstance(buffer, Buffer) else int(buffer.pointers.max())
+        with cupy.cuda.Device(_device_of(pointer)), stream:
             yield
 
     def upload(self, array: NDArray[Any]) -> Any:
@@ -208,6 +209,88 @@ class Device(Kernels):
             variant = f"_{number}" if number in _OWN_KERNEL else ""
             variant += "_square" if arguments[6] else ""
         _launch(name, dtype, threads, *arguments, variant=variant)
+
+    # ------------------------------------------------------------------------------------- tables
+
+    def measure_table(
+        self, norm: str, dtype: str, segments: NDArray[Any], block_size: int, norms: Any
+    ) -> None:
+        for x, block, own in _each(dtype, segments, block_size):
+            target = norms[own["norms"] :][: lanes.blocks(x.size, block)]
+            if x.pointer:
+                self._norms(norm, x, block, target)
+            else:
+                target.fill(0)
+
+    def quantize_table(
+        self,
+        dtype: str,
+        segments: NDArray[Any],
+        norms: Any,
+        payload: Any,
+        *,
+        block_size: int,
+        bits: int,
+        levels: int,
+        square: bool,
+    ) -> None:
+        for x, block, own in _each(dtype, segments, block_size):
+            assert own["group"] == 0, "only a rank's share begins elsewhere, and lies in the host"
+            measure = lanes.standard_words if levels else lanes.exponential_bytes
+            size = measure(x.size, bits) if x.pointer else 0
+            place = own["payload"]
+            payload[place + size : own["stop"]] = 0
+            if not x.pointer:
+                continue
+            out = payload[place : place + size]
+            by = norms[own["norms"] :][: lanes.blocks(x.size, block)]
+            dither = np.ascontiguousarray(own["random"])
+            if levels:
+                self.quantize_standard(
+                    *(x, by),
+                    block_size=block,
+                    bits=bits,
+                    levels=levels,
+                    dither=dither,
+                    square=square,
+                    out=out,
+                )
+            else:
+                self.quantize_exponential(
+                    x, by, block_size=block, bits=bits, dither=dither, out=out
+                )
+
+    def dequantize_table(
+        self,
+        dtype: str,
+        segments: NDArray[Any],
+        norms: Any,
+        payload: Any,
+        *,
+        block_size: int,
+        bits: int,
+        divisor: int,
+        square: bool,
+    ) -> None:
+        for x, block, own in _each(dtype, segments, block_size):
+            if not x.pointer:
+                continue
+            measure = lanes.standard_words if divisor else lanes.exponential_bytes
+            codes = payload[own["payload"] :][: measure(x.size, bits)]
+            by = norms[own["norms"] :][: lanes.blocks(x.size, block)]
+            if divisor:
+                self.dequantize_standard(
+                    *(codes, by, x), block_size=block, bits=bits, divisor=divisor, square=square
+                )
+            else:
+                self.dequantize_exponential(codes, by, x, block_size=block, bits=bits)
+
+
+def _each(dtype: str, segments: NDArray[Any], block_size: int) -> Iterator[tuple[Buffer, int, Any]]:
+    """The segments of a table, with their block sizes."""
+    for own in segments:
+        x = Buffer(int(own["x"]), dtype, int(own["elements"]), None, "device")
+        yield x, block_size or lanes.whole_tensor_block(x.size), own
 
 
 @cache

@@ -27,6 +27,46 @@ constexpr int kStatusBadBits = 2;
 
 GQ_INLINE int64_t rows_of(int64_t count) { return (count + kRow - 1) / kRow; }
 
+// A tensor, or a part of one, in a table of those that one call works on. The same fields as
+// SEGMENT in interface.py. Norms and payloads are those of all segments, and places count their
+// elements.
+struct Segment {
+  void* x;  // its elements; null: zeros, and no results
+  int64_t elements;
+  int64_t norms;       // place of its first norm
+  int64_t payload;     // place of its codes
+  int64_t stop;        // place where what follows the codes ends, which becomes zeros
+  uint32_t random[4];  // its dither
+  int64_t group;       // the group of kGroupRows rows, in its dither, that it begins with
+};
+
+GQ_INLINE int64_t whole_block(int64_t count) { return (count > 0 ? rows_of(count) : 1) * kRow; }
+
+GQ_INLINE int64_t standard_words(int64_t count, int bits) {
+  const int lanes = 32 / bits;
+  return (rows_of(count) + lanes - 1) / lanes * kRow;
+}
+
+GQ_INLINE int64_t exponential_bytes(int64_t count, int bits) {
+  const int per_byte = 8 / bits;
+  return (rows_of(count) + per_byte - 1) / per_byte * kRow;
+}
+
+// Norms of zeros.
+GQ_INLINE int cleared(int32_t* norms, int64_t count, int64_t block) {
+  const int64_t blocks = (count + block - 1) / block;
+  __builtin_memset(norms, 0, sizeof(int32_t) * static_cast<size_t>(blocks));
+  return kStatusOk;
+}
+
+// Zeros behind a segment's `size` codes; and in their place, where there are no elements.
+template <typename T>
+GQ_INLINE void pad(T* payload, const Segment& s, int64_t size) {
+  const int64_t begin = s.payload + (s.x == nullptr ? 0 : size);
+  if (begin < s.stop)
+    __builtin_memset(payload + begin, 0, sizeof(T) * static_cast<size_t>(s.stop - begin));
+}
+
 // ------------------------------------------------------------------------------------------ norms
 
 // Tensors from this size on do not fit the caches.
@@ -144,13 +184,13 @@ GQ_INLINE int32_t standard_code(const T* x, const uint32_t (*words)[kRow], const
 template <typename T, int kLanes, bool kSquare>
 GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
                                       const int32_t* norms, int bits, int levels,
-                                      const Dither& dither, int32_t* payload) {
+                                      const Dither& dither, int64_t first, int32_t* payload) {
   const int lanes = 32 / bits;
   const float limit = limit_of<kSquare>(levels);
   RowNorms row_norms{norms, block / kRow};
   Scale scale = {1.0f, 0.0f};
   int lane = 0;
-  for (int64_t begin = 0, group = 0; begin < count; begin += kGroup, ++group) {
+  for (int64_t begin = 0, group = first; begin < count; begin += kGroup, ++group) {
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, limit, scale, scales);
@@ -367,12 +407,13 @@ GQ_INLINE Random keyed(const Random& random, const uint8_t* a, const uint8_t* b,
 // contents.
 template <int kBits, int kInputs, bool kKeyed>
 GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
-                                       float factor, const Random& random, uint8_t* out) {
+                                       float factor, const Random& random, int64_t first,
+                                       uint8_t* out) {
   constexpr int kPerByte = 8 / kBits;
   constexpr int kByteRows = kGroupRows / kPerByte;
   constexpr int kGroupBytes = kByteRows * kRow;
   const int n = kInputs > 0 ? kInputs : inputs;
-  for (int64_t begin = 0, group = 0; begin < bytes; begin += kGroupBytes, ++group) {
+  for (int64_t begin = 0, group = first; begin < bytes; begin += kGroupBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[2][kGroupBytes];
     Random stream = random;
@@ -423,14 +464,14 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
 // The same for 4-bit codes, not keyed. Their levels are integers in units of the smallest one,
 // which one look-up decodes for 32 codes, and sums of integers are those of floats, as exact.
 GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
-                                  float factor, const Random& random, uint8_t* out) {
+                                  float factor, const Random& random, int64_t first, uint8_t* out) {
   constexpr int kByteRows = kGroupRows / 2;
   constexpr int kGroupBytes = kByteRows * kRow;
   alignas(16) uint8_t units[16];
   for (int code = 0; code < 16; ++code)
     units[code] = static_cast<uint8_t>(
         static_cast<int8_t>(decode_exponential<4>(code) / decode_exponential<4>(1)));
-  for (int64_t begin = 0, group = 0; begin < bytes; begin += kGroupBytes, ++group) {
+  for (int64_t begin = 0, group = first; begin < bytes; begin += kGroupBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[kGroupBytes];
     alignas(64) int32_t sums[kGroupRows][kRow] = {};
@@ -555,35 +596,41 @@ GQ_EXPORT(gq_l2norm)(int dtype, const void* x, int64_t count, int64_t block, int
 template <bool kSquare>
 GQ_INLINE int quantize_standard_any(int dtype, const void* x, int64_t count, int64_t block,
                                     const int32_t* norms, int bits, int levels,
-                                    const Dither& dither, int32_t* payload) {
+                                    const Dither& dither, int64_t first, int32_t* payload) {
   switch (32 / bits) {
     case 2:
-      GQ_DISPATCH(dtype,
-                  (quantize_standard_rows<T, 2, kSquare>(static_cast<const T*>(x), count, block,
-                                                         norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 2, kSquare>(static_cast<const T*>(x), count,
+                                                                block, norms, bits, levels, dither,
+                                                                first, payload)));
     case 4:
-      GQ_DISPATCH(dtype,
-                  (quantize_standard_rows<T, 4, kSquare>(static_cast<const T*>(x), count, block,
-                                                         norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 4, kSquare>(static_cast<const T*>(x), count,
+                                                                block, norms, bits, levels, dither,
+                                                                first, payload)));
     case 8:
-      GQ_DISPATCH(dtype,
-                  (quantize_standard_rows<T, 8, kSquare>(static_cast<const T*>(x), count, block,
-                                                         norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8, kSquare>(static_cast<const T*>(x), count,
+                                                                block, norms, bits, levels, dither,
+                                                                first, payload)));
     default:
-      GQ_DISPATCH(dtype,
-                  (quantize_standard_rows<T, 0, kSquare>(static_cast<const T*>(x), count, block,
-                                                         norms, bits, levels, dither, payload)));
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 0, kSquare>(static_cast<const T*>(x), count,
+                                                                block, norms, bits, levels, dither,
+                                                                first, payload)));
   }
+}
+
+static int quantize_standard(int dtype, const void* x, int64_t count, int64_t block,
+                             const int32_t* norms, int bits, int levels, int square,
+                             const uint32_t* random, int64_t first, int32_t* payload) {
+  const Dither dither = dither_of({{random[0], random[1]}, {random[2], random[3]}});
+  return square ? quantize_standard_any<true>(dtype, x, count, block, norms, bits, levels, dither,
+                                              first, payload)
+                : quantize_standard_any<false>(dtype, x, count, block, norms, bits, levels, dither,
+                                               first, payload);
 }
 
 GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
                                 const int32_t* norms, int bits, int levels, int square,
                                 const uint32_t* random, int32_t* payload) {
-  const Dither dither = dither_of({{random[0], random[1]}, {random[2], random[3]}});
-  return square ? quantize_standard_any<true>(dtype, x, count, block, norms, bits, levels, dither,
-                                              payload)
-                : quantize_standard_any<false>(dtype, x, count, block, norms, bits, levels, dither,
-                                               payload);
+  return quantize_standard(dtype, x, count, block, norms, bits, levels, square, random, 0, payload);
 }
 
 GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t count, int64_t block,
@@ -647,19 +694,24 @@ GQ_EXPORT(gq_dequantize_exponential)(int dtype, const uint8_t* codes, int64_t co
   return kStatusBadBits;
 }
 
-GQ_EXPORT(gq_reduce_exponential)
-(const uint8_t* const* codes, int inputs, int64_t bytes, int bits, float factor,
- const uint32_t* random, uint8_t* out) {
+static int reduce_exponential(const uint8_t* const* codes, int inputs, int64_t bytes, int bits,
+                              float factor, const uint32_t* random, int64_t first, uint8_t* out) {
   const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
   if (bits == 8 && inputs == 2)
-    reduce_exponential_rows<8, 2, false>(codes, inputs, bytes, factor, generator, out);
+    reduce_exponential_rows<8, 2, false>(codes, inputs, bytes, factor, generator, first, out);
   else if (bits == 8)
-    reduce_exponential_rows<8, 0, false>(codes, inputs, bytes, factor, generator, out);
+    reduce_exponential_rows<8, 0, false>(codes, inputs, bytes, factor, generator, first, out);
   else if (bits == 4)
-    reduce_packed_rows(codes, inputs, bytes, factor, generator, out);
+    reduce_packed_rows(codes, inputs, bytes, factor, generator, first, out);
   else
     return kStatusBadBits;
   return kStatusOk;
+}
+
+GQ_EXPORT(gq_reduce_exponential)
+(const uint8_t* const* codes, int inputs, int64_t bytes, int bits, float factor,
+ const uint32_t* random, uint8_t* out) {
+  return reduce_exponential(codes, inputs, bytes, bits, factor, random, 0, out);
 }
 
 // The operation of MPI: inout = round(in + inout), a pure function of the two and of `random`.
@@ -668,11 +720,91 @@ GQ_EXPORT(gq_add_exponential)
   const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
   const uint8_t* codes[2] = {in, inout};
   if (bits == 8)
-    reduce_exponential_rows<8, 2, true>(codes, 2, bytes, 1.0f, generator, inout);
+    reduce_exponential_rows<8, 2, true>(codes, 2, bytes, 1.0f, generator, 0, inout);
   else if (bits == 4)
     add_packed_rows(in, inout, bytes, generator);
   else
     return kStatusBadBits;
+  return kStatusOk;
+}
+
+// --------------------------------------------------------------------------- tables of segments
+
+// Runs `statement` for every segment of a table, and returns the first status that is not fine.
+#define GQ_EACH(segments, statement)                                   \
+  for (int64_t own = 0; own < count; ++own) {                          \
+    const Segment& s = segments[own];                                  \
+    const int64_t width = block > 0 ? block : whole_block(s.elements); \
+    const int status = statement;                                      \
+    if (status != kStatusOk) return status;                            \
+  }                                                                    \
+  return kStatusOk
+
+GQ_EXPORT(gq_absmax_table)
+(int dtype, const Segment* segments, int64_t count, int64_t block, int32_t* norms) {
+  GQ_EACH(segments, s.x == nullptr ? cleared(norms + s.norms, s.elements, width)
+                                   : GQ_JOIN(gq_absmax, GQ_ISA)(dtype, s.x, s.elements, width,
+                                                                norms + s.norms));
+}
+
+GQ_EXPORT(gq_l2norm_table)
+(int dtype, const Segment* segments, int64_t count, int64_t block, int32_t* norms) {
+  GQ_EACH(segments, s.x == nullptr ? cleared(norms + s.norms, s.elements, width)
+                                   : GQ_JOIN(gq_l2norm, GQ_ISA)(dtype, s.x, s.elements, width,
+                                                                norms + s.norms));
+}
+
+GQ_EXPORT(gq_quantize_standard_table)
+(int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
+ int levels, int square, int32_t* payload) {
+  GQ_EACH(segments, (pad(payload, s, standard_words(s.elements, bits)),
+                     s.x == nullptr ? kStatusOk
+                                    : quantize_standard(dtype, s.x, s.elements, width,
+                                                        norms + s.norms, bits, levels, square,
+                                                        s.random, s.group, payload + s.payload)));
+}
+
+GQ_EXPORT(gq_dequantize_standard_table)
+(int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
+ int square, int64_t divisor, const int32_t* payload) {
+  GQ_EACH(segments, s.x == nullptr ? kStatusOk
+                                   : GQ_JOIN(gq_dequantize_standard, GQ_ISA)(
+                                         dtype, payload + s.payload, s.elements, width,
+                                         norms + s.norms, bits, square, divisor, s.x));
+}
+
+GQ_EXPORT(gq_quantize_exponential_table)
+(int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
+ uint8_t* codes) {
+  GQ_EACH(segments, (pad(codes, s, exponential_bytes(s.elements, bits)),
+                     s.x == nullptr ? kStatusOk
+                                    : GQ_JOIN(gq_quantize_exponential, GQ_ISA)(
+                                          dtype, s.x, s.elements, width, norms + s.norms, bits, 0,
+                                          s.random, codes + s.payload)));
+}
+
+GQ_EXPORT(gq_dequantize_exponential_table)
+(int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
+ const uint8_t* codes) {
+  GQ_EACH(segments, s.x == nullptr ? kStatusOk
+                                   : GQ_JOIN(gq_dequantize_exponential, GQ_ISA)(
+                                         dtype, codes + s.payload, s.elements, width,
+                                         norms + s.norms, bits, 0, s.x));
+}
+
+// The segments' codes lie at the same places in all inputs and in `out`.
+GQ_EXPORT(gq_reduce_exponential_table)
+(const uint8_t** codes, int inputs, const Segment* segments, int64_t count, int bits, float factor,
+ uint8_t* out) {
+  int64_t at = 0;  // what the inputs point to now
+  for (int64_t own = 0; own < count; ++own) {
+    const Segment& s = segments[own];
+    for (int i = 0; i < inputs; ++i) codes[i] += s.payload - at;
+    at = s.payload;
+    const int status = reduce_exponential(codes, inputs, exponential_bytes(s.elements, bits), bits,
+                                          factor, s.random, s.group, out + s.payload);
+    if (status != kStatusOk) return status;
+  }
   return kStatusOk;
 }
 

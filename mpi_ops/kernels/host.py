@@ -20,9 +20,18 @@ from .. import lanes
 
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
-from .interface import INT32, SIGNATURES, Kernels, check_square, host_address, require
+from .interface import (
+    INT32,
+    SIGNATURES,
+    TABLE_SIGNATURES,
+    Kernels,
+    check_square,
+    host_address,
+    require,
+)
 from .interface import ITEM_BYTES as ITEM_BYTES
 from .interface import Buffer as Buffer
+from .interface import Tensors as Tensors
 
 INSTRUCTION_SETS = ("baseline", "x86_64_v3", "x86_64_v4")
 
@@ -68,7 +77,7 @@ _TYPES = {
     "f": ctypes.c_float,
     "r": ctypes.c_void_p,
 }
-_SIGNATURES = {**SIGNATURES, "mean_standard": "pillpiilp", "philox": "ppip"}
+_SIGNATURES = {**SIGNATURES, **TABLE_SIGNATURES, "mean_standard": "pillpiilp", "philox": "ppip"}
 
 
 @cache
@@ -101,7 +110,7 @@ class Host(Kernels):
     def table(self, arrays: Sequence[NDArray[Any]]) -> Any:
         return (ctypes.c_void_p * len(arrays))(*map(self.address, arrays))
 
-    def on_device_of(self, buffer: Buffer) -> AbstractContextManager[object]:
+    def on_device_of(self, buffer: Buffer | Tensors) -> AbstractContextManager[object]:
         return _NO_DEVICE
 
     def upload(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -163,6 +172,84 @@ class Host(Kernels):
             *(bits, square, divisor, self.address(mean)),
         )
         return mean
+
+    # ------------------------------------------------------------------------------------- tables
+
+    def measure_table(
+        self,
+        norm: str,
+        dtype: str,
+        segments: NDArray[Any],
+        block_size: int,
+        norms: NDArray[np.int32],
+    ) -> None:
+        self._over(f"{norm}_table", dtype, segments, block_size, self.address(norms))
+
+    def quantize_table(
+        self,
+        dtype: str,
+        segments: NDArray[Any],
+        norms: NDArray[np.int32],
+        payload: NDArray[Any],
+        *,
+        block_size: int,
+        bits: int,
+        levels: int,
+        square: bool,
+    ) -> None:
+        places = self.address(norms), self.address(payload)
+        if levels:
+            self._over(
+                *("quantize_standard_table", dtype, segments, block_size),
+                *(places[0], bits, levels, square, places[1]),
+            )
+        else:
+            self._over(
+                *("quantize_exponential_table", dtype, segments, block_size),
+                *(places[0], bits, places[1]),
+            )
+
+    def dequantize_table(
+        self,
+        dtype: str,
+        segments: NDArray[Any],
+        norms: NDArray[np.int32],
+        payload: NDArray[Any],
+        *,
+        block_size: int,
+        bits: int,
+        divisor: int,
+        square: bool,
+    ) -> None:
+        places = self.address(norms), self.address(payload)
+        if divisor:
+            self._over(
+                *("dequantize_standard_table", dtype, segments, block_size),
+                *(places[0], bits, square, divisor, places[1]),
+            )
+        else:
+            self._over(
+                *("dequantize_exponential_table", dtype, segments, block_size),
+                *(places[0], bits, places[1]),
+            )
+
+    def reduce_table(
+        self,
+        inputs: Sequence[NDArray[np.uint8]],
+        segments: NDArray[Any],
+        *,
+        bits: int,
+        factor: float,
+        out: NDArray[np.uint8],
+    ) -> None:
+        """`reduce_exponential` of the segments of several inputs, a row each, to `out`."""
+        own = self.address(segments), len(segments)
+        arguments = self.table(inputs), len(inputs), *own, bits, factor, self.address(out)
+        self.launch("reduce_exponential_table", None, 0, *arguments)
+
+    def _over(self, name: str, dtype: str, segments: NDArray[Any], *arguments: Any) -> None:
+        if len(segments):
+            self.launch(name, dtype, 0, self.address(segments), len(segments), *arguments)
 
 
 KERNELS = Host()

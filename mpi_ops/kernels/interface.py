@@ -38,6 +38,32 @@ SIGNATURES = {
     "add_exponential": "pplir",
 }
 
+# Of one call for the tensors of a bucket: the segments and their number in place of a pointer and a
+# size; a block size of 0 makes a block of each segment.
+TABLE_SIGNATURES = {
+    "absmax_table": "dpllp",
+    "l2norm_table": "dpllp",
+    "quantize_standard_table": "dpllpiiip",
+    "dequantize_standard_table": "dpllpiilp",
+    "quantize_exponential_table": "dpllpip",
+    "dequantize_exponential_table": "dpllpip",
+    "reduce_exponential_table": "piplifp",
+}
+
+# A tensor, or a part of one, in a table; the same fields as Segment in host.cpp. Norms and payload
+# are those of all segments, and places count their elements.
+SEGMENT = np.dtype(
+    [
+        ("x", np.uint64),  # address of its elements; 0: zeros, and no results
+        ("elements", np.int64),
+        ("norms", np.int64),  # place of its first norm
+        ("payload", np.int64),  # place of its codes
+        ("stop", np.int64),  # place where what follows the codes ends, which becomes zeros
+        ("random", np.uint32, 4),  # its dither
+        ("group", np.int64),  # the lanes.GROUP elements, in its dither, that it begins with
+    ]
+)
+
 Array = Any  # numpy.ndarray in host memory, cupy.ndarray on a device
 
 # Kernels of small tensors take less than NumPy does to make a dtype of a type, or an address.
@@ -104,6 +130,22 @@ class Buffer(NamedTuple):
         return cls(pointer, name, size, array, memory)
 
 
+class Tensors(NamedTuple):
+    """Contiguous tensors of one dtype, in one kind of memory."""
+
+    pointers: NDArray[np.uint64]  # 0: a tensor of zeros, which takes no results
+    dtype: str  # a key of DTYPES
+    owner: object  # keeps the memory alive
+    memory: str = "host"
+    stream: Any = None  # as a Buffer's
+
+    @classmethod
+    def of(cls, buffer: Buffer) -> Tensors:
+        """A single one."""
+        pointers = np.array([buffer.pointer], dtype=np.uint64)
+        return cls(pointers, buffer.dtype, buffer.owner, buffer.memory, buffer.stream)
+
+
 # ------------------------------------------------------------------------------------------- checks
 
 
@@ -164,7 +206,7 @@ class Kernels(ABC):
         """The addresses of several arrays, as an argument of a kernel."""
 
     @abstractmethod
-    def on_device_of(self, buffer: Buffer) -> AbstractContextManager[object]:
+    def on_device_of(self, buffer: Buffer | Tensors) -> AbstractContextManager[object]:
         """What to call kernels in, so that they run on the device of a buffer."""
 
     @abstractmethod
@@ -412,3 +454,41 @@ class Kernels(ABC):
         require(name, "bits", bits in lanes.EXPONENTIAL_BITS, "4 or 8", bits)
         # Its threads take eight bytes each, of either width.
         self.launch(name, None, size, source, target, size, bits, *self.random(dither))
+
+    # ------------------------------------------------------------------------------------- tables
+
+    @abstractmethod
+    def measure_table(
+        self, norm: str, dtype: str, segments: NDArray[Any], block_size: int, norms: Array
+    ) -> None:
+        """Run "absmax" or "l2norm" over the blocks of all segments."""
+
+    @abstractmethod
+    def quantize_table(
+        self,
+        dtype: str,
+        segments: NDArray[Any],
+        norms: Array,
+        payload: Array,
+        *,
+        block_size: int,
+        bits: int,
+        levels: int,
+        square: bool,
+    ) -> None:
+        """Codes of all segments; exponential ones where `levels` is 0."""
+
+    @abstractmethod
+    def dequantize_table(
+        self,
+        dtype: str,
+        segments: NDArray[Any],
+        norms: Array,
+        payload: Array,
+        *,
+        block_size: int,
+        bits: int,
+        divisor: int,
+        square: bool,
+    ) -> None:
+        """What the codes of all segments stand for; exponential ones where `divisor` is 0."""

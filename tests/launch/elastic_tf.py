@@ -80,13 +80,13 @@ def make_step(way: str, model: Any, compression: GlobalQSGD) -> tuple[Any, Calla
 
 def note_levels() -> list[int]:
     """The levels of the last quantization, as the only member."""
-    levels, quantize = [0], codec.quantize
+    levels, quantize = [0], codec.quantize_parcel
 
-    def noting(x: Any, norms: Any, plan: Any, *rest: Any, **options: Any) -> Any:
+    def noting(x: Any, segments: Any, norms: Any, plan: Any, out: Any) -> None:
         levels[0] = plan.level_count
-        return quantize(x, norms, plan, *rest, **options)
+        quantize(x, segments, norms, plan, out)
 
-    codec.quantize = noting
+    codec.quantize_parcel = noting
     return levels
 
 

@@ -19,9 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
 import fake_cupy
 
 from gq_horovod import torch as plugin
-from gq_horovod.torch import frontend, tensors
+from gq_horovod.torch import buckets, tensors
 from gq_horovod.torch.collectives import Written
-from mpi_ops.kernels.interface import Buffer
 
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,11 +28,10 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(memory).copy_(tensor)
 
 
-def _buffer(tensor: torch.Tensor) -> Buffer:
+def _memory(tensor: torch.Tensor) -> tuple[str, Any]:
     from mpi_ops.kernels import device
 
-    size, stream = tensor.numel(), device.own_stream(0)
-    return Buffer(tensor.data_ptr(), "float32", size, tensor, "device", stream)
+    return "device", device.own_stream(0)
 
 
 class _Event:
@@ -68,8 +66,8 @@ def test_the_same_bytes_as_in_host_memory(
     expected = mean()
     with fake_cupy.installed(tmp_path / "emulation", ["float32"]):
         monkeypatch.setattr(tensors, "readable", _on_gpu)
-        monkeypatch.setattr(tensors, "buffer", _buffer)
-        monkeypatch.setattr(frontend, "written", lambda values: Written(_Event(values)))
+        monkeypatch.setattr(tensors, "memory_of", _memory)
+        monkeypatch.setattr(buckets, "written", lambda values: Written(_Event(values)))
         launches = fake_cupy.Module.launches
         result = mean()
         kernels = {kernel for kernel, *_ in launches}

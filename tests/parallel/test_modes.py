@@ -95,8 +95,10 @@ def test_functions(method: str, mode: str, name: str) -> None:
             assert (result.dtype, result.device) == (tensor.dtype, tensor.device)
             assert result.shape == tensor.shape
         results.append(found)
+    # PowerSGD's factors are float sums of Horovod's, which fusion orders from three ranks on.
+    exact = method != "powersgd" or hvd.size() == 2
     for plain, other in zip(*results, strict=True):
-        assert torch.equal(plain, other)
+        assert torch.equal(plain, other) if exact else torch.allclose(plain, other, atol=1e-5)
     check_replicas(*(result.contiguous() for result in results[1]))
 
 

@@ -11,6 +11,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import horovod.torch as hvd
@@ -19,10 +20,11 @@ import pytest
 import torch
 from helpers import all_bytes, check_mean, check_replicas, compressor, gradient
 
-from gq_horovod.path.config import Plan
+from gq_horovod.path import pipeline
+from gq_horovod.path.pipeline import Method, Reduced, Task
 from gq_horovod.torch import GlobalQSGD
-from mpi_ops import codec
-from mpi_ops.kernels.host import Buffer
+from mpi_ops.kernels.host import Tensors
+from mpi_ops.layout import Parcel, Piece
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -428,17 +430,20 @@ def test_loss_scaling_skips_a_step_on_all_ranks_together(levels: str, value: flo
 # --------------------------------------------------------------------------- without the quantizer
 
 
-def _values(buffer: Buffer) -> Any:
-    return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
+def _values(tensors: Tensors, piece: Piece) -> Any:
+    address = int(tensors.pointers[piece.tensor]) + 4 * piece.start
+    return np.ctypeslib.as_array((ctypes.c_float * piece.elements).from_address(address))
 
 
-def _integers(x: Buffer, norms: Any, plan: Plan, random: Any, out: Any = None) -> Any:
-    assert out is None, "standard levels are quantized into their own payload"
-    return _values(x).astype(np.int32)
+def _integers(task: Task, own: Any, parcel: Parcel, *_: Any) -> Any:
+    return np.concatenate([_values(task.x, piece) for piece in parcel.pieces]).astype(np.int32)
 
 
-def _means(payload: Any, norms: Any, plan: Plan, out: Buffer) -> None:
-    _values(out)[...] = payload / plan.world_size
+def _means(task: Task, parcel: Parcel, reduced: Reduced, out: Tensors) -> None:
+    begin = 0
+    for piece in parcel.pieces:
+        _values(out, piece)[...] = reduced.payload[begin:][: piece.elements] / task.plan.world_size
+        begin += piece.elements
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -446,8 +451,8 @@ def test_without_quantization_it_is_horovod_bit_for_bit(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Integers that are multiples of the number of ranks, so that no sum or mean is rounded."""
-    monkeypatch.setattr(codec, "quantize", _integers)
-    monkeypatch.setattr(codec, "dequantize", _means)
+    exact = Method(partial(pipeline.standard, quantize=_integers), _means)
+    monkeypatch.setitem(pipeline.METHODS, "standard", exact)
     rows = []
     own_way = compressor(min_elements=MIN_ELEMENTS, transport="horovod")
     for compression in (own_way, hvd.Compression.none):

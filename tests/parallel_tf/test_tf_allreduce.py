@@ -123,7 +123,7 @@ def test_any_number_of_elements(levels: str, bits: int | None, name: str) -> Non
 def test_a_large_tensor(
     levels: str, bits: int, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 20_000)  # so that it is one
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 20_000)  # so that it is one
     compression = compressor(levels, bits)
     inputs = gradients(100_003, tag=17)
     result = run(mode, lambda x: allreduce(x, name, compression=compression), inputs[hvd.rank()])

@@ -40,19 +40,19 @@ def both() -> Iterator[None]:
 def test_both_send_the_same_bytes(
     levels: Any, bits: int | None, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 20_000)  # three chunks
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 20_000)  # three chunks
     sent: list[bytes] = []
 
-    def recorded(function: Any) -> Any:
-        def stage(*arguments: Any, **options: Any) -> Any:
-            payload = function(*arguments, **options)
-            sent.append(payload.tobytes())
-            return payload
+    def recorded(function: Any, out: int) -> Any:
+        def stage(*arguments: Any) -> Any:
+            result = function(*arguments)
+            sent.append(arguments[out].tobytes())
+            return result
 
         return stage
 
-    for stage in ("norms", "quantize", "reduce"):
-        monkeypatch.setattr(codec, stage, recorded(getattr(codec, stage)))
+    for stage, place in (("measure", 3), ("quantize_parcel", 4), ("reduce_share", 3)):
+        monkeypatch.setattr(codec, stage, recorded(getattr(codec, stage), place))
     options: dict[str, Any] = {"levels": levels, "bits": bits, "seed": 7, "min_elements": 0}
     ours = with_tensorflow.GlobalQSGD(**options)
     theirs = with_torch.GlobalQSGD(**options)

@@ -35,7 +35,7 @@ from gq_horovod.research.baselines import (
     QSGDConfig,
     TernGradConfig,
 )
-from mpi_ops.chunks import Chunk
+from mpi_ops.kernels.host import Tensors
 
 METHODS: dict[str, tuple[Config, Method]] = {
     "QSGD": (QSGDConfig(), GATHER),
@@ -53,13 +53,13 @@ class BaselineJob(Job):
     """Ranks that reduce by a baseline."""
 
     def __init__(self, world_size: int, name: str) -> None:
-        config, self.method = METHODS[name]
-        super().__init__(world_size, config)
+        config, method = METHODS[name]
+        super().__init__(world_size, config, method=method)
 
     def task(self, *arguments: Any, **options: Any) -> Task:
         task = super().task(*arguments, **options)
-        empty = np.empty(task.x.size, dtype=np.float32)
-        return dataclasses.replace(task, method=self.method, new_output=lambda: buffer(empty))
+        out = Tensors.of(buffer(np.empty(task.tensor.size, dtype=np.float32)))
+        return dataclasses.replace(task, new_output=lambda: out)
 
 
 def norms_of(x: Array, job: Job) -> Array:
@@ -155,7 +155,7 @@ def test_pieces_and_chunks_change_nothing_but_the_dither(
     whole = BaselineJob(3, name).mean(xs)
     monkeypatch.setattr(baselines, "_PIECE_ELEMENTS", 500)
     assert BaselineJob(3, name).mean(xs).tobytes() == whole.tobytes()
-    monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 1000)
     job = BaselineJob(3, name)
     chunked = job.mean(xs)
     assert len({operation for _, operation in job.network.log if "codes" in operation}) > 1
@@ -234,7 +234,9 @@ def test_nearest_codes_are_those_of_numpy(bits: int) -> None:
     (x,) = gradients(1, 1000)
     job = Job(1, config)
     norms = np.array([np.abs(x[i : i + 64]).max() for i in range(0, 1000, 64)])
-    payload = baselines.nearest(job.task(0, x), Chunk(0, 0, 1000, float_bits(norms)), job.plan)
+    task = job.task(0, x)
+    (parcel,) = task.stages.layout.parcels
+    payload = baselines.nearest(task, task.stages, parcel, float_bits(norms), "codes.0")
     levels = job.plan.level_count
     expected = np.rint(x.astype(np.float64) * (levels / np.repeat(norms, 64)[:1000].astype(float)))
     np.testing.assert_array_equal(unpack_lanes(payload, bits, 1000), expected)

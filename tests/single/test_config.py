@@ -174,7 +174,8 @@ def test_description_has_every_option() -> None:
     assert set(described) == {field.name for field in dataclasses.fields(Config)}
     quantizers = {"levels", "bits", "block_size", "norm", "seed"}
     plugins = {"min_elements", "transport", "timeout", "check_replicas"}
-    assert set(described) == quantizers | plugins
+    buckets = {"bucket_bytes", "first_bucket_bytes"}
+    assert set(described) == quantizers | plugins | buckets
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -434,7 +435,7 @@ def test_a_token_that_is_no_number_is_an_error(scale: float) -> None:
     assert str(error.value) == (
         "GlobalQSGD: the ranks disagree about tensor 'layer.weight': the reduced fingerprint is "
         f"{[scale, *own[1:]]}, this rank's is {list(own)}. Every rank has to reduce a tensor of "
-        "the same name, shape and dtype."
+        "the same name, shape and dtype, and an optimizer of the same parameters."
     )
 
 
@@ -526,6 +527,6 @@ def test_compress_has_to_be_called_by_horovod(plugin: Any) -> None:
 def test_decompress_returns_what_was_left_to_horovod(plugin: Any) -> None:
     tensor = plugin.torch.ones(5)
     assert plugin.GlobalQSGD.decompress(tensor, None) is tensor
-    handed, left = plugin.frontend._left_to_horovod(tensor.bfloat16())
+    handed, left = plugin.GlobalQSGD()._left_to_horovod(tensor.bfloat16(), "w")
     assert handed.dtype == plugin.torch.float32
     assert plugin.GlobalQSGD.decompress(handed, left).dtype == plugin.torch.bfloat16

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import ROW, Array, allowance, buffer, float_bits, pack_lanes, unpack_lanes
 
-from mpi_ops import codec, lanes
+from mpi_ops import codec, lanes, sizes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.scheme import Scheme
@@ -121,8 +121,9 @@ def test_sizes_of_payloads() -> None:
                 plan = config.plan(world_size)
                 shard = codec.shard_size(count, plan)
                 needed = codec.payload_size(count, plan)
-                assert shard % 32 == 0
-                assert needed <= shard * world_size < needed + 32 * world_size
+                unit = codec.payload_size(sizes.share_unit(plan), plan)
+                assert shard % unit == unit % 32 == 0
+                assert needed <= shard * world_size < needed + unit * world_size
         block = lanes.whole_tensor_block(count)
         assert block >= max(count, 1)
         assert block % 32 == 0

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ import pytest
 from reference import DTYPES, Array, Z, allowance, buffer, check_law, exponential_law, standard_law
 
 from gq_horovod.path import pipeline
-from gq_horovod.path.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config, Plan
-from gq_horovod.path.pipeline import InFlight, Pipeline, Task
+from gq_horovod.path.config import PAPER_EXPONENTIAL, PAPER_STANDARD, Config
+from gq_horovod.path.pipeline import InFlight, Method, Pipeline, Reduced, Task
 from gq_horovod.research import theory
 from gq_horovod.research.simulation import combine
-from mpi_ops.kernels.host import Buffer
+from mpi_ops.kernels.host import Tensors
+from mpi_ops.layout import Parcel
 
 CONFIGS = {
     "standard": Config(),
@@ -135,8 +137,14 @@ class Collectives:
 class Job:
     """`world_size` ranks with a pipeline each, on one network."""
 
-    def __init__(self, world_size: int, config: Config = CONFIGS["standard"], seed: int = 0):
-        self.world_size, self.seed = world_size, seed
+    def __init__(
+        self,
+        world_size: int,
+        config: Config = CONFIGS["standard"],
+        seed: int = 0,
+        method: Method | None = None,
+    ) -> None:
+        self.world_size, self.seed, self.method = world_size, seed, method
         self.network = Network(world_size, seed)
         self.plan = config.plan(world_size)
         self.pipelines = [Pipeline() for _ in range(world_size)]
@@ -144,14 +152,16 @@ class Job:
     def task(self, rank: int, x: Array, name: str = "w", step: int = 0) -> Task:
         return Task(
             name=name,
-            key=name,
-            x=buffer(x),
-            new_output=lambda: buffer(np.empty(x.shape, dtype=x.dtype)),
+            keys=(name,),
+            counts=(x.size,),
+            x=Tensors.of(buffer(x)),
+            new_output=lambda: Tensors.of(buffer(np.empty(x.shape, dtype=x.dtype))),
             plan=self.plan,
             collectives=self.network.of(rank),
             rank=rank,
             seed=self.seed,
-            step=step,
+            steps=np.array([step], dtype=np.uint32),
+            method=self.method,
         )
 
     def submit(self, rank: int, x: Array, name: str = "w", step: int = 0) -> InFlight:
@@ -294,7 +304,7 @@ def test_exponential_means_are_unbiased_with_two_roundings(config: str, world_si
 def test_a_large_tensor_travels_in_chunks(
     config: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 1000)
     job = Job(3, CONFIGS[config])
     xs = gradients(3, count)
     mean = job.mean(xs)
@@ -317,7 +327,7 @@ def test_the_mean_is_not_written_before_it_is_asked_for() -> None:
     """By then the memory may belong to the next step."""
     job = Job(1)
     x = np.ones(100, dtype=np.float32)
-    task = dataclasses.replace(job.task(0, x), new_output=lambda: buffer(x))
+    task = dataclasses.replace(job.task(0, x), new_output=lambda: Tensors.of(buffer(x)))
     reduction = job.pipelines[0].submit(task)
     job.poll_until(lambda: reduction.done)
     x[:] = 7
@@ -395,27 +405,27 @@ def test_zeros_stay_zeros() -> None:
         np.testing.assert_array_equal(Job(3, config).mean([x, -x, x]), 0)
 
 
-def test_a_method_without_rounding_passes_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_without_rounding_passes_exactly() -> None:
     """Whatever differs from the plain mean is the quantizers' doing, not the path's."""
 
-    def values(buffer: Buffer) -> Array:
-        return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
+    def values(task: Task, tensors: Tensors) -> Array:
+        own = task.buffer(tensors)
+        return np.ctypeslib.as_array((ctypes.c_float * own.size).from_address(own.pointer))
 
-    def quantize(x: Buffer, norms: Array, plan: Plan, random: Array, out: None) -> Array:
-        return values(x).astype(np.int32)
+    def quantize(task: Task, *_: Any) -> Array:
+        return values(task, task.x).astype(np.int32)
 
-    def dequantize(payload: Array, norms: Array, plan: Plan, out: Buffer) -> None:
-        values(out)[...] = payload / plan.world_size
+    def decode(task: Task, _: Parcel, reduced: Reduced, out: Tensors) -> None:
+        values(task, out)[...] = reduced.payload / task.plan.world_size
 
-    monkeypatch.setattr(pipeline.codec, "quantize", quantize)
-    monkeypatch.setattr(pipeline.codec, "dequantize", dequantize)
+    exact = Method(partial(pipeline.standard, quantize=quantize), decode)
     for world_size in (1, 2, 8):
         rng = np.random.default_rng(world_size)
         inputs = [
             {name: rng.integers(-100, 100, 500).astype(np.float32) for name in "abcde"}
             for _ in range(world_size)
         ]
-        for own in Job(world_size).reduce(inputs):
+        for own in Job(world_size, method=exact).reduce(inputs):
             for name in "abcde":
                 truth = np.mean([x[name] for x in inputs], axis=0, dtype=np.float64)
                 np.testing.assert_array_equal(own[name], truth.astype(np.float32))

@@ -13,7 +13,7 @@ from test_pipeline import Job
 
 from gq_horovod.research.baselines import PowerSGDConfig
 from gq_horovod.research.torch_baselines import _random, power_sgd
-from mpi_ops.kernels.host import Buffer
+from mpi_ops.kernels.host import Buffer, Tensors
 
 NAME = "w"
 
@@ -37,7 +37,7 @@ class Group:
                 x=buffer(torch.from_numpy(x)),
                 new_output=lambda x=x: buffer(torch.empty(x.shape)),
                 method=power_sgd(self.config),
-                memory=memory,
+                state=memory,
             )
             started.append(self.job.pipelines[rank].submit(task))
         self.job.poll_until(lambda: all(reduction.done for reduction in started))
@@ -50,8 +50,8 @@ class Group:
         return results[0]
 
 
-def buffer(tensor: torch.Tensor) -> Buffer:
-    return Buffer(tensor.data_ptr(), "float32", tensor.numel(), tensor)
+def buffer(tensor: torch.Tensor) -> Tensors:
+    return Tensors.of(Buffer(tensor.data_ptr(), "float32", tensor.numel(), tensor))
 
 
 def orthogonalize(matrix: Array) -> Array:

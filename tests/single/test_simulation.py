@@ -40,7 +40,7 @@ def test_the_error_is_that_of_theory(config: str, world_size: int) -> None:
 
 
 def test_chunks_travel_as_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 1 << 10)
     xs = gradients(3)
     for config in CONFIGS.values():
         mean = SimulatedRanks(config, 3).average("w", xs)

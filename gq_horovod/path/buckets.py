@@ -1,0 +1,51 @@
+"""Which tensors are reduced together: the same on every rank, from what every rank knows.
+
+It knows no framework.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+# Bytes of gradients that are reduced together. Smaller ones cost more operations, larger ones wait
+# longer for their last gradient (benchmarks/many_tensors.py).
+DEFAULT_BUCKET_BYTES = 8 << 20
+# Of the first one, which fills first: communication begins early.
+DEFAULT_FIRST_BUCKET_BYTES = 1 << 20
+
+
+def cut(sizes: Sequence[int], first: int, limit: int) -> list[range]:
+    """Buckets of tensors that follow each other: the places of each bucket's.
+
+    Arguments:
+        sizes: bytes of each tensor.
+        first: bytes from which on the first bucket takes no further tensor.
+        limit: the same of all others. 0: each tensor by itself.
+    """
+    buckets: list[range] = []
+    begin = filled = 0
+    for place, size in enumerate(sizes):
+        most = limit if buckets else min(first, limit)
+        if place > begin and filled + size > most:
+            buckets.append(range(begin, place))
+            begin, filled = place, 0
+        filled += size
+    if len(sizes) > begin:
+        buckets.append(range(begin, len(sizes)))
+    return buckets
+
+
+def name_of(names: Sequence[str], described: object) -> str:
+    """The name of a bucket's operations: the same on ranks that have the same members.
+
+    Arguments:
+        names: of its tensors.
+        described: what else has to be the same of them.
+
+    A bucket of one has the name of its tensor.
+    """
+    if len(names) == 1:
+        return names[0]
+    digest = hashlib.blake2b(repr((names, described)).encode(), digest_size=4).hexdigest()
+    return f"{names[0]}+{len(names) - 1}.{digest}"

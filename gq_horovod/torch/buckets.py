@@ -1,0 +1,410 @@
+"""Gradients that are reduced together: buckets, and each of their reductions.
+
+A bucket is settled once, from what all ranks know. In every step its tensors arrive one by one;
+with the last one it is on its way. Where some do not come, it goes when the first of the others is
+asked for: by then Horovod has handed over all that it has, on every rank. Those that did not come
+are zeros, so that ranks of which one has a tensor and another has not still do the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpi_ops import stages
+from mpi_ops.chunks import Chunk
+from mpi_ops.dither import Stage, dither
+from mpi_ops.kernels.host import Tensors
+
+from ..guards.stats import Sample
+from ..path import buckets, token
+from ..path.config import Config, Plan
+from ..path.pipeline import InFlight, Memory, Method, Task
+from . import tensors
+from .collectives import written
+from .group import Group
+
+
+class Maker(Protocol):
+    """What depends on the method: a part of `TorchFrontend`."""
+
+    RESULT_DTYPE: ClassVar[torch.dtype | None]
+    config: Config
+
+    def _method(self) -> Method | None: ...
+    def _stage(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def _sample(self, values: torch.Tensor, step: int) -> Sample | None: ...
+    def _collect(self, key: str, sample: Sample, plan: Plan, step: int) -> None: ...
+    def _hand(self, handed: torch.Tensor, own: Handed) -> None: ...
+
+
+class Handed(NamedTuple):
+    """What Horovod reduces something for: a token, or the tensor itself."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    compressed: bool
+
+
+class Member(NamedTuple):
+    """One tensor of a bucket."""
+
+    bucket: Bucket
+    place: int
+    name: str  # of the user's tensor
+    key: str  # by which its steps are counted
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is such a one as the bucket was made for."""
+        return (
+            tensor.dtype is self.dtype
+            and tensor.shape == self.shape
+            and tensor.device == self.device
+            and tensor.layout is torch.strided
+            and not tensor.requires_grad
+        )
+
+
+class Context(NamedTuple):
+    """What decompress() has to know about a tensor that is compressed."""
+
+    run: Run
+    place: int
+    strides: tuple[int, ...] | None  # of the result; None: contiguous
+
+
+class Bucket:
+    """Tensors of one dtype and device that are reduced together."""
+
+    def __init__(
+        self,
+        maker: Maker,
+        group: Group,
+        plan: Plan,
+        members: Sequence[tuple[str, str, torch.Tensor]],
+        op: int,
+        scaling: float = 1.0,
+        in_place: bool = False,
+    ) -> None:
+        """Of `members`: the name of each, its key, and a tensor of its shape, dtype and device.
+
+        `op`, `scaling` and `in_place` are those of the caller.
+        """
+        self.maker, self.group, self.plan = maker, group, plan
+        self._members, self._op, self._scaling = members, op, scaling
+        self.in_place = in_place
+        self.factor = scaling * (plan.world_size if op == hvd.Sum else 1)
+        names = [stages.tensor_name(name) for name, _, _ in members]
+        likes = [like for _, _, like in members]
+        described = [(tuple(like.shape), str(like.dtype)) for like in likes]
+        self.name = buckets.name_of(names, described)
+        self.members = [
+            Member(self, place, name, key, like.shape, like.dtype, like.device)
+            for place, (name, key, like) in enumerate(members)
+        ]
+        self.keys = tuple(stages.tensor_name(key) for _, key, _ in members)
+        self.counts = tuple(like.numel() for like in likes)
+        together = self.name if len(members) > 1 else ""
+        self.marks = [
+            token.make(name, like.shape, tensors.DTYPES[like.dtype], together)
+            for name, _, like in members
+        ]
+        self._marks: NDArray[np.float64] = np.array(self.marks)
+        self.run: Run | None = None  # the last one
+        self.absent: list[int] = []  # members that no rank had in the last run
+        self._renew()
+
+    def _renew(self) -> None:
+        """Memory that nothing else uses: an operation that was given up may still write to it."""
+        self.memory = Memory()
+        self._tokens = np.empty_like(self._marks)
+        self.tokens = list(torch.from_numpy(self._tokens))
+        for own, handed in zip(self.members, self.tokens, strict=True):
+            self.maker._hand(handed, Handed(own.name, own.shape, own.dtype, True))
+
+    def of(self, places: Sequence[int]) -> Bucket:
+        """A bucket of some of these members."""
+        members = [self._members[place] for place in places]
+        like = (self._op, self._scaling, self.in_place)
+        return Bucket(self.maker, self.group, self.plan, members, *like)
+
+    def arrive(
+        self, owner: Owner, place: int, tensor: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, Context]:
+        """Take a tensor; its token, and what decompress() has to know."""
+        run = self.open(owner)
+        return self.tokens[place], run.arrive(place, tensor, step)
+
+    def drop(self) -> None:
+        """Forget what is open."""
+        self.run = None
+        self._renew()
+
+    def open(self, owner: Owner) -> Run:
+        """The reduction that tensors arrive for now."""
+        last = self.run
+        if last is None or not last.open:
+            if last is not None and not last.over:
+                last.settle()
+                self._renew()
+            self._tokens[:] = self._marks
+            self.run = Run(self, owner)
+            return self.run
+        return last
+
+
+class Owner(Protocol):
+    """Who has several buckets."""
+
+    def flush(self) -> None:
+        """Start what is open."""
+
+
+class Run:
+    """One reduction of a bucket. It is open until it has begun."""
+
+    def __init__(self, bucket: Bucket, owner: Owner) -> None:
+        count = len(bucket.members)
+        self.bucket, self.owner = bucket, owner
+        self.values: list[torch.Tensor | None] = [None] * count
+        self.steps = np.zeros(count, dtype=np.uint32)
+        self.arrived = self.taken = 0
+        self.reduction: InFlight | None = None
+        self._ours = [False] * count  # whether the result may lie where the values do
+        self._results: list[torch.Tensor | None] = []
+        self._samples: dict[int, Sample] = {}
+        self._finished = False
+
+    @property
+    def open(self) -> bool:
+        """Whether it has not begun."""
+        return self.reduction is None
+
+    @property
+    def over(self) -> bool:
+        """Whether all results were taken, so that its memory is free."""
+        return self._finished and self.taken == self.arrived
+
+    def settle(self) -> None:
+        """Block until it is done, if it is under way still; nobody asks for the rest of it."""
+        pipeline = self.bucket.group.pipeline
+        if self.reduction is not None and pipeline.has(self.reduction):
+            pipeline.settle(self.reduction)
+
+    def arrive(self, place: int, tensor: torch.Tensor, step: int) -> Context:
+        """Take a tensor, which must not change until its result is taken."""
+        bucket = self.bucket
+        values = bucket.maker._stage(tensor.detach())
+        self.values[place] = values
+        self.steps[place] = step & 0xFFFFFFFF
+        # The optimizer's gradient is reduced where it lies, as by Horovod itself.
+        self._ours[place] = bucket.in_place or values.data_ptr() != tensor.data_ptr()
+        sample = bucket.maker._sample(values, step)
+        if sample is not None:
+            self._samples[place] = sample
+        self.arrived += 1
+        if self.arrived == len(self.values):
+            self.start()
+        else:
+            bucket.group.pipeline.nudge()
+        return Context(self, place, tensors.dense_strides(tensor))
+
+    def start(self) -> None:
+        """Begin, with zeros for what has not arrived."""
+        bucket, group = self.bucket, self.bucket.group
+        x = _tensors(self.values)
+        task = Task(
+            name=bucket.name,
+            keys=bucket.keys,
+            counts=bucket.counts,
+            x=x,
+            new_output=self._new_output,
+            plan=bucket.plan,
+            collectives=group.collectives,
+            rank=group.rank,
+            seed=bucket.maker.config.seed,
+            steps=self.steps,
+            written=written(next(own for own in self.values if own is not None)),
+            exchanges=group.exchanges,
+            method=bucket.maker._method(),
+            state=group.memories.setdefault(bucket.members[0].key, {}),
+            memory=bucket.memory,
+            seen=self._see,
+            observe=self._observe if self._samples else None,
+        )
+        self.reduction = group.pipeline.submit(task)
+
+    def _new_output(self) -> Tensors:
+        wanted = self.bucket.maker.RESULT_DTYPE
+        for values, ours in zip(self.values, self._ours, strict=True):
+            own = values
+            if values is not None and (not ours or values.dtype != (wanted or values.dtype)):
+                own = tensors.new_output(values, wanted or values.dtype)
+            self._results.append(own)
+        return _tensors(self._results)
+
+    def _see(self, seen: NDArray[np.int32]) -> None:
+        self.bucket.absent = np.flatnonzero(seen == 0).tolist()
+
+    def _observe(self, task: Task, place: int, chunk: Chunk, _: Tensors) -> None:
+        """Add a chunk to the statistics of a step."""
+        sample, result = self._samples.get(place), self._results[place]
+        if sample is None or result is None:
+            return
+        plan = task.plan
+        name = f"{task.keys[place]}.{chunk.index}"
+        step = int(self.steps[place])
+        random = dither(task.seed, name, step, task.rank, Stage.QUANTIZE, plan.strata)
+        part = result.detach().flatten()[chunk.start : chunk.stop]
+        sample.add(plan, chunk, random, part.to("cpu", torch.float32).numpy())
+
+    def take(self, place: int) -> torch.Tensor:
+        """A member's mean. Blocks until it is there."""
+        assert self.reduction is not None
+        if not self._finished:
+            self.bucket.group.pipeline.finish(self.reduction)
+            self._finished = True
+        self.taken += 1
+        result = self._results[place]
+        assert result is not None
+        sample = self._samples.get(place)
+        if sample is not None:
+            bucket = self.bucket
+            key = bucket.members[place].key
+            bucket.maker._collect(key, sample, bucket.plan, int(self.steps[place]))
+        return result
+
+
+def _tensors(own: Sequence[torch.Tensor | None]) -> Tensors:
+    """The memory of a bucket's tensors, for kernels."""
+    pointers = np.array([0 if x is None else x.data_ptr() for x in own], dtype=np.uint64)
+    first = next(x for x in own if x is not None)
+    memory, stream = tensors.memory_of(first)
+    owner = first if len(own) == 1 else list(own)
+    return Tensors(pointers, tensors.DTYPES[first.dtype], owner, memory, stream)
+
+
+class _Alone:
+    """Who has a bucket of one tensor, which begins with it."""
+
+    def flush(self) -> None:
+        """Nothing is open."""
+
+
+ALONE = _Alone()
+
+
+class Together:
+    """Buckets whose tensors come in one call, one after the other: `hvd.grouped_allreduce`."""
+
+    def __init__(self, tensors: Any, members: dict[int, Member]) -> None:
+        self.tensors = tensors  # of the call
+        self._members = members  # those that are compressed, by their places in the call
+        self._arrived: set[int] = set()
+
+    def goes_on(self, tensors: Any, place: int) -> bool:
+        """Whether a tensor belongs to this call, and not to another one."""
+        return self.tensors is tensors and place not in self._arrived
+
+    def arrive(
+        self, place: int, tensor: torch.Tensor, count: Callable[[Member], int]
+    ) -> tuple[torch.Tensor, Context] | None:
+        """Take the tensor at a place, whose reductions `count` counts; None if it is none of these.
+
+        Returns its token, and what decompress() has to know.
+        """
+        self._arrived.add(place)
+        own = self._members.get(place)
+        if own is None or not own.fits(tensor):
+            return None
+        return own.bucket.arrive(self, own.place, tensor, count(own))
+
+    def flush(self) -> None:
+        """Start what is open."""
+        for bucket in {own.bucket for own in self._members.values()}:
+            if bucket.run is not None and bucket.run.open:
+                bucket.run.start()
+
+
+Cut = Callable[[], Iterable[tuple[Bucket, Sequence[Any]]]]
+
+
+class Settled:
+    """The buckets of an optimizer among the ranks of a group."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.joins = group.joins  # ranks that were away do not know who has been absent
+        self._lock = threading.RLock()
+        # By the way that they go, by the parameter. (Ways are kept, so that ids stay theirs.)
+        self._members: dict[int, tuple[Any, dict[Any, Member]]] = {}
+        self._keys: dict[str, str] = {}
+
+    def members(self, way: Any, cut: Cut) -> dict[Any, Member]:
+        """Those that go some way, by their parameters; `cut` gives their buckets, once."""
+        known = self._members.get(id(way))
+        if known is None:
+            with self._lock:
+                own = {
+                    parameter: member
+                    for bucket, parameters in cut()
+                    for parameter, member in zip(parameters, bucket.members, strict=True)
+                }
+                known = self._members[id(way)] = way, own
+        return known[1]
+
+    def key(self, name: str, optimizer: Any) -> str:
+        """What a tensor is remembered by."""
+        key = self._keys.get(name)
+        if key is None:
+            key = self._keys[name] = self.group.key(name, optimizer)
+        return key
+
+    def arrive(
+        self, members: dict[Any, Member], parameter: Any, tensor: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, Context] | None:
+        """Take the gradient of a parameter; None where it is none of these.
+
+        Returns its token, and what decompress() has to know.
+        """
+        with self._lock:
+            own = members.get(parameter)
+            if own is None or not own.fits(tensor):
+                return None
+            if own.bucket.absent:
+                own = self._without_absent(members, own.bucket)[parameter]
+            bucket = own.bucket
+            if bucket.open(self).values[own.place] is not None:
+                # The step that it came for was abandoned before the bucket was whole.
+                bucket.drop()
+            return bucket.arrive(self, own.place, tensor, step)
+
+    def _without_absent(self, members: dict[Any, Member], bucket: Bucket) -> dict[Any, Member]:
+        """Those that no rank had in the last step go by themselves from now on, if they come."""
+        if bucket.run is not None and bucket.run.open:
+            return members
+        by_member = {own: key for key, own in members.items() if own.bucket is bucket}
+        keys = [by_member[own] for own in bucket.members]
+        left = [place for place in range(len(keys)) if place not in bucket.absent]
+        for places in (left, *([place] for place in bucket.absent)):
+            part = bucket.of(places)
+            members.update(zip((keys[place] for place in places), part.members, strict=True))
+        return members
+
+    def flush(self) -> None:
+        """Start what is open: whatever else comes belongs to the next step."""
+        with self._lock:
+            for _, members in list(self._members.values()):
+                for bucket in dict.fromkeys(own.bucket for own in members.values()):
+                    if bucket.run is not None and bucket.run.open:
+                        bucket.run.start()
