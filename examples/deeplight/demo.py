@@ -124,6 +124,7 @@ def run(
         # Milliseconds between two looks of Horovod's own thread at what is to be done. The default
         # of 1 takes much of a core from the ranks that have to share it here.
         "HOROVOD_CYCLE_TIME": "5",
+        "HOROVOD_CACHE_CAPACITY": "8192",
         **ranks.environment(),
     }
     deadline = time.monotonic() + arguments.limit

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mpi_ops.agreement import by_value, in_words
 
 from .. import __version__
+from ..path.buckets import REMEDY_CAPACITY
 from . import calibrate
 
 if TYPE_CHECKING:
@@ -242,7 +243,21 @@ def _of_horovod(found: Facts) -> list[Finding]:
     if horovod["torch"] and not (horovod["mpi"] or horovod["gloo"]):
         remedy = "build it with HOROVOD_WITH_MPI=1 or HOROVOD_WITH_GLOO=1"
         findings.append(Finding("Horovod's controllers", "wrong", "neither MPI nor Gloo", remedy))
-    return findings
+    return [*findings, _of_the_cache(found)]
+
+
+def _of_the_cache(found: Facts) -> Finding:
+    what = "Horovod's response cache"
+    text = found["variables"].get("HOROVOD_CACHE_CAPACITY", "1024")
+    names = f"room for {text} names of operations (HOROVOD_CACHE_CAPACITY)"
+    if text.isdecimal() and int(text) >= REMEDY_CAPACITY:
+        return Finding(what, "ok", names)
+    remedy = (
+        f"for models of more than some hundred parameters set HOROVOD_CACHE_CAPACITY="
+        f"{REMEDY_CAPACITY} on all ranks: a step has a name for each parameter and three for each "
+        "bucket, and what does not fit is negotiated anew in every step"
+    )
+    return Finding(what, "note", names, remedy)
 
 
 def _of_mpi(found: Facts) -> list[Finding]:

@@ -14,6 +14,10 @@ DEFAULT_BUCKET_BYTES = 8 << 20
 # Of the first one, which fills first: communication begins early.
 DEFAULT_FIRST_BUCKET_BYTES = 1 << 20
 
+# HOROVOD_CACHE_CAPACITY that is enough for the names of all but the largest models: one for each
+# parameter, three for each bucket, and what else a program calls.
+REMEDY_CAPACITY = 8192
+
 
 def cut(sizes: Sequence[int], first: int, limit: int) -> list[range]:
     """Buckets of tensors that follow each other: the places of each bucket's.

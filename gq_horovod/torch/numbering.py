@@ -17,6 +17,7 @@ that passes all calls on. `uninstall()` puts the original back.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
+from ..path.buckets import REMEDY_CAPACITY
 from ..path.pipeline import pipelines
 
 __all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
@@ -42,6 +44,49 @@ _JOINED = (
 )
 
 _wanted = True
+
+# Names that came once. What a program calls by ever new names is no part of a step.
+_ONCE_AT_MOST = 100_000
+
+
+class _Recurring:
+    """Counts the names that come again, which Horovod's response cache should have room for."""
+
+    def __init__(self) -> None:
+        self.capacity = _capacity()
+        self._once: set[str] = set()
+        self._again: set[str] = set()
+
+    def count(self, name: str) -> None:
+        """Count an operation; say once that there are too many."""
+        if self.capacity == 0 or name in self._again:
+            return
+        if name not in self._once:
+            if len(self._once) == _ONCE_AT_MOST:
+                self._once.clear()
+            self._once.add(name)
+            return
+        self._once.remove(name)
+        self._again.add(name)
+        if len(self._again) > self.capacity:
+            _log.say(
+                logging.WARNING,
+                "cache",
+                f"more than {self.capacity} names of operations come again and again, which is all "
+                "that Horovod's response cache holds: it negotiates operations anew in every step, "
+                "and says that responses have been evicted; set HOROVOD_CACHE_CAPACITY="
+                f"{REMEDY_CAPACITY} or more on all ranks",
+                capacity=self.capacity,
+            )
+            self.capacity = 0
+
+
+def _capacity() -> int:
+    """Names that Horovod's response cache holds; 0: it is off, or nobody knows."""
+    try:
+        return int(os.environ.get("HOROVOD_CACHE_CAPACITY", "1024"))
+    except ValueError:
+        return 0
 
 
 class _Ours(threading.local):
@@ -79,6 +124,7 @@ class Library:
         # numbers are right.
         self._others: int | None = None
         self._names: dict[int, str] = {}  # of operations in flight, by their handles
+        self.recurring: _Recurring | None = None  # on the rank that logs
         for name, function in vars(original).items():
             if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OF_HANDLES:
                 setattr(self, name, self._starting(name.removeprefix(_PREFIX), function))
@@ -113,7 +159,9 @@ class Library:
                     self._others = handle - 1
                 if name is None:
                     name = f"noname.{handle}"
-                self._names[handle] = f"{word}.{name}" if name else word
+                full = self._names[handle] = f"{word}.{name}" if name else word
+                if self.recurring is not None:
+                    self.recurring.count(full)
                 return handle
 
         return start
@@ -178,8 +226,9 @@ def install(speaks: bool = False) -> None:
     """Put a Library in the place of Horovod's, once; not after uninstall(). `speaks`: log it."""
     if library() is not None or not _wanted:
         return
-    hvd_ops.mpi_lib = Library(hvd_ops.mpi_lib)
+    own = hvd_ops.mpi_lib = Library(hvd_ops.mpi_lib)
     if speaks:
+        own.recurring = _Recurring()
         _log.say(
             logging.DEBUG,
             "numbering",

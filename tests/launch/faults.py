@@ -140,7 +140,7 @@ def install(fault: Fault, stage: str) -> None:
 
             fault.after(mpi.Messages, "start")
     elif stage == "decompress":
-        fault.after(codec, "dequantize")
+        fault.after(codec, "dequantize_parcel")
     elif stage == "memory":
         fault.out_of_memory()
 

@@ -246,7 +246,7 @@ def test_a_communicator_freed_with_reductions_in_flight() -> None:
 
 
 @pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("stage", ["quantize", "reduce", "dequantize"])
+@pytest.mark.parametrize("stage", ["quantize_parcel", "reduce_share", "dequantize_parcel"])
 def test_what_stops_a_reduction_halfway_stops_those_after_it(
     kind: type[BaseException], stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,7 @@ def test_sizes_and_dtypes_that_differ(
     levels: str, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One mismatch error on every rank, ours or Horovod's own, before there are codes."""
-    monkeypatch.delattr(codec, "quantize")
+    monkeypatch.delattr(codec, "quantize_parcel")
     compression = GlobalQSGD(levels=levels, min_elements=0)
     pairs = [(tf.zeros(one), tf.zeros(other)) for one, other in SIZES]
     pairs += [(tf.zeros(5000), tf.zeros(5000, dtype)) for dtype in (tf.float64, tf.float16)]

@@ -1,0 +1,340 @@
+"""Gradients that are reduced together: who is in a bucket, and that nobody can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import TRANSPORT, all_bytes, gradient
+
+from gq_horovod.path import pipeline
+from gq_horovod.path.config import ConfigMismatchError
+from gq_horovod.torch import GlobalQSGD, allreduce
+
+Parameters = dict[str, torch.nn.Parameter]
+
+LEVELS = pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+SHAPES = {
+    "convolution": (16, 16, 3, 3),
+    "bias": (65,),
+    "matrix": (35, 37),
+    "vector": (1003,),
+    "table": (50, 300),
+}
+needs_ranks = pytest.mark.usefixtures("several")
+
+
+def make(levels: str = "standard", **options: Any) -> GlobalQSGD:
+    return GlobalQSGD(
+        levels=levels,  # type: ignore[arg-type]
+        transport=TRANSPORT,  # type: ignore[arg-type]
+        **{"min_elements": 100, **options},
+    )
+
+
+def parameters(shapes: dict[str, Sequence[int]] | None = None) -> Parameters:
+    return {
+        name: torch.nn.Parameter(gradient(0, shape, tag=99))
+        for name, shape in (shapes or SHAPES).items()
+    }
+
+
+def optimizer_of(own: Parameters, compression: Any, prefix: str = "", **options: Any) -> Any:
+    return hvd.DistributedOptimizer(
+        torch.optim.SGD(own.values(), lr=0.125),
+        named_parameters=[(prefix + name, parameter) for name, parameter in own.items()],
+        compression=compression,
+        **options,
+    )
+
+
+def backward(own: Parameters, step: int, names: Sequence[str] | None = None) -> None:
+    for name in own if names is None else names:
+        constant = gradient(hvd.rank(), own[name].shape, tag=10 * step + list(own).index(name))
+        (own[name] * constant.to(own[name].dtype)).sum().backward()
+
+
+def train(
+    own: Parameters,
+    optimizer: Any,
+    steps: int = 3,
+    names: Callable[[int], Sequence[str] | None] = lambda step: None,
+) -> bytes:
+    for step in range(steps):
+        backward(own, step, names(step))
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = all_bytes([parameter.detach() for parameter in own.values()])
+    assert len(rows.unique(dim=0)) == 1, "replicas differ"
+    return rows[0].numpy().tobytes()
+
+
+@pytest.fixture
+def several() -> None:
+    """Skips where there is one rank: Horovod registers no hooks then."""
+    if hvd.size() == 1:
+        pytest.skip("needs another rank")
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the reductions that begin."""
+    started: list[str] = []
+    submit = pipeline.Pipeline.submit
+
+    def noted(own: pipeline.Pipeline, task: pipeline.Task) -> pipeline.InFlight:
+        started.append(task.name)
+        return submit(own, task)
+
+    monkeypatch.setattr(pipeline.Pipeline, "submit", noted)
+    return started
+
+
+# -------------------------------------------------------------------------------------- the results
+
+
+@needs_ranks
+@LEVELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_buckets(
+    levels: str, dtype: torch.dtype, name: str, operations: list[str]
+) -> None:
+    results, counts = [], []
+    for bucket_bytes, first in ((0, 0), (1 << 23, 1 << 20), (20_000, 5_000)):
+        own = {key: torch.nn.Parameter(one.detach().to(dtype)) for key, one in parameters().items()}
+        compression = make(levels, bucket_bytes=bucket_bytes, first_bucket_bytes=first)
+        operations.clear()
+        results.append(train(own, optimizer_of(own, compression, name)))
+        counts.append(len(operations))
+    assert results[0] == results[1] == results[2]
+    assert counts[0] == 3 * 4  # steps, and tensors that are not too small
+    assert counts[1] == 3
+    assert 3 < counts[2] < 12
+
+
+@needs_ranks
+@LEVELS
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum])
+def test_hvd_groups_are_buckets(levels: str, op: int, name: str, operations: list[str]) -> None:
+    results = []
+    for groups in (None, 2):
+        own = parameters()
+        compression = make(levels, bucket_bytes=0)
+        if groups is not None:
+            compression = make(levels)
+        operations.clear()
+        options = {} if groups is None else {"groups": groups}
+        results.append(train(own, optimizer_of(own, compression, name, op=op, **options)))
+    assert results[0] == results[1]
+    assert len(operations) == 3 * 2
+
+
+@LEVELS
+def test_grouped_allreduce_is_a_bucket(levels: str, name: str, operations: list[str]) -> None:
+    shapes = [(300,), (7,), (40, 50), (0,), (1000,)]
+    xs = [gradient(hvd.rank(), shape, tag=5) for shape in shapes]
+    before = [x.clone() for x in xs]
+    compression = make(levels)
+    for op in (hvd.Average, hvd.Sum):
+        operations.clear()
+        together = hvd.grouped_allreduce(xs, name=name, op=op, compression=compression)
+        assert len(operations) == 1
+        for x, old in zip(xs, before, strict=True):
+            assert torch.equal(x, old)
+        single = make(levels)
+        if op == hvd.Sum:  # with as many reductions before
+            for place, x in enumerate(xs):
+                allreduce(x, f"{name}.{place}", compression=single)
+        for place, (x, own) in enumerate(zip(xs, together, strict=True)):
+            if x.numel() >= 100:
+                alone = allreduce(x, f"{name}.{place}", op=op, compression=single)
+                assert torch.equal(alone, own)
+
+
+def test_grouped_allreduce_of_several_dtypes_and_again(name: str, operations: list[str]) -> None:
+    shapes = [(300,), (400,), (500,), (600,)]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.int64]
+    xs = [
+        gradient(hvd.rank(), shape, tag=6).to(dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    compression = make()
+    for _ in range(2):
+        # Horovod's own group cannot have several dtypes; tokens have one, and so can these.
+        first = hvd.grouped_allreduce(xs[:3], name=name, compression=compression)
+        assert [own.dtype for own in first] == dtypes[:3]
+    assert len(operations) == 4
+
+
+# ---------------------------------------------------------------------------- who comes, and when
+
+
+@needs_ranks
+@LEVELS
+def test_hooks_in_another_order_on_every_rank(levels: str, name: str) -> None:
+    names = list(SHAPES)
+
+    def order(step: int) -> list[str]:
+        shift = (hvd.rank() + step) % len(names)
+        return names[shift:] + names[:shift]
+
+    own = parameters()
+    mixed = train(own, optimizer_of(own, make(levels), name), names=order)
+    own = parameters()
+    assert mixed == train(own, optimizer_of(own, make(levels), name))
+
+
+@needs_ranks
+@LEVELS
+def test_parameters_that_only_some_ranks_use(levels: str, name: str, operations: list[str]) -> None:
+    """Horovod hands over zeros for the others, in synchronize()."""
+    names = list(SHAPES)
+
+    def used(step: int) -> list[str]:
+        left = names[(hvd.rank() + step) % len(names)]
+        return [own for own in names if own != left]
+
+    own = parameters()
+    train(own, optimizer_of(own, make(levels), name), names=used)
+    assert len(operations) == 3
+
+
+@needs_ranks
+@LEVELS
+def test_tensors_that_never_come_leave_their_bucket(
+    levels: str, name: str, operations: list[str]
+) -> None:
+    """A class of the user sends some elsewhere: from the second step on nothing waits for them."""
+    compression = make(levels)
+    elsewhere = {"matrix", "vector"}
+
+    class Wrapper:
+        def __init__(self) -> None:
+            self.wanted = elsewhere
+
+        def compress(self, tensor: torch.Tensor) -> Any:
+            if any(tensor is own[left].grad for left in self.wanted):
+                return tensor, None
+            return compression.compress(tensor)
+
+        def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
+            return tensor if ctx is None else compression.decompress(tensor, ctx)
+
+    own, wrapper = parameters(), Wrapper()
+    optimizer = optimizer_of(own, wrapper, name)
+    train(own, optimizer)
+    assert len(set(operations[1:])) == 1
+    assert operations[0] != operations[1] == operations[2]
+    wrapper.wanted = {"matrix"}  # one comes back
+    operations.clear()
+    train(own, optimizer)
+    assert len(operations) == 6
+    assert len(set(operations)) == 2
+    assert f"gq.{name}vector" in operations
+
+
+@needs_ranks
+def test_frozen_and_unfrozen_layers(name: str, operations: list[str]) -> None:
+    own = parameters()
+    own["matrix"].requires_grad_(False)
+    optimizer = optimizer_of(own, make(), name)
+    train(own, optimizer, names=lambda step: [key for key in own if key != "matrix"])
+    own["matrix"].requires_grad_(True)  # Horovod has no hook for it, and does not reduce it
+    own["vector"].requires_grad_(False)  # its gradients are zeros
+    left = ("matrix", "vector")
+    train(own, optimizer, names=lambda step: [key for key in own if key not in left])
+    assert len(set(operations)) == 1
+
+
+@needs_ranks
+@LEVELS
+def test_two_optimizers_of_one_compression(levels: str, name: str, operations: list[str]) -> None:
+    """Their steps cross: one's bucket waits for a tensor while the other synchronizes."""
+    compression = make(levels)
+    one, other = parameters(), parameters()
+    optimizers = (
+        optimizer_of(one, compression, name),
+        optimizer_of(other, compression, f"{name}.o."),
+    )
+    for step in range(2):
+        backward(one, step, ["table", "matrix"])
+        backward(other, step)
+        optimizers[1].step()
+        backward(one, step, ["convolution", "vector", "bias"])
+        optimizers[0].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    rows = all_bytes([own.detach() for both in (one, other) for own in both.values()])
+    assert len(rows.unique(dim=0)) == 1
+    for left, right in zip(one.values(), other.values(), strict=True):
+        assert left.shape == right.shape
+    assert len(operations) == 4
+
+
+@needs_ranks
+def test_a_gradient_of_another_dtype_goes_by_itself(name: str, operations: list[str]) -> None:
+    own = parameters()
+    optimizer = optimizer_of(own, make(), name)
+    for step in range(2):
+        backward(own, step)
+        optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        optimizer.zero_grad()
+    operations.clear()
+    with torch.no_grad():
+        own["vector"].data = own["vector"].data.double()
+        own["vector"].grad = None
+    backward(own, 3)
+    optimizer.synchronize()
+    assert own["vector"].grad is not None
+    assert own["vector"].grad.dtype == torch.float64
+    assert sorted(name.count("+") for name in operations) == [0, 1]
+
+
+@needs_ranks
+def test_a_step_that_was_abandoned_half_way(name: str) -> None:
+    """Every rank forgets what has come of it."""
+    own = parameters()
+    compression = make()
+    optimizer = optimizer_of(own, compression, name)
+    train(own, optimizer, steps=1)
+    backward(own, 1, ["table", "vector"])  # and then the loss was not finite, say
+    optimizer.load_state_dict(optimizer.state_dict())  # Horovod's own way to forget its handles
+    train(own, optimizer, steps=2)
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+@needs_ranks
+@LEVELS
+def test_ranks_that_disagree_about_the_parameters(levels: str, name: str) -> None:
+    """An error on every rank, and no hang: the others of the bucket wait for nobody."""
+    own = parameters()
+    if hvd.rank() == hvd.size() - 1:
+        own = dict(reversed(own.items()))
+    optimizer = optimizer_of(own, make(levels), name)
+    backward(own, 0)
+    with pytest.raises(ConfigMismatchError, match="the ranks disagree about tensor"):
+        optimizer.synchronize()
+    hvd.barrier()
+
+
+def test_options_are_compared(name: str) -> None:
+    if hvd.size() == 1:
+        pytest.skip("needs others")
+    compression = make(bucket_bytes=1000 + hvd.rank())
+    with pytest.raises(ConfigMismatchError, match="bucket_bytes"):
+        allreduce(torch.ones(1000), name, compression=compression)
+
+
+@pytest.mark.parametrize("option", ["bucket_bytes", "first_bucket_bytes"])
+def test_options_are_checked(option: str) -> None:
+    with pytest.raises(ValueError, match=f"GlobalQSGD: {option} must be 0 or more, got -1"):
+        make(**{option: -1})
+    with pytest.raises(TypeError, match=f"GlobalQSGD: {option} must be an integer"):
+        make(**{option: 1.5})
