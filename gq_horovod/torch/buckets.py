@@ -30,6 +30,9 @@ from . import tensors
 from .collectives import written
 from .group import Group
 
+# Tensors that arrive until somebody asks how far earlier buckets are.
+_NUDGE = 4
+
 
 class Maker(Protocol):
     """What depends on the method: a part of `TorchFrontend`."""
@@ -204,7 +207,7 @@ class Run:
     def arrive(self, place: int, tensor: torch.Tensor, step: int) -> Context:
         """Take a tensor, which must not change until its result is taken."""
         bucket = self.bucket
-        values = bucket.maker._stage(tensor.detach())
+        values = bucket.maker._stage(tensor.detach() if tensor.requires_grad else tensor)
         self.values[place] = values
         self.steps[place] = step & 0xFFFFFFFF
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
@@ -215,7 +218,7 @@ class Run:
         self.arrived += 1
         if self.arrived == len(self.values):
             self.start()
-        else:
+        elif self.arrived % _NUDGE == 0:
             bucket.group.pipeline.nudge()
         return Context(self, place, tensors.dense_strides(tensor))
 
@@ -331,7 +334,7 @@ class Together:
 
     def flush(self) -> None:
         """Start what is open."""
-        for bucket in {own.bucket for own in self._members.values()}:
+        for bucket in _buckets(self._members):
             if bucket.run is not None and bucket.run.open:
                 bucket.run.start()
 
@@ -348,6 +351,7 @@ class Settled:
         self._lock = threading.RLock()
         # By the way that they go, by the parameter. (Ways are kept, so that ids stay theirs.)
         self._members: dict[int, tuple[Any, dict[Any, Member]]] = {}
+        self.known: dict[Any, Member] = {}  # those that go the last way that somebody asked for
         self._keys: dict[str, str] = {}
 
     def members(self, way: Any, cut: Cut) -> dict[Any, Member]:
@@ -361,6 +365,7 @@ class Settled:
                     for parameter, member in zip(parameters, bucket.members, strict=True)
                 }
                 known = self._members[id(way)] = way, own
+        self.known = known[1]
         return known[1]
 
     def key(self, name: str, optimizer: Any) -> str:
@@ -371,40 +376,40 @@ class Settled:
         return key
 
     def arrive(
-        self, members: dict[Any, Member], parameter: Any, tensor: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, Context] | None:
-        """Take the gradient of a parameter; None where it is none of these.
-
-        Returns its token, and what decompress() has to know.
-        """
+        self, own: Member, parameter: Any, tensor: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, Context]:
+        """Take the gradient of a parameter; its token, and what decompress() has to know."""
         with self._lock:
-            own = members.get(parameter)
-            if own is None or not own.fits(tensor):
-                return None
-            if own.bucket.absent:
-                own = self._without_absent(members, own.bucket)[parameter]
             bucket = own.bucket
+            if bucket.absent:
+                own = self._without_absent(bucket)[parameter]
+                bucket = own.bucket
             if bucket.open(self).values[own.place] is not None:
                 # The step that it came for was abandoned before the bucket was whole.
                 bucket.drop()
             return bucket.arrive(self, own.place, tensor, step)
 
-    def _without_absent(self, members: dict[Any, Member], bucket: Bucket) -> dict[Any, Member]:
+    def _without_absent(self, bucket: Bucket) -> dict[Any, Member]:
         """Those that no rank had in the last step go by themselves from now on, if they come."""
+        members = next(own for _, own in self._members.values() if bucket in _buckets(own))
         if bucket.run is not None and bucket.run.open:
             return members
-        by_member = {own: key for key, own in members.items() if own.bucket is bucket}
-        keys = [by_member[own] for own in bucket.members]
-        left = [place for place in range(len(keys)) if place not in bucket.absent]
-        for places in (left, *([place] for place in bucket.absent)):
+        parameters = {own.place: key for key, own in members.items() if own.bucket is bucket}
+        left = [place for place in parameters if place not in bucket.absent]
+        for places in (sorted(left), *([place] for place in bucket.absent)):
             part = bucket.of(places)
-            members.update(zip((keys[place] for place in places), part.members, strict=True))
+            members.update(zip((parameters[place] for place in places), part.members, strict=True))
         return members
 
     def flush(self) -> None:
         """Start what is open: whatever else comes belongs to the next step."""
         with self._lock:
             for _, members in list(self._members.values()):
-                for bucket in dict.fromkeys(own.bucket for own in members.values()):
+                for bucket in _buckets(members):
                     if bucket.run is not None and bucket.run.open:
                         bucket.run.start()
+
+
+def _buckets(members: dict[Any, Member]) -> dict[Bucket, None]:
+    """Those of the members, in their order."""
+    return dict.fromkeys(own.bucket for own in members.values())

@@ -180,7 +180,14 @@ class TorchFrontend(Frontend):
         self, tensor: torch.Tensor, settled: Settled, optimizer: Any, parameter: torch.Tensor
     ) -> tuple[torch.Tensor, _Left | Context]:
         """The same for a gradient of an optimizer."""
-        group, name = settled.group, optimizer._parameter_names[parameter]
+        group = settled.group
+        if group.trials is None:  # what follows, for a tensor that is known
+            own = settled.known.get(parameter)
+            if own is not None and own.fits(tensor):
+                if self.config.check_replicas is not None or group.census is not None:
+                    self._guard(group, tensor, own.name, True, optimizer)
+                return settled.arrive(own, parameter, tensor, group.next_step(own.key))
+        name = optimizer._parameter_names[parameter]
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -195,10 +202,9 @@ class TorchFrontend(Frontend):
         way = group.way_of(step, tensor.numel())
         if way.plan is None:
             return self._left_to_horovod(tensor, name)
-        members = settled.members(way, lambda: self._cut(optimizer, group, way))
-        arrived = settled.arrive(members, parameter, tensor, step)
-        if arrived is not None:
-            return arrived
+        own = settled.members(way, lambda: self._cut(optimizer, group, way)).get(parameter)
+        if own is not None and own.fits(tensor):
+            return settled.arrive(own, parameter, tensor, step)
         # One that its bucket was not made for: of another dtype than its parameter, or new.
         bucket = Bucket(self, group, way.plan, [(name, key, tensor)], optimizer.op, in_place=True)
         return bucket.arrive(ALONE, 0, tensor, step)
@@ -273,9 +279,15 @@ class TorchFrontend(Frontend):
 
     def _is_current(self, settled: Settled, process_set: Any) -> bool:
         """Whether the ranks need not agree anew before an optimizer's next gradient."""
-        group = settled.group
-        known = self._groups.get(group.key_of_ranks) is group and settled.joins == group.joins
-        return known and _current(group, process_set)
+        group, library = settled.group, numbering.library()
+        if library is None:
+            current = _current(group, process_set)
+        else:  # the same, quickly
+            number = group.collectives.process_set.process_set_id
+            current = library.session is group.session and library.joins == group.joins
+            current = current and number == process_set.process_set_id
+        known = self._groups.get(group.key_of_ranks) is group
+        return current and known and settled.joins == group.joins
 
     def _guard(
         self, group: Group, tensor: torch.Tensor, name: str, eligible: bool, optimizer: Any = None
@@ -305,7 +317,8 @@ class TorchFrontend(Frontend):
 
     def _decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The reduced gradient for the token that Horovod reduced."""
-        self._finish_checks()
+        if self.config.check_replicas is not None:
+            self._finish_checks()
         if ctx is None:  # a sparse gradient, about which Horovod has not asked compress()
             return tensor
         if isinstance(ctx, _Left):

@@ -24,9 +24,9 @@ def dense(tensor: torch.Tensor) -> bool:
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy, where kernels can read it, contiguous."""
-    if tensor.is_cuda and _cupy_is_there():
-        return tensor.contiguous()
-    return tensor.to("cpu").contiguous()
+    if not tensor.is_cpu and not (tensor.is_cuda and _cupy_is_there()):
+        tensor = tensor.to("cpu")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 @cache
