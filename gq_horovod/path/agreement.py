@@ -6,8 +6,10 @@ operation of Horovod works meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from ..log import Log
 from .config import Config, ConfigMismatchError
 from .pipeline import PRESENT, Handle, poll_all
 
-__all__ = ["LARGEST", "agree", "checksum", "describe", "wait"]
+__all__ = ["LARGEST", "Same", "agree", "checksum", "describe", "wait"]
 
 _log = Log(__name__)
 
@@ -35,6 +37,50 @@ LARGEST = 2**31 - 1  # of the numbers that ranks compare, as int32
 
 # Ranks may be minutes apart at the first step (data loading, compilation); for ever is a bug.
 TIMEOUT_SECONDS = 600.0
+
+
+class Same:
+    """Whether something is the same on all ranks, found out while they go on; a `Handle`.
+
+    Several may wait for it. Ranks that have called hvd.join() agree with everything.
+    """
+
+    def __init__(
+        self, something: object, allreduce_max: Callable[[NDArray[np.int32]], Handle], error: str
+    ) -> None:
+        """Begin.
+
+        Arguments:
+            something: with a text that says it all.
+            allreduce_max: begins an operation.
+            error: of the ConfigMismatchError that wait() raises where ranks differ.
+        """
+        own = checksum(something)
+        self._error = error
+        self._handle = allreduce_max(np.array([own, LARGEST - own], dtype=np.int32))
+        self._lock = threading.Lock()
+        self._result: NDArray[np.int32] | None = None
+
+    def ready(self) -> bool:
+        """Whether it is known."""
+        return self._result is not None or self._handle.ready()
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is known to be the same on all ranks."""
+        with contextlib.suppress(ConfigMismatchError):
+            if self.ready():
+                self.wait()
+                return True
+        return False
+
+    def wait(self) -> None:
+        """Block until it is known. Raises ConfigMismatchError where ranks differ."""
+        with self._lock:
+            if self._result is None:
+                self._result = self._handle.wait()
+        if int(self._result.sum(dtype=np.int64)) != LARGEST:
+            raise ConfigMismatchError(self._error)
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -129,6 +129,8 @@ class Task:
     steps: Steps  # how many times each tensor was reduced before
     # Complete when x has been written: an accelerator may be at it still. None: it has been.
     written: Handle | None = None
+    # Whether all ranks reduce these tensors together; raises an error if not. None: they do.
+    agreed: Handle | None = None
     exchanges: Exchanges | None = None  # where codes are to travel beside `collectives`
     method: Method | None = None  # another way than Global-QSGD's
     # What the method keeps of a tensor from step to step.
@@ -399,6 +401,8 @@ class InFlight:
     def _reduce(self) -> Reduction:
         if self.task.written is not None and not self.task.written.ready():
             yield self.task.written
+        if self.task.agreed is not None:  # before anything is sent that others may not expect
+            yield self.task.agreed
         yield from self._method.reduce(self.task, self._deliver)
 
     def _deliver(self, part: Any, reduced: Any) -> None:

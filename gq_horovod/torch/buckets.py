@@ -23,7 +23,7 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Tensors
 
 from ..guards.stats import Sample
-from ..path import buckets, token
+from ..path import agreement, buckets, token
 from ..path.config import Config, Plan
 from ..path.pipeline import InFlight, Memory, Method, Task
 from . import tensors
@@ -98,10 +98,15 @@ class Bucket:
         op: int,
         scaling: float = 1.0,
         in_place: bool = False,
+        name: str | None = None,
     ) -> None:
-        """Of `members`: the name of each, its key, and a tensor of its shape, dtype and device.
+        """Make one.
 
-        `op`, `scaling` and `in_place` are those of the caller.
+        Arguments:
+            maker, group, plan: whose, and how it is reduced.
+            members: the name of each tensor, its key, and one of its shape, dtype and device.
+            op, scaling, in_place: the caller's.
+            name: of its operations; None for one that tells other members from these.
         """
         self.maker, self.group, self.plan = maker, group, plan
         self._members, self._op, self._scaling = members, op, scaling
@@ -110,7 +115,7 @@ class Bucket:
         names = [stages.tensor_name(name) for name, _, _ in members]
         likes = [like for _, _, like in members]
         described = [(tuple(like.shape), str(like.dtype)) for like in likes]
-        self.name = buckets.name_of(names, described)
+        self.name = name or buckets.name_of(names, described)
         self.members = [
             Member(self, place, name, key, like.shape, like.dtype, like.device)
             for place, (name, key, like) in enumerate(members)
@@ -124,6 +129,7 @@ class Bucket:
         ]
         self._marks: NDArray[np.float64] = np.array(self.marks)
         self.run: Run | None = None  # the last one
+        self.agreed: agreement.Same | None = None  # until it is known that all ranks have it
         self.absent: list[int] = []  # members that no rank had in the last run
         self._renew()
 
@@ -226,6 +232,8 @@ class Run:
         """Begin, with zeros for what has not arrived."""
         bucket, group = self.bucket, self.bucket.group
         x = _tensors(self.values)
+        if bucket.agreed is not None and bucket.agreed.holds:
+            bucket.agreed = None
         task = Task(
             name=bucket.name,
             keys=bucket.keys,
@@ -238,6 +246,7 @@ class Run:
             seed=bucket.maker.config.seed,
             steps=self.steps,
             written=written(next(own for own in self.values if own is not None)),
+            agreed=bucket.agreed,
             exchanges=group.exchanges,
             method=bucket.maker._method(),
             state=group.memories.setdefault(bucket.members[0].key, {}),
@@ -364,6 +373,7 @@ class Settled:
                     for bucket, parameters in cut()
                     for parameter, member in zip(parameters, bucket.members, strict=True)
                 }
+                self._compare(own)
                 known = self._members[id(way)] = way, own
         self.known = known[1]
         return known[1]
@@ -374,6 +384,23 @@ class Settled:
         if key is None:
             key = self._keys[name] = self.group.key(name, optimizer)
         return key
+
+    def _compare(self, members: dict[Any, Member]) -> None:
+        """Have the ranks find out whether all of them have these buckets, while they go on."""
+        shared = [own for own in _buckets(members) if len(own.members) > 1]
+        if not shared:
+            return
+        name = f"{min(own.name for own in members.values())}.{len(self._members)}"
+        function = self.group.function
+        same = agreement.Same(
+            [own.name for own in shared],
+            lambda array: self.group.collectives.allreduce_max(array, f"gq.members.{name}"),
+            f"{function}: the ranks disagree about the tensors of an optimizer, which here begin "
+            f"with {shared[0].members[0].name!r}. Every rank has to give it parameters of the same "
+            "names, shapes and dtypes in the same order, and require gradients of the same ones.",
+        )
+        for bucket in shared:
+            bucket.agreed = same
 
     def arrive(
         self, own: Member, parameter: Any, tensor: torch.Tensor, step: int

@@ -272,7 +272,12 @@ class TorchFrontend(Frontend):
                         for place in chosen
                         for name in [f"{base}.{place}"]
                     ]
-                    bucket = Bucket(self, group, group.plan, described, caller.op, caller.scaling)
+                    # Tokens tell whether all ranks have these tensors; where they do not, what
+                    # has begun has to find its like, and not wait for ever.
+                    bucket = Bucket(
+                        *(self, group, group.plan, described, caller.op, caller.scaling),
+                        name=stages.tensor_name(f"{base}.{chosen[0]}"),
+                    )
                     members.update(zip(chosen, bucket.members, strict=True))
             call = self._calls[thread] = Together(caller.together, members)
         return call

@@ -319,9 +319,10 @@ def test_ranks_that_disagree_about_the_parameters(levels: str, name: str) -> Non
         own = dict(reversed(own.items()))
     optimizer = optimizer_of(own, make(levels), name)
     backward(own, 0)
-    with pytest.raises(ConfigMismatchError, match="the ranks disagree about tensor"):
+    with pytest.raises(ConfigMismatchError, match=r"the ranks disagree about (the )?tensor"):
         optimizer.synchronize()
-    hvd.barrier()
+    # Nothing was left behind that other ranks do not know: a join would complete it there.
+    hvd.join()
 
 
 def test_options_are_compared(name: str) -> None:
