@@ -13,11 +13,12 @@ One gradient's way, from its backward hook on:
    (integers, sparse, fewer than `min_elements`) are left to Horovod.
 2. `caller`: which parameter it is, found on the stack. `group`: how often it was reduced among
    these ranks, which have compared their options (`gq_horovod.path.agreement`).
-3. `gq_horovod.path.pipeline`: the norms of its blocks go out as an asynchronous Max-allreduce under
-   the parameter's name (from a GPU, once it is done with the gradient). Horovod gets a token to
-   reduce in place of the gradient (`gq_horovod.path.token`). Whenever a later hook calls, the norms
-   that have arrived are used: the codes go out (`collectives`, `numbering`).
-4. `frontend`: `decompress(token)` waits for the codes, and returns the mean, or what else the
+3. `buckets`: it waits for the others of its bucket, which are reduced together. Horovod gets a
+   token to reduce in its place (`gq_horovod.path.token`).
+4. `gq_horovod.path.pipeline`: the norms of all blocks go out as one asynchronous Max-allreduce
+   (from a GPU, once it is done with the gradients). Whenever a later hook calls, the norms that
+   have arrived are used: the codes go out (`collectives`, `numbering`).
+5. `frontend`: `decompress(token)` waits for the codes, and returns the mean, or what else the
    user's `op` and scaling make of it.
 """
 

@@ -25,9 +25,9 @@ from mpi_ops.kernels.host import Tensors
 from ..guards.stats import Sample
 from ..path import agreement, buckets, token
 from ..path.config import Config, Plan
-from ..path.pipeline import InFlight, Memory, Method, Task
+from ..path.pipeline import Handle, InFlight, Memory, Method, Task
 from . import tensors
-from .collectives import written
+from .collectives import Every, written
 from .group import Group
 
 # Tensors that arrive until somebody asks how far earlier buckets are.
@@ -56,23 +56,35 @@ class Handed(NamedTuple):
     compressed: bool
 
 
-class Member(NamedTuple):
-    """One tensor of a bucket."""
+class Described(NamedTuple):
+    """A tensor of a bucket, without its elements."""
 
-    bucket: Bucket
-    place: int
-    name: str  # of the user's tensor
+    name: str  # the user's
     key: str  # by which its steps are counted
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
+
+def describe(name: str, key: str, like: torch.Tensor) -> Described:
+    """A tensor of the shape, dtype and device of `like`."""
+    return Described(name, key, like.shape, like.dtype, like.device)
+
+
+class Member(NamedTuple):
+    """One tensor of a bucket."""
+
+    bucket: Bucket
+    place: int
+    described: Described
+
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is such a one as the bucket was made for."""
+        own = self.described
         return (
-            tensor.dtype is self.dtype
-            and tensor.shape == self.shape
-            and tensor.device == self.device
+            tensor.dtype is own.dtype
+            and tensor.shape == own.shape
+            and tensor.device == own.device
             and tensor.layout is torch.strided
             and not tensor.requires_grad
         )
@@ -94,7 +106,7 @@ class Bucket:
         maker: Maker,
         group: Group,
         plan: Plan,
-        members: Sequence[tuple[str, str, torch.Tensor]],
+        members: Sequence[Described],
         op: int,
         scaling: float = 1.0,
         in_place: bool = False,
@@ -104,28 +116,22 @@ class Bucket:
 
         Arguments:
             maker, group, plan: whose, and how it is reduced.
-            members: the name of each tensor, its key, and one of its shape, dtype and device.
+            members: its tensors.
             op, scaling, in_place: the caller's.
             name: of its operations; None for one that tells other members from these.
         """
         self.maker, self.group, self.plan = maker, group, plan
-        self._members, self._op, self._scaling = members, op, scaling
+        self.members, self._op, self._scaling = list(members), op, scaling
         self.in_place = in_place
         self.factor = scaling * (plan.world_size if op == hvd.Sum else 1)
-        names = [stages.tensor_name(name) for name, _, _ in members]
-        likes = [like for _, _, like in members]
-        described = [(tuple(like.shape), str(like.dtype)) for like in likes]
-        self.name = name or buckets.name_of(names, described)
-        self.members = [
-            Member(self, place, name, key, like.shape, like.dtype, like.device)
-            for place, (name, key, like) in enumerate(members)
-        ]
-        self.keys = tuple(stages.tensor_name(key) for _, key, _ in members)
-        self.counts = tuple(like.numel() for like in likes)
+        names = [stages.tensor_name(own.name) for own in members]
+        shapes = [(tuple(own.shape), str(own.dtype)) for own in members]
+        self.name = name or buckets.name_of(names, shapes)
+        self.keys = tuple(stages.tensor_name(own.key) for own in members)
+        self.counts = tuple(own.shape.numel() for own in members)
         together = self.name if len(members) > 1 else ""
         self.marks = [
-            token.make(name, like.shape, tensors.DTYPES[like.dtype], together)
-            for name, _, like in members
+            token.make(own.name, own.shape, tensors.DTYPES[own.dtype], together) for own in members
         ]
         self._marks: NDArray[np.float64] = np.array(self.marks)
         self.run: Run | None = None  # the last one
@@ -137,13 +143,14 @@ class Bucket:
         """Memory that nothing else uses: an operation that was given up may still write to it."""
         self.memory = Memory()
         self._tokens = np.empty_like(self._marks)
-        self.tokens = list(torch.from_numpy(self._tokens))
+        with torch.inference_mode(False):  # they outlive a region of that mode
+            self.tokens = list(torch.from_numpy(self._tokens))
         for own, handed in zip(self.members, self.tokens, strict=True):
             self.maker._hand(handed, Handed(own.name, own.shape, own.dtype, True))
 
     def of(self, places: Sequence[int]) -> Bucket:
         """A bucket of some of these members."""
-        members = [self._members[place] for place in places]
+        members = [self.members[place] for place in places]
         like = (self._op, self._scaling, self.in_place)
         return Bucket(self.maker, self.group, self.plan, members, *like)
 
@@ -154,6 +161,10 @@ class Bucket:
         run = self.open(owner)
         return self.tokens[place], run.arrive(place, tensor, step)
 
+    def places(self) -> list[Member]:
+        """Its members, as those who look them up need them."""
+        return [Member(self, place, own) for place, own in enumerate(self.members)]
+
     def drop(self) -> None:
         """Forget what is open."""
         self.run = None
@@ -163,7 +174,7 @@ class Bucket:
         """The reduction that tensors arrive for now."""
         last = self.run
         if last is None or not last.open:
-            if last is not None and not last.over:
+            if last is not None:  # nobody has asked for all of it
                 last.settle()
                 self._renew()
             self._tokens[:] = self._marks
@@ -188,16 +199,13 @@ class Run:
         self.values: list[torch.Tensor | None] = [None] * count
         self.steps = np.zeros(count, dtype=np.uint32)
         self.arrived = self.taken = 0
-        self.reduction: InFlight | None = None
+        self.open = True
+        self._reduction: InFlight | None = None
+        self._written: list[Handle] = []
         self._ours = [False] * count  # whether the result may lie where the values do
         self._results: list[torch.Tensor | None] = []
         self._samples: dict[int, Sample] = {}
         self._finished = False
-
-    @property
-    def open(self) -> bool:
-        """Whether it has not begun."""
-        return self.reduction is None
 
     @property
     def over(self) -> bool:
@@ -207,8 +215,8 @@ class Run:
     def settle(self) -> None:
         """Block until it is done, if it is under way still; nobody asks for the rest of it."""
         pipeline = self.bucket.group.pipeline
-        if self.reduction is not None and pipeline.has(self.reduction):
-            pipeline.settle(self.reduction)
+        if self._reduction is not None and pipeline.has(self._reduction):
+            pipeline.settle(self._reduction)
 
     def arrive(self, place: int, tensor: torch.Tensor, step: int) -> Context:
         """Take a tensor, which must not change until its result is taken."""
@@ -218,6 +226,8 @@ class Run:
         self.steps[place] = step & 0xFFFFFFFF
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
         self._ours[place] = bucket.in_place or values.data_ptr() != tensor.data_ptr()
+        if (handle := written(values)) is not None:
+            self._written.append(handle)
         sample = bucket.maker._sample(values, step)
         if sample is not None:
             self._samples[place] = sample
@@ -245,7 +255,7 @@ class Run:
             rank=group.rank,
             seed=bucket.maker.config.seed,
             steps=self.steps,
-            written=written(next(own for own in self.values if own is not None)),
+            written=Every(self._written) if self._written else None,
             agreed=bucket.agreed,
             exchanges=group.exchanges,
             method=bucket.maker._method(),
@@ -254,7 +264,8 @@ class Run:
             seen=self._see,
             observe=self._observe if self._samples else None,
         )
-        self.reduction = group.pipeline.submit(task)
+        self._reduction = group.pipeline.submit(task)
+        self.open = False
 
     def _new_output(self) -> Tensors:
         wanted = self.bucket.maker.RESULT_DTYPE
@@ -282,9 +293,9 @@ class Run:
 
     def take(self, place: int) -> torch.Tensor:
         """A member's mean. Blocks until it is there."""
-        assert self.reduction is not None
+        assert self._reduction is not None
         if not self._finished:
-            self.bucket.group.pipeline.finish(self.reduction)
+            self.bucket.group.pipeline.finish(self._reduction)
             self._finished = True
         self.taken += 1
         result = self._results[place]
@@ -294,6 +305,8 @@ class Run:
             bucket = self.bucket
             key = bucket.members[place].key
             bucket.maker._collect(key, sample, bucket.plan, int(self.steps[place]))
+        if self.over:  # none of them may keep the others, and with them gradients, alive
+            self.bucket.run = self._reduction = None
         return result
 
 
@@ -324,14 +337,19 @@ class Together:
         self._members = members  # those that are compressed, by their places in the call
         self._arrived: set[int] = set()
 
+    @property
+    def complete(self) -> bool:
+        """Whether all have come."""
+        return len(self._arrived) == len(self.tensors)
+
     def goes_on(self, tensors: Any, place: int) -> bool:
         """Whether a tensor belongs to this call, and not to another one."""
         return self.tensors is tensors and place not in self._arrived
 
     def arrive(
-        self, place: int, tensor: torch.Tensor, count: Callable[[Member], int]
+        self, place: int, tensor: torch.Tensor, count: Callable[[str], int]
     ) -> tuple[torch.Tensor, Context] | None:
-        """Take the tensor at a place, whose reductions `count` counts; None if it is none of these.
+        """Take the tensor at a place; None if it is none of these. `count` counts by its key.
 
         Returns its token, and what decompress() has to know.
         """
@@ -339,7 +357,7 @@ class Together:
         own = self._members.get(place)
         if own is None or not own.fits(tensor):
             return None
-        return own.bucket.arrive(self, own.place, tensor, count(own))
+        return own.bucket.arrive(self, own.place, tensor, count(own.described.key))
 
     def flush(self) -> None:
         """Start what is open."""
@@ -371,7 +389,7 @@ class Settled:
                 own = {
                     parameter: member
                     for bucket, parameters in cut()
-                    for parameter, member in zip(parameters, bucket.members, strict=True)
+                    for parameter, member in zip(parameters, bucket.places(), strict=True)
                 }
                 self._compare(own)
                 known = self._members[id(way)] = way, own
@@ -390,7 +408,7 @@ class Settled:
         shared = [own for own in _buckets(members) if len(own.members) > 1]
         if not shared:
             return
-        name = f"{min(own.name for own in members.values())}.{len(self._members)}"
+        name = f"{min(own.described.name for own in members.values())}.{len(self._members)}"
         function = self.group.function
         same = agreement.Same(
             [own.name for own in shared],
@@ -425,7 +443,7 @@ class Settled:
         left = [place for place in parameters if place not in bucket.absent]
         for places in (sorted(left), *([place] for place in bucket.absent)):
             part = bucket.of(places)
-            members.update(zip((parameters[place] for place in places), part.members, strict=True))
+            members.update(zip((parameters[place] for place in places), part.places(), strict=True))
         return members
 
     def flush(self) -> None:

@@ -27,6 +27,20 @@ class Written(NamedTuple):
         self.event.synchronize()
 
 
+class Every(NamedTuple):
+    """Several of them; complete when all are."""
+
+    parts: list[Any]
+
+    def ready(self) -> bool:
+        # Those of one stream are complete in their order.
+        return all(part.ready() for part in reversed(self.parts))
+
+    def wait(self) -> None:
+        for part in self.parts:
+            part.wait()
+
+
 def written(tensor: torch.Tensor) -> Written | None:
     """What has to be complete before anybody else's kernels read a tensor of this moment.
 

@@ -26,7 +26,7 @@ from ..path.auto import Trials, Way
 from ..path.config import Config, ConfigMismatchError, Plan
 from ..path.pipeline import Method, Pipeline
 from . import numbering, tensors
-from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together
+from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together, describe
 from .caller import Caller, find_caller, find_hook
 from .collectives import Collectives, complete
 from .group import Group, describe_loaded
@@ -164,7 +164,9 @@ class TorchFrontend(Frontend):
             return self._left_to_horovod(tensor, caller.name)
         if caller.together is not None and group.trials is None:
             call = self._call_of(caller, group)
-            arrived = call.arrive(caller.place, tensor, lambda own: group.next_step(own.key))
+            arrived = call.arrive(caller.place, tensor, group.next_step)
+            if call.complete:
+                del self._calls[threading.get_ident()]
             if arrived is not None:
                 return arrived
         key = group.key(caller.name, None)
@@ -172,7 +174,7 @@ class TorchFrontend(Frontend):
         plan = group.way_of(step, tensor.numel()).plan
         if plan is None:
             return self._left_to_horovod(tensor, caller.name)
-        member = (caller.name, key, tensor)
+        member = describe(caller.name, key, tensor)
         bucket = Bucket(self, group, plan, [member], caller.op, caller.scaling)
         return bucket.arrive(ALONE, 0, tensor, step)
 
@@ -184,9 +186,10 @@ class TorchFrontend(Frontend):
         if group.trials is None:  # what follows, for a tensor that is known
             own = settled.known.get(parameter)
             if own is not None and own.fits(tensor):
+                name, key, *_ = own.described
                 if self.config.check_replicas is not None or group.census is not None:
-                    self._guard(group, tensor, own.name, True, optimizer)
-                return settled.arrive(own, parameter, tensor, group.next_step(own.key))
+                    self._guard(group, tensor, name, True, optimizer)
+                return settled.arrive(own, parameter, tensor, group.next_step(key))
         name = optimizer._parameter_names[parameter]
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
@@ -206,7 +209,8 @@ class TorchFrontend(Frontend):
         if own is not None and own.fits(tensor):
             return settled.arrive(own, parameter, tensor, step)
         # One that its bucket was not made for: of another dtype than its parameter, or new.
-        bucket = Bucket(self, group, way.plan, [(name, key, tensor)], optimizer.op, in_place=True)
+        member = describe(name, key, tensor)
+        bucket = Bucket(self, group, way.plan, [member], optimizer.op, in_place=True)
         return bucket.arrive(ALONE, 0, tensor, step)
 
     def _cut(
@@ -245,7 +249,9 @@ class TorchFrontend(Frontend):
                 places = buckets.cut(sizes, self.config.first_bucket_bytes, limit)
             for chosen in places:
                 own = [members[place] for place in chosen]
-                described = [(names[one], group.key(names[one], optimizer), one) for one in own]
+                described = [
+                    describe(names[one], group.key(names[one], optimizer), one) for one in own
+                ]
                 yield (
                     Bucket(self, group, way.plan, described, optimizer.op, in_place=True),
                     own,
@@ -268,7 +274,7 @@ class TorchFrontend(Frontend):
             for places in alike.values():
                 for chosen in [[place] for place in places] if alone else [places]:
                     described = [
-                        (name, group.key(name, None), caller.together[place])
+                        describe(name, group.key(name, None), caller.together[place])
                         for place in chosen
                         for name in [f"{base}.{place}"]
                     ]
@@ -278,7 +284,7 @@ class TorchFrontend(Frontend):
                         *(self, group, group.plan, described, caller.op, caller.scaling),
                         name=stages.tensor_name(f"{base}.{chosen[0]}"),
                     )
-                    members.update(zip(chosen, bucket.members, strict=True))
+                    members.update(zip(chosen, bucket.places(), strict=True))
             call = self._calls[thread] = Together(caller.together, members)
         return call
 
@@ -290,7 +296,7 @@ class TorchFrontend(Frontend):
         else:  # the same, quickly
             number = group.collectives.process_set.process_set_id
             current = library.session is group.session and library.joins == group.joins
-            current = current and number == process_set.process_set_id
+            current = current and number == process_set.process_set_id is not None
         known = self._groups.get(group.key_of_ranks) is group
         return current and known and settled.joins == group.joins
 

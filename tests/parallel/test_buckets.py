@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -305,6 +306,29 @@ def test_a_step_that_was_abandoned_half_way(name: str) -> None:
     backward(own, 1, ["table", "vector"])  # and then the loss was not finite, say
     optimizer.load_state_dict(optimizer.state_dict())  # Horovod's own way to forget its handles
     train(own, optimizer, steps=2)
+
+
+@needs_ranks
+@LEVELS
+def test_gradients_are_not_kept_alive(levels: str, name: str) -> None:
+    """Whoever sets gradients to None after a step wants their memory back."""
+    own = parameters()
+    optimizer = optimizer_of(own, make(levels), name)
+    backward(own, 0)
+    optimizer.step()
+    known = [weakref.ref(one.grad) for one in own.values()]
+    for one in own.values():
+        one.grad = None
+    assert [one() for one in known] == [None] * len(own)
+
+
+@LEVELS
+def test_tensors_of_a_call_are_not_kept_alive(levels: str, name: str) -> None:
+    xs = [gradient(hvd.rank(), (500,), tag=3), gradient(hvd.rank(), (700,), tag=4)]
+    known = [weakref.ref(x) for x in xs]
+    hvd.grouped_allreduce(xs, name=name, compression=make(levels))
+    del xs
+    assert [one() for one in known] == [None, None]
 
 
 # ---------------------------------------------------------------------------------- what is refused
