@@ -33,18 +33,18 @@ def wire(count: int, plan: Plan, transport: str = "horovod") -> Wire:
     Without its token (`gq_horovod.path.token.BYTES`); `gq_horovod.advisor.model.cost` has whole
     steps.
     """
-    payload = sum(chunk_bytes(count, plan, transport))
+    payload = sum(parcel_bytes((count,), plan, transport))
     norms = NORM_BYTES * norm_count(count, plan)
     return Wire(payload, norms, sent_bytes(payload + norms, plan.world_size))
 
 
-@lru_cache(maxsize=4096)  # the advisor asks for every chunk, at every bandwidth that it tries
-def chunk_bytes(count: int, plan: Plan, transport: str) -> tuple[int, ...]:
-    """Bytes of each chunk's payload of a tensor of `count` elements, padding included."""
+@lru_cache(maxsize=4096)  # the advisor asks for every parcel, at every bandwidth that it tries
+def parcel_bytes(counts: tuple[int, ...], plan: Plan, transport: str) -> tuple[int, ...]:
+    """Bytes of each parcel's payload of tensors that are reduced together, padding included."""
     item = payload_dtype(plan).itemsize
     limit = None if transport == "mpi" else chunk_elements(plan.world_size)
     found = []
-    for parcel in layout((count,), plan, limit).parcels:
+    for parcel in layout(counts, plan, limit).parcels:
         if not parcel.shares:
             found.append(parcel.size * item)
         else:  # as many whole units for every rank; two hops, the second with norms of its own

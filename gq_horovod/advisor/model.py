@@ -23,6 +23,7 @@ from mpi_ops.chunks import CHUNK_ELEMENTS
 from mpi_ops.dither import MAXIMUM_RANK
 
 from ..path import token
+from ..path.buckets import cut
 from ..path.config import Config
 
 FLOAT32_BYTES = 4
@@ -412,10 +413,17 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
         return Cost(0.0, 0.0, 0.0)
     n, kernels = cluster.ranks, cluster.kernels
     plan = config.plan(n)
-    norm_bytes = [wire.NORM_BYTES * wire.norm_count(size, plan) for size in sizes]
+    together = in_buckets(sizes, config)
+    norm_bytes = [
+        # And a flag for each of several tensors.
+        wire.NORM_BYTES * (sum(wire.norm_count(own, plan) for own in members) + _flags(members))
+        for members in together
+    ]
     if config.transport == "mpi":  # and each rank's proposal of a number
         norm_bytes = [size + 4 * n for size in norm_bytes]
-    payloads = [size for count in sizes for size in wire.chunk_bytes(count, plan, config.transport)]
+    payloads = [
+        size for members in together for size in wire.parcel_bytes(members, plan, config.transport)
+    ]
     elements, payload = sum(sizes), sum(payloads)
 
     measure = FLOAT32_BYTES * elements / kernels.norm
@@ -449,6 +457,22 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     return Cost(seconds, measure + compute, sent)
 
 
+def in_buckets(sizes: Sequence[int], config: Config) -> list[tuple[int, ...]]:
+    """Elements of the tensors of each bucket of an optimizer, in the order in which they go.
+
+    `sizes` are those of the tensors in the order of model.parameters().
+    """
+    own = sizes[::-1]
+    places = cut(
+        [FLOAT32_BYTES * size for size in own], config.first_bucket_bytes, config.bucket_bytes
+    )
+    return [tuple(own[place] for place in chosen) for chosen in places]
+
+
+def _flags(members: Sequence[int]) -> int:
+    return len(members) if len(members) > 1 else 0
+
+
 def _way(config: Config, ranks: int) -> str:
     """How the codes travel: one of WAYS."""
     if config.transport == "mpi":
@@ -477,7 +501,8 @@ def step_time(
     T = compute + max(T_reduce - h·overlap·compute, kernels, tail), with h the cluster's share of
     the time beside computation in which codes advance; 1 without codes. Kernels run where the hooks
     run, so only communication is hidden. The tail is the reduction of what becomes ready last: the
-    tensor sizes[0], or a chunk of it where sizes is a single number, that of a whole model.
+    last bucket (without codes, the tensor sizes[0]), or a chunk where sizes is a single number,
+    that of a whole model.
 
     Args:
         method: how gradients are reduced.
@@ -500,9 +525,11 @@ def step_time(
         )
     if not sizes:
         return compute
-    last = sizes[0] if len(sizes) > 1 else min(sizes[0], CHUNK_ELEMENTS)
+    last = [sizes[0] if len(sizes) > 1 else min(sizes[0], CHUNK_ELEMENTS)]
+    if method.config is not None and len(sizes) > 1:
+        last = list(in_buckets(sizes, method.config)[-1][::-1])
     reduction = cost(method, sizes, cluster)
-    tail = min(cost(method, [last], cluster).seconds, reduction.seconds)
+    tail = min(cost(method, last, cluster).seconds, reduction.seconds)
     hidden = overlap * compute
     if method.config is not None:
         hidden *= getattr(cluster, f"{_way(method.config, cluster.ranks)}_hidden")

@@ -91,7 +91,7 @@ def test_bytes_are_those_of_the_codec(method: Method, ranks: int, count: int) ->
     assert method.config is not None
     plan = method.config.plan(ranks)
     item = codec.payload_dtype(plan).itemsize
-    pieces = wire.chunk_bytes(count, plan, method.config.transport)
+    pieces = wire.parcel_bytes((count,), plan, method.config.transport)
     exact = codec.payload_size(count, plan) * item
     padding = sum(pieces) - exact
     # A chunk ends at a whole row of words, and where ranks reduce shares, of every share.

@@ -494,7 +494,7 @@ def test_bits_on_the_wire_are_those_of_the_payloads(transport: str) -> None:
         sizes = wire.wire(count, plan, transport)
         assert sizes.norms == norms.nbytes
         payload = codec.quantize(buffer(x), norms, plan, dither(0, "w", 0, 0, Stage.QUANTIZE))
-        chunks = len(wire.chunk_bytes(count, plan, transport))
+        chunks = len(wire.parcel_bytes((count,), plan, transport))
         # Padding to whole rows, for each rank and chunk where ranks reduce shards.
         assert 0 <= sizes.payload - payload.nbytes <= chunks * 4 * lanes.ROW * 4
         assert sizes.sent == 1.5 * (sizes.payload + sizes.norms)
