@@ -16,13 +16,20 @@ from .ranks import LOSS
 class Caller(NamedTuple):
     """Who called compress(), as far as it matters: it is called with the gradient alone."""
 
-    name: str  # of the tensor, the same on every rank
+    names: tuple[str, ...]  # of the tensors of its group, the same on every rank
+    place: int  # of the tensor among them
     op: int
     process_set: Any
     ignore_name_scope: bool  # of the names of Horovod's operations
     scaling: float  # of the result, beside what op does
     siblings: tuple[Any, ...]  # the tensors of its group, itself among them
+    group: Any  # the list that Horovod has them in; None of a single tensor
     expected: int | None  # gradients of the step, if that is known
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+        return self.names[self.place]
 
 
 def _callers(frame: FrameType | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,29 +62,36 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             "DistributedGradientTape or allreduce, which tell it the name of the tensor; to reduce "
             "a tensor yourself use gq_horovod.tensorflow.allreduce."
         )
-    name, siblings = variables["name"], (tensor,)
+    name, siblings, group = variables["name"], (tensor,), None
     if function == "grouped_allreduce":
-        siblings = tuple(variables["tensors"])
-        name = None if name is None else f"{name}.{_position(tensor, siblings)}"
+        group = variables["tensors"]
+        siblings = tuple(group)
     op = variables["op"]  # Horovod has put there what `average` says
     scaling = variables["prescale_factor"] * variables["postscale_factor"]
+    names = [name]
+    if group is not None:
+        names = [None if name is None else f"{name}.{place}" for place in range(len(siblings))]
     expected = None
     for function, outer in callers:
         if function == "allreduce_grads":
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
             scaling = 1.0
-            # Like Horovod's own names, which come from the graph, this one has no counter in it.
-            name = name or f"{outer['name']}.{_position(tensor, outer['grads'])}"
+            if name is None:  # like Horovod's own names, which come from the graph: no counter
+                own = (_position(member, outer["grads"]) for member in siblings)
+                names = [f"{outer['name']}.{place}" for place in own]
             expected = sum(_is_dense(gradient) for gradient in outer["grads"])
             break
-    require_linear(hvd, op, name)
+    place = _position(tensor, siblings)
+    require_linear(hvd, op, names[place])
     return Caller(
-        name=require_name(name).removeprefix(f"{LOSS}."),
+        names=tuple(require_name(own).removeprefix(f"{LOSS}.") for own in names),
+        place=place,
         op=op,
         process_set=variables["process_set"],
         ignore_name_scope=variables["ignore_name_scope"],
         scaling=scaling,
         siblings=siblings,
+        group=group,
         expected=expected,
     )
 
@@ -90,7 +104,6 @@ def _is_dense(gradient: Any) -> bool:
 def _position(tensor: Any, tensors: Any) -> int:
     """Where a tensor is in a list.
 
-    A tensor that is in it twice has the first place twice. Its reductions differ in their steps,
-    and in the name scopes of their operations.
+    A tensor that is in it twice has the first place twice.
     """
     return next(index for index, member in enumerate(tensors) if member is tensor)

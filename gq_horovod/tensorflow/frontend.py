@@ -17,8 +17,8 @@ from ..frontend import ClassOrInstance, Compression
 from ..path import agreement
 from ..path.config import Plan
 from .caller import Caller, find_caller
-from .graph import Counter, Reduction, aside, not_differentiable
-from .kernels import Kernels, chunk_count
+from .graph import Counter, Reduction, aside
+from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
 
 DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
@@ -35,9 +35,20 @@ class Context(NamedTuple):
     """What decompress() has to know about a tensor."""
 
     reduction: Reduction
-    tensor: Any
-    mark: Any
-    begun: tuple[Any, list[Any]] | None
+    place: int  # of the tensor among those that are reduced together
+
+
+class Call(NamedTuple):
+    """A call of hvd.grouped_allreduce, whose tensors come one after the other."""
+
+    group: Any  # the list in which Horovod has them
+    reductions: dict[Any, tuple[Reduction, list[int]]]  # by dtype, with the places of the members
+    arrived: set[int]
+
+    def place_of(self, tensor: Any) -> int | None:
+        """The next place of a tensor that has not come yet; None if there is none."""
+        places = (place for place, own in enumerate(self.group) if own is tensor)
+        return next((place for place in places if place not in self.arrived), None)
 
 
 # One for each process set: threads of one process must not begin two comparisons at a time.
@@ -77,6 +88,11 @@ class GlobalQSGD(Compression):
         """How many times each tensor was reduced, by its name."""
         return {}
 
+    @cached_property
+    def _calls(self) -> dict[int, Call]:
+        """The call for several tensors that is under way, by its thread."""
+        return {}
+
     # -------------------------------------------------------------------------- Horovod's interface
 
     @tf.autograph.experimental.do_not_convert
@@ -92,22 +108,48 @@ class GlobalQSGD(Compression):
             self._see(census, tensor, caller, eligible, plan)
         if not eligible or tensor.dtype not in DTYPES:
             return _left_to_horovod(tensor)
+        if caller.group is None:
+            reduction, place = self._reduction(caller, plan, [caller.place]), 0
+        else:
+            reduction, place = self._in_group(tensor, caller, plan)
+        return reduction.marks[place], Context(reduction, place)
+
+    def _in_group(self, tensor: Any, caller: Caller, plan: Plan) -> tuple[Reduction, int]:
+        """The reduction of a group's tensors of this one's dtype, and its place there."""
+        thread = threading.get_ident()
+        call = self._calls.get(thread)
+        if call is None or call.group is not caller.group or call.place_of(tensor) is None:
+            call = self._calls[thread] = Call(caller.group, {}, set())
+        place = call.place_of(tensor)
+        assert place is not None
+        call.arrived.add(place)
+        if tensor.dtype not in call.reductions:
+            members = [
+                place
+                for place, own in enumerate(caller.siblings)
+                if not isinstance(own, tf.IndexedSlices) and own.dtype == tensor.dtype
+            ]
+            call.reductions[tensor.dtype] = self._reduction(caller, plan, members), members
+        reduction, members = call.reductions[tensor.dtype]
+        if len(call.arrived) == len(caller.siblings):
+            del self._calls[thread]  # and with it what it keeps alive
+        return reduction, members.index(place)
+
+    def _reduction(self, caller: Caller, plan: Plan, places: list[int]) -> Reduction:
+        """What reduces the siblings at these places together."""
         with aside():
-            x = tf.convert_to_tensor(tensor)
-            vector, shape = tf.reshape(x, [-1]), tf.shape(x)
+            tensors = [tf.convert_to_tensor(caller.siblings[place]) for place in places]
         kernels = Kernels(
-            name=caller.name,
-            dtype=x.dtype.name,
+            names=tuple(caller.names[place] for place in places),
+            dtype=tensors[0].dtype.name,
             scaling=caller.scaling,
             sums=caller.op == hvd.Sum,
             config=self.config,
             process_set_id=caller.process_set.process_set_id,
-            chunk_count=chunk_count(x.shape.num_elements(), plan),
+            parcel_count=parcel_count([own.shape.num_elements() for own in tensors], plan),
         )
-        counter = self._counter(caller.name)
-        reduction = Reduction(kernels, caller.ignore_name_scope, vector, shape, counter)
-        mark, begun = reduction.begin()
-        return mark, Context(reduction, x, mark, begun)
+        counter = self._counter(kernels.name)
+        return Reduction(kernels, caller.ignore_name_scope, tensors, counter)
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -116,11 +158,7 @@ class GlobalQSGD(Compression):
             return tensor
         if not isinstance(ctx, Context):
             return tf.cast(tensor, ctx)
-        vector = ctx.reduction.finish(tensor, ctx.mark, ctx.begun)
-        with aside():
-            result = tf.reshape(vector, ctx.reduction.shape)
-            result.set_shape(ctx.tensor.shape)
-            return not_differentiable(ctx.tensor, result)
+        return ctx.reduction.result(ctx.place, tensor)
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)

@@ -1,9 +1,9 @@
-"""One tensor's way through the graph of TensorFlow."""
+"""The way of a group of tensors, or of a single one, through the graph of TensorFlow."""
 
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -14,7 +14,8 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGrap
 
 from mpi_ops import codec, stages
 
-from .kernels import KEY, TAIL, Kernels, run
+from ..path import token
+from .kernels import KEY, TAIL, Kernels, run, shapes_of
 from .ranks import LOSS, elastic
 
 
@@ -27,51 +28,66 @@ def aside() -> Any:
     return tf.name_scope("gq")
 
 
-@dataclass(frozen=True)
 class Reduction:
-    """One tensor's way through the graph, as a vector."""
+    """The way of tensors that are reduced together through the graph, as vectors."""
 
-    kernels: Kernels
-    ignore_name_scope: bool
-    x: Any
-    shape: Any  # of the user's tensor
-    counter: Counter
-
-    def begin(self) -> tuple[Any, tuple[Any, list[Any]] | None]:
-        """The token; and, in a graph, what `finish` needs.
-
-        Eagerly every operation waits for all ranks, so that Horovod can reduce the token first and
-        nothing else is sent where they disagree. In a graph that would be a round trip for nothing.
-        """
+    def __init__(
+        self, kernels: Kernels, ignore_name_scope: bool, tensors: Sequence[Any], counter: Counter
+    ) -> None:
+        """Of the user's `tensors`; `counter` counts the reductions of all of them."""
+        self.kernels, self.ignore_name_scope, self.counter = kernels, ignore_name_scope, counter
+        self.tensors = tensors
+        self._results: Sequence[Any] | None = None
+        with aside():
+            self._xs = [tf.reshape(x, [-1]) for x in tensors]
+            self._shapes = shapes_of(tensors)
+        # The tokens; and, in a graph, what `result` needs. Eagerly every operation waits for all
+        # ranks, so that Horovod can reduce the first token first and nothing else is sent where
+        # they disagree. In a graph that would be a round trip for nothing.
+        self._begun: tuple[Any, list[Any]] | None = None
         if tf.executing_eagerly():
-            mark = self.kernels.mark(np.array(self.x), np.array(self.shape))
-            return tf.constant(mark), None
-        shared, mark = self._measure()
-        return mark, (shared, self._payloads(shared))
+            marks = tf.constant(kernels.marks(np.array(self._shapes)))
+        else:
+            shared, marks = self._measure()
+            self._begun = shared, self._payloads(shared)
+        with aside():
+            self.marks = tf.split(marks, len(tensors)) if len(tensors) > 1 else [marks]
+        for mark in self.marks:
+            mark.set_shape([token.NUMBERS])
 
-    def finish(self, reduced: Any, mark: Any, begun: tuple[Any, list[Any]] | None) -> Any:
-        """The result, as a vector, for the reduced token."""
-        if begun is None:
-            self.kernels.check(reduced.numpy(), mark.numpy())
-            shared, _ = self._measure()
-            begun = shared, self._payloads(shared)
-        shared, payloads = begun
-        inputs = [reduced, mark, shared, self._size(), *payloads]
-        return self._call("dequantize", (), inputs, self.x.dtype)[0]
+    def result(self, place: int, reduced: Any) -> Any:
+        """The result of a tensor, for its reduced token. That of the first one comes first."""
+        if tf.executing_eagerly():
+            self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
+        if self._results is None:
+            begun = self._begun
+            if begun is None:
+                shared, _ = self._measure()
+                begun = shared, self._payloads(shared)
+            shared, payloads = begun
+            inputs = [reduced, self.marks[place], self._shapes, shared, *payloads]
+            dtypes = [self._xs[0].dtype] * len(self._xs)
+            self._results = self._call("dequantize", (), inputs, *dtypes)
+            self._begun = None
+        own = self.tensors[place]
+        with aside(), tf.control_dependencies([reduced]):
+            result = tf.reshape(self._results[place], tf.shape(own))
+            result.set_shape(own.shape)
+            return not_differentiable(own, result)
 
     def _measure(self) -> tuple[Any, Any]:
-        """What the ranks share before they quantize; and the token.
+        """What the ranks share before they quantize; and the tokens.
 
         They take the largest step of any rank, and go on from there: where one has joined or been
         lost, no dither of a step that was is used again.
         """
         with aside():
-            inputs = [self.x, self.shape, self.counter.next()]
-        own, mark = self._call("measure", (), inputs, tf.int32, tf.float64)
-        mark.set_shape([4])
+            inputs = [self._shapes, self.counter.next(), *self._xs]
+        own, marks = self._call("measure", (), inputs, tf.int32, tf.float64)
+        marks.set_shape([token.NUMBERS * len(self._xs)])
         shared = self._allreduce(own, stages.NORM, hvd.Max)
         with aside(), tf.control_dependencies(self.counter.set(shared[-TAIL])):
-            return tf.identity(shared), mark
+            return tf.identity(shared), marks
 
     def _payloads(self, shared: Any) -> list[Any]:
         standard = self.kernels.plan.in_flight
@@ -79,7 +95,7 @@ class Reduction:
 
     def _standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
-        payloads = [self._quantize(index, shared) for index in range(self.kernels.chunk_count)]
+        payloads = [self._quantize(index, shared) for index in range(self.kernels.parcel_count)]
         return [
             self._allreduce(payload, stages.codes(index), hvd.Sum)
             for index, payload in enumerate(payloads)
@@ -88,21 +104,17 @@ class Reduction:
     def _by_shares(self, shared: Any) -> list[Any]:
         """Codes that Allreduce cannot add: each rank reduces one share of all ranks' codes."""
         means = []
-        for index in range(self.kernels.chunk_count):
+        for index in range(self.kernels.parcel_count):
             codes = self._quantize(index, shared)
             pieces = hvd.alltoall(codes, **self._named(stages.codes(index)))
-            inputs = [pieces, shared, self._size()]
+            inputs = [self._shapes, shared, pieces]
             (share,) = self._call("reduce", (index,), inputs, codes.dtype)
             means.append(hvd.allgather(share, **self._named(stages.mean(index))))
         return means
 
     def _quantize(self, index: int, shared: Any) -> Any:
         dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
-        return self._call("quantize", (index,), [self.x, self.shape, shared], dtype)[0]
-
-    def _size(self) -> Any:
-        with aside():
-            return tf.size(self.x)
+        return self._call("quantize", (index,), [self._shapes, shared, *self._xs], dtype)[0]
 
     def _allreduce(self, array: Any, part: str, op: int) -> Any:
         return hvd_ops._allreduce(array, op=op, **self._named(part))

@@ -1,8 +1,10 @@
-"""What a graph calls for one tensor, on NumPy vectors that share the memory of TensorFlow."""
+"""What a graph calls for a group of tensors, on NumPy vectors that share TensorFlow's memory."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -53,19 +55,21 @@ def _plan(config: Config, world_size: int) -> Plan:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is computed for one tensor, on NumPy vectors that share TensorFlow's memory.
+    """What is computed for tensors that are reduced together, a Horovod group or a single one.
 
-    `shared` is the maximum over ranks of the norms and of what travels behind them (see `_tail`).
-    A graph holds these fields as text, so that it can be saved and run in another process.
+    On NumPy vectors that share TensorFlow's memory. `shared` is the maximum over ranks of the norms
+    and of what travels behind them (see `_tail`), `shapes` are those of the user's tensors (see
+    `shapes_of`). A graph holds these fields as text, so that it can be saved and run in another
+    process.
     """
 
-    name: str
+    names: tuple[str, ...]
     dtype: str
-    scaling: float  # of the result
-    sums: bool  # whether the result is the sum over ranks, not the mean
+    scaling: float  # of the results
+    sums: bool  # whether results are the sum over ranks, not the mean
     config: Config
     process_set_id: int
-    chunk_count: int
+    parcel_count: int
 
     def encode(self, stage: str, *index: int) -> bytes:
         """A call of one of the methods below, for `run`."""
@@ -81,78 +85,95 @@ class Kernels:
         """For the ranks that there are now."""
         return _plan(self.config, self.process_set.size())
 
-    def mark(self, x: Array, shape: Array) -> Array:
-        """The token; it is what a reduction begins with. `shape` is that of the user's tensor."""
-        return np.array(token.make(self.name, tuple(shape.tolist()), x.dtype.name))
+    @property
+    def name(self) -> str:
+        """Of the tensors' operations."""
+        return self.names[0]
 
-    def measure(self, x: Array, shape: Array, step: Array) -> tuple[Array, Array]:
-        """This rank's part of `shared`, and the token; `step` says that they belong to one run."""
-        mark = self.mark(x, shape)
-        norms = codec.norms(Buffer.of(x), self.plan)
-        pipeline.warn_unless_finite(norms, self.name, int(step))
-        return np.concatenate([norms, self._tail(shape, int(step))]), mark
+    def marks(self, shapes: Array) -> Array:
+        """The tokens, one after the other; they are what a reduction begins with."""
+        own = zip(self.names, _shapes(shapes), strict=True)
+        return np.concatenate([token.make(name, shape, self.dtype) for name, shape in own])
 
-    def quantize(self, chunk_index: int, x: Array, shape: Array, shared: Array) -> Array:
-        """The payload of one chunk, in as many equal parts as there are ranks if it is codes.
+    def measure(self, shapes: Array, step: Array, *xs: Array) -> tuple[Array, Array]:
+        """This rank's part of `shared`, and the tokens; `step` says that they are of one run."""
+        own = self._stages(shapes)
+        count = own.layout.norm_count
+        out = np.empty(count + TAIL, dtype=np.int32)
+        own.measure(_tensors(xs), out[:count])
+        ends = [*own.layout.norm_places[1:], count]
+        for name, begin, end in zip(self.names, own.layout.norm_places, ends, strict=True):
+            pipeline.warn_unless_finite(out[begin:end], name, int(step))
+        out[count:] = self._tail(shapes, int(step))
+        return out, self.marks(shapes)
 
-        Raises ConfigMismatchError where a rank has other settings, or another tensor.
+    def quantize(self, index: int, shapes: Array, shared: Array, *xs: Array) -> Array:
+        """The payload of one parcel, in as many equal parts as there are ranks if it is codes.
+
+        Raises ConfigMismatchError where a rank has other settings, or other tensors.
         """
-        self._check(shared, shape, self.plan)
-        own = self._stages(x.size)
+        self._check(shared, shapes, self.plan)
+        own = self._stages(shapes)
         if not own.layout.parcels:
             return _aligned(0, codec.payload_dtype(own.plan))
-        parcel = own.layout.parcels[chunk_index]
+        parcel = own.layout.parcels[index]
         out = _aligned(parcel.size, codec.payload_dtype(own.plan))
-        return own.quantize(parcel, _tensors(x), _steps(shared), shared[:-TAIL], out)
+        return own.quantize(parcel, _tensors(xs), self._steps(shared), shared[:-TAIL], out)
 
-    def reduce(self, chunk_index: int, pieces: Array, shared: Array, size: Array) -> Array:
-        """The share of one chunk's mean that this rank rounds for all."""
-        own = self._stages(int(size))
+    def reduce(self, index: int, shapes: Array, shared: Array, pieces: Array) -> Array:
+        """The share of one parcel's mean that this rank rounds for all."""
+        own = self._stages(shapes)
         if not own.layout.parcels:
             return _aligned(0, pieces.dtype)
-        parcel = own.layout.parcels[chunk_index]
+        parcel = own.layout.parcels[index]
         out = _aligned(parcel.reduced_size, pieces.dtype)
-        return own.reduce(parcel, pieces, _steps(shared), shared[:-TAIL], out)
+        return own.reduce(parcel, pieces, self._steps(shared), shared[:-TAIL], out)
 
-    def check(self, reduced: Array, mark: Array) -> None:
-        """Raise ConfigMismatchError where the ranks disagree about the tensor."""
+    def check(self, reduced: Array, place: int, mark: Array) -> None:
+        """Raise ConfigMismatchError where the ranks disagree about a tensor."""
         if self.scaling == 0:
             return  # nothing comes back of a token
+        expected = tuple(mark.tolist())
         try:
-            token.check(reduced.tolist(), mark.tolist(), self.name, self.process_set.size())
+            token.check(reduced.tolist(), expected, self.names[place], self.process_set.size())
         except ConfigMismatchError as error:
             raise MismatchError(str(error)) from None
 
     def dequantize(
-        self, reduced: Array, mark: Array, shared: Array, size: Array, *sums: Array
-    ) -> Array:
-        """The result; raises ConfigMismatchError where the ranks disagree about the tensor."""
-        self.check(reduced, mark)
-        own, plan = self._stages(int(size)), self.plan
-        out = _aligned(int(size), tf.as_dtype(self.dtype).as_numpy_dtype)
-        for parcel, payload in zip(own.layout.parcels, sums, strict=out.size > 0):
-            own.dequantize(parcel, payload, shared[:-TAIL], _tensors(out))
+        self, reduced: Array, mark: Array, shapes: Array, shared: Array, *sums: Array
+    ) -> Any:
+        """The results; raises ConfigMismatchError where the ranks disagree about the first tensor.
+
+        (About all of them they have compared checksums; see `_check`.)
+        """
+        self.check(reduced, 0, mark)
+        own, plan = self._stages(shapes), self.plan
+        dtype = tf.as_dtype(self.dtype).as_numpy_dtype
+        outs = [_aligned(count, dtype) for count in own.layout.counts]
+        for parcel, payload in zip(own.layout.parcels, sums, strict=any(own.layout.counts)):
+            own.dequantize(parcel, payload, shared[:-TAIL], _tensors(outs))
         factor = self.scaling * (plan.world_size if self.sums else 1)
         if factor != 1:
             with np.errstate(over="ignore", invalid="ignore"):  # Inf, as Horovod's sums have it
-                np.multiply(out, factor, out=out, casting="same_kind")
-        return out
+                for out in outs:
+                    np.multiply(out, factor, out=out, casting="same_kind")
+        return outs if len(outs) > 1 else outs[0]
 
-    def _tail(self, shape: Array, step: int) -> NDArray[np.int32]:
+    def _tail(self, shapes: Array, step: int) -> NDArray[np.int32]:
         """What travels behind the norms.
 
-        The step; checksums of the settings and of the tensor, each with its complement, by which
+        The step; checksums of the settings and of the tensors, each with its complement, by which
         every rank sees that one has others; and `pipeline.PRESENT`, of which the maximum is 0 where
         a rank has called hvd.join(), since Horovod takes zeros for it.
         """
-        tensor = agreement.checksum([self.name, shape.tolist(), self.dtype])
-        sums = _settings(self.config), tensor
+        tensors = agreement.checksum([self.names, shapes.tolist(), self.dtype])
+        sums = _settings(self.config), tensors
         pairs = [number for own in sums for number in (own, agreement.LARGEST - own)]
         return np.array([step & agreement.LARGEST, *pairs, pipeline.PRESENT], dtype=np.int32)
 
-    def _check(self, shared: Array, shape: Array, plan: Plan) -> None:
+    def _check(self, shared: Array, shapes: Array, plan: Plan) -> None:
         """Raise an error, on every rank alike, where their codes would not belong together."""
-        expected = self._tail(shape, 0)
+        expected = self._tail(shapes, 0)
         if not np.array_equal(shared[-TAIL:][1:3], expected[1:3]):
             raise MismatchError(
                 "GlobalQSGD: the ranks are configured differently, as they found with tensor "
@@ -160,10 +181,12 @@ class Kernels:
                 "Pass the same options on every rank."
             )
         if not np.array_equal(shared[-TAIL:][3:5], expected[3:5]):
+            first, *others = _shapes(shapes)
+            behind = f" or one of the {len(others)} in its group" if others else ""
             raise MismatchError(
-                f"GlobalQSGD: the ranks disagree about tensor {self.name!r}: this one's has "
-                f"shape {tuple(shape.tolist())} and dtype {self.dtype}. Every rank has to reduce a "
-                "tensor of the same name, shape and dtype."
+                f"GlobalQSGD: the ranks disagree about tensor {self.name!r}{behind}: this one's "
+                f"has shape {first} and dtype {self.dtype}. Every rank has to reduce a tensor of "
+                "the same name, shape and dtype."
             )
         if shared[-1] == 0 and not plan.in_flight:
             raise ValueError(
@@ -173,26 +196,49 @@ class Kernels:
                 "levels='standard', or give every rank equally many batches."
             )
 
-    def _stages(self, count: int) -> Stages:
-        # Where the graph was built without knowing the size, there is one chunk.
+    def _stages(self, shapes: Array) -> Stages:
+        counts = tuple(math.prod(shape) for shape in _shapes(shapes))
+        # Where the graph was built without knowing the sizes, there is one parcel.
         ranks = self.plan.world_size
-        limit = max(count, 1) if self.chunk_count == 1 else pipeline.chunk_elements(ranks)
-        name, rank = stages.tensor_name(self.name), self.process_set.rank()
-        return _stages(layout((count,), self.plan, limit), name, self.config.seed, rank)
+        limit = max(sum(counts), 1) if self.parcel_count == 1 else pipeline.chunk_elements(ranks)
+        own = layout(counts, self.plan, limit)
+        return _stages(own, self.names, self.config.seed, self.process_set.rank())
+
+    def _steps(self, shared: Array) -> Steps:
+        """How often the tensors were reduced before, on all ranks alike."""
+        return np.full(len(self.names), shared[-TAIL], dtype=np.uint32)
 
 
 @lru_cache(maxsize=4096)  # one for each tensor of a model
-def _stages(own: Layout, name: str, seed: int, rank: int) -> Stages:
-    return Stages(own, (name,), seed, rank)
+def _stages(own: Layout, names: tuple[str, ...], seed: int, rank: int) -> Stages:
+    return Stages(own, tuple(map(stages.tensor_name, names)), seed, rank)
 
 
-def _tensors(x: Array) -> Tensors:
-    return Tensors.of(Buffer.of(x))
+def _tensors(xs: Sequence[Array]) -> Tensors:
+    if len(xs) == 1:
+        return Tensors.of(Buffer.of(xs[0]))
+    buffers = [Buffer.of(x) for x in xs]
+    pointers = np.array([own.pointer for own in buffers], dtype=np.uint64)
+    return Tensors(pointers, buffers[0].dtype, xs)
 
 
-def _steps(shared: Array) -> Steps:
-    """How often the tensor was reduced before, on all ranks alike."""
-    return shared[-TAIL : 1 - TAIL].astype(np.uint32)
+def shapes_of(xs: Sequence[Any]) -> Any:
+    """The shapes of tensors as one vector: of each, the dimensions behind their number.
+
+    A constant where they are known.
+    """
+    if all(x.shape.is_fully_defined() for x in xs):
+        known = [number for x in xs for number in (x.shape.rank, *x.shape.as_list())]
+        return tf.constant(known, tf.int32)
+    return tf.concat([part for x in xs for part in ([tf.rank(x)], tf.shape(x))], 0)
+
+
+def _shapes(shapes: Array) -> list[tuple[int, ...]]:
+    """What shapes_of() has put together."""
+    numbers, found = iter(shapes.tolist()), []
+    for rank in numbers:
+        found.append(tuple(next(numbers) for _ in range(rank)))
+    return found
 
 
 @cache
@@ -204,7 +250,8 @@ def _settings(config: Config) -> int:
 @cache
 def _decode(call: bytes) -> tuple[str, list[int], Kernels]:
     stage, index, fields = json.loads(call)
-    return stage, index, Kernels(**{**fields, "config": Config(**fields["config"])})
+    fields = {**fields, "names": tuple(fields["names"]), "config": Config(**fields["config"])}
+    return stage, index, Kernels(**fields)
 
 
 def run(call: bytes, *inputs: Any) -> Any:
@@ -220,7 +267,9 @@ KEY = "gq_horovod.tensorflow (to be imported before a compressed training step i
 script_ops._py_funcs._funcs[KEY] = run
 
 
-def chunk_count(count: int | None, plan: Plan) -> int:
-    if not count:  # unknown, or an empty tensor in a group with a large one
+def parcel_count(counts: Sequence[int | None], plan: Plan) -> int:
+    """Parcels of tensors of so many elements; 1 where one is not known."""
+    if None in counts or not any(counts):  # none of empty tensors, in a group with one that counts
         return 1
-    return len(layout((count,), plan, pipeline.chunk_elements(plan.world_size)).parcels)
+    known = tuple(count or 0 for count in counts)
+    return len(layout(known, plan, pipeline.chunk_elements(plan.world_size)).parcels)

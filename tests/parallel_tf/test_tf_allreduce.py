@@ -62,13 +62,13 @@ def test_the_mean_is_unbiased_with_the_variance_of_its_closed_form(
     check_replicas(*results)
 
 
-def shrink(self: Any, index: int, x: Any, shape: Any, shared: Any) -> Any:
-    return quantize(self, index, x * 0.9, shape, shared)
+def shrink(self: Any, index: int, shapes: Any, shared: Any, x: Any) -> Any:
+    return quantize(self, index, shapes, shared, x * 0.9)
 
 
-def round_to_nearest(self: Any, index: int, x: Any, shape: Any, shared: Any) -> Any:
+def round_to_nearest(self: Any, index: int, shapes: Any, shared: Any, x: Any) -> Any:
     level = shared.view(np.float32)[0] / self.plan.level_count
-    return quantize(self, index, (np.round(x / level) * level).astype(x.dtype), shape, shared)
+    return quantize(self, index, shapes, shared, (np.round(x / level) * level).astype(x.dtype))
 
 
 class RankZero(plugin.kernels.Kernels):
@@ -77,8 +77,8 @@ class RankZero(plugin.kernels.Kernels):
         return SimpleNamespace(size=super().process_set.size, rank=lambda: 0)
 
 
-def round_alike_on_all_ranks(self: Any, index: int, x: Any, shape: Any, shared: Any) -> Any:
-    return quantize(RankZero(**vars(self)), index, x, shape, shared)
+def round_alike_on_all_ranks(self: Any, index: int, shapes: Any, shared: Any, x: Any) -> Any:
+    return quantize(RankZero(**vars(self)), index, shapes, shared, x)
 
 
 quantize = plugin.kernels.Kernels.quantize

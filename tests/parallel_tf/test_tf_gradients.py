@@ -349,3 +349,71 @@ def test_a_result_is_not_differentiable(mode: str, name: str) -> None:
     error = Exception if mode == "graph" else LookupError
     with pytest.raises(error, match="a compressed result must not be differentiated"):
         (tf.function(step) if mode == "graph" else step)()
+
+
+# ------------------------------------------------------------------------------------------ groups
+
+
+def operations(graph: Any) -> list[str]:
+    """The kinds of the nodes of a graph, and of the functions that it calls."""
+    definition = graph.as_graph_def()
+    nodes = [
+        *definition.node,
+        *(node for own in definition.library.function for node in own.node_def),
+    ]
+    return [node.op for node in nodes]
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_a_group_is_a_bucket(levels: str) -> None:
+    """With the results of each by itself, and operations that do not grow with its tensors."""
+    results: dict[Any, list[bytes]] = {}
+    kinds: dict[Any, list[str]] = {}
+    for groups in (0, 1, 2):
+        # Anew, so that all count their steps from 0.
+        model = Model(compression=GlobalQSGD(levels=levels, min_elements=0), groups=groups or None)
+        step = tf.function(model.gradients)
+        results[groups] = [
+            np.concatenate([np.ravel(x) for x in step(own(tag))]).tobytes() for tag in (31, 32)
+        ]
+        (function,) = step._list_all_concrete_functions()
+        kinds[groups] = operations(function.graph)
+    assert results[0] == results[1] == results[2]
+    stages = 3 if levels == "standard" else 4
+    tensors = len(SHAPES)
+    for groups in (0, 1, 2):
+        buckets = groups or tensors
+        assert kinds[groups].count("PyFuncStateless") == stages * buckets
+        # Norms, standard codes, and without groups a token each.
+        reductions = buckets * (2 if levels == "standard" else 1)
+        tokens = 0 if groups else tensors
+        assert kinds[groups].count("HorovodAllreduce") == reductions + tokens
+        assert kinds[groups].count("HorovodGroupedAllreduce") == groups
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_ranks_whose_groups_differ(levels: str, mode: str, name: str) -> None:
+    """One error on every rank, also where only the second tensor of a group differs."""
+    shape = (70, 70) if hvd.rank() == 0 else (4900,)
+    xs = [tf.ones(5000), tf.ones(shape)]
+
+    def reduce() -> Any:
+        compression = GlobalQSGD(levels=levels)
+        return hvd.grouped_allreduce(xs, name=name, compression=compression)
+
+    reduce = reduce if mode == "eager" else tf.function(reduce)
+    with pytest.raises(Exception, match=rf"the ranks disagree about tensor '{name}.[01]'"):
+        [x.numpy() for x in reduce()]
+    hvd.allreduce(tf.constant(0.0), name=f"{name}.after")
+
+
+def test_a_tensor_twice_in_a_group(name: str) -> None:
+    x = gradients(5000, tag=3)[hvd.rank()]
+    one, other = hvd.grouped_allreduce([x, x], name=name, compression=compressor())
+    check_replicas(one, other)
+    if hvd.size() > 1:
+        check_mean(one, gradients(5000, tag=3), compressor())
+        assert not np.array_equal(one, other)
