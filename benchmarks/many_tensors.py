@@ -155,7 +155,7 @@ class TensorFlow:
             with tf.GradientTape() as tape:
                 products = zip(self.parameters, factors, strict=True)
                 loss = tf.add_n([tf.reduce_sum(one * other) for one, other in products])
-            tape = hvd.DistributedGradientTape(tape, compression=compression, num_groups=groups)
+            tape = hvd.DistributedGradientTape(tape, compression=compression, groups=groups or None)
             gradients = tape.gradient(loss, self.parameters)
             return tf.add_n([tf.reshape(own, [-1])[0] for own in gradients])
 

@@ -45,11 +45,16 @@ def kernels_for(tensor: Buffer | Tensors) -> Kernels:
 # ------------------------------------------------------------------------------- of many tensors
 
 
-def measure(x: Tensors, segments: NDArray[Any], plan: Plan, out: Norms) -> None:
-    """Write this rank's norm of each block to `out`; global norms are their maximum over ranks."""
+def measure(x: Tensors, segments: NDArray[Any], plan: Plan, out: Norms, gaps: bool = False) -> None:
+    """Write this rank's norm of each block to `out`; global norms are their maximum over ranks.
+
+    `gaps`: whether there is more room in it than norms, which becomes zeros.
+    """
     kernels = kernels_for(x)
     with kernels.on_device_of(x):
         staged = kernels.staging(out)
+        if gaps:
+            staged[...] = 0
         norm = "l2norm" if plan.norm == "l2" else "absmax"
         kernels.measure_table(norm, x.dtype, segments, plan.block_size or 0, staged)
         kernels.download(staged, out)
@@ -95,7 +100,11 @@ def reduce_share(
     host.KERNELS.reduce_table(
         list(pieces), segments, bits=plan.bits, factor=1.0 / plan.world_size, out=out
     )
-    out[int(segments["stop"][-1]) if len(segments) else 0 :] = 0
+    end = 0
+    if len(segments):
+        last = segments[-1]
+        end = int(last["payload"]) + payload_size(int(last["elements"]), plan)
+    out[end:] = 0  # what lies beyond the tensors
     return out
 
 

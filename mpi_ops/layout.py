@@ -141,12 +141,21 @@ class Parcel:
         skipped = np.array([part.skipped for part in parts], dtype=np.int64)
         return piece, skipped, own
 
-    @lru_cache(maxsize=4)  # noqa: B019 - layouts are kept by a cache of their own
+    @cached_property
+    def _known_shares(self) -> dict[int, tuple[Places, NDArray[Any]]]:
+        return {}
+
     def share(self, rank: int) -> tuple[Places, NDArray[Any]]:
         """A segment for each part of a rank's share, as it is rounded; and the pieces they are of.
 
         Places are those in the share, of norms and of codes; `x` that of elements.
         """
+        known = self._known_shares.get(rank)
+        if known is None:
+            known = self._known_shares[rank] = self._share(rank)
+        return known
+
+    def _share(self, rank: int) -> tuple[Places, NDArray[Any]]:
         parts, plan = [part for part in self._parts() if part.share == rank], self.plan
         own = np.zeros(len(parts), dtype=SEGMENT)
         for segment, part in zip(own, parts, strict=True):

@@ -81,9 +81,7 @@ class Stages:
 
     def measure(self, x: Tensors, out: NDArray[np.int32]) -> None:
         """Write this rank's norms to `out`, as many as the layout has."""
-        if self._gaps:
-            out[:] = 0
-        codec.measure(x, self.layout.measured(x), self.plan, out)
+        codec.measure(x, self.layout.measured(x), self.plan, out, self._gaps)
 
     def quantize(
         self, parcel: Parcel, x: Tensors, steps: Steps, norms: NDArray[np.int32], out: Payload

@@ -252,6 +252,8 @@ def _of_the_cache(found: Facts) -> Finding:
     names = f"room for {text} names of operations (HOROVOD_CACHE_CAPACITY)"
     if text.isdecimal() and int(text) >= REMEDY_CAPACITY:
         return Finding(what, "ok", names)
+    if text == "0":
+        names = "off (HOROVOD_CACHE_CAPACITY=0)"
     remedy = (
         f"for models of more than some hundred parameters set HOROVOD_CACHE_CAPACITY="
         f"{REMEDY_CAPACITY} on all ranks: a step has a name for each parameter and three for each "

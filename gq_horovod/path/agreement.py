@@ -63,7 +63,8 @@ class Same:
 
     def ready(self) -> bool:
         """Whether it is known."""
-        return self._result is not None or self._handle.ready()
+        with self._lock:  # a handle may be asked for nothing any more once it was waited for
+            return self._result is not None or self._handle.ready()
 
     @property
     def holds(self) -> bool:

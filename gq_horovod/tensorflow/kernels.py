@@ -199,8 +199,7 @@ class Kernels:
     def _stages(self, shapes: Array) -> Stages:
         counts = tuple(math.prod(shape) for shape in _shapes(shapes))
         # Where the graph was built without knowing the sizes, there is one parcel.
-        ranks = self.plan.world_size
-        limit = max(sum(counts), 1) if self.parcel_count == 1 else pipeline.chunk_elements(ranks)
+        limit = max(sum(counts), 1) if self.parcel_count == 1 else _limit()
         own = layout(counts, self.plan, limit)
         return _stages(own, self.names, self.config.seed, self.process_set.rank())
 
@@ -272,4 +271,9 @@ def parcel_count(counts: Sequence[int | None], plan: Plan) -> int:
     if None in counts or not any(counts):  # none of empty tensors, in a group with one that counts
         return 1
     known = tuple(count or 0 for count in counts)
-    return len(layout(known, plan, pipeline.chunk_elements(plan.world_size)).parcels)
+    return len(layout(known, plan, _limit()).parcels)
+
+
+def _limit() -> int:
+    """Elements of a parcel, for any number of ranks: a graph may outlive those that there are."""
+    return pipeline.chunk_elements(1)

@@ -3,13 +3,14 @@
 A bucket is settled once, from what all ranks know. In every step its tensors arrive one by one;
 with the last one it is on its way. Where some do not come, it goes when the first of the others is
 asked for: by then Horovod has handed over all that it has, on every rank. Those that did not come
-are zeros, so that ranks of which one has a tensor and another has not still do the same.
+are zeros, so that ranks do the same, of which one has a tensor and another has not.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import horovod.torch as hvd
@@ -173,14 +174,13 @@ class Bucket:
     def open(self, owner: Owner) -> Run:
         """The reduction that tensors arrive for now."""
         last = self.run
-        if last is None or not last.open:
-            if last is not None:  # nobody has asked for all of it
-                last.settle()
-                self._renew()
-            self._tokens[:] = self._marks
-            self.run = Run(self, owner)
-            return self.run
-        return last
+        if last is not None and last.open:
+            return last
+        if last is not None:  # nobody has asked for all of it
+            self._renew()
+        self._tokens[:] = self._marks
+        self.run = Run(self, owner)
+        return self.run
 
 
 class Owner(Protocol):
@@ -200,6 +200,8 @@ class Run:
         self.steps = np.zeros(count, dtype=np.uint32)
         self.arrived = self.taken = 0
         self.open = True
+        self.step: Any = None  # whose tensors these are; see Settled.arrive
+        self.last: dict[int, Any] = {}  # of each thread, the parameter whose gradient came last
         self._reduction: InFlight | None = None
         self._written: list[Handle] = []
         self._ours = [False] * count  # whether the result may lie where the values do
@@ -212,11 +214,15 @@ class Run:
         """Whether all results were taken, so that its memory is free."""
         return self._finished and self.taken == self.arrived
 
+    @property
+    def under_way(self) -> bool:
+        """Whether operations of it may be incomplete."""
+        return self._reduction is not None and self.bucket.group.pipeline.has(self._reduction)
+
     def settle(self) -> None:
         """Block until it is done, if it is under way still; nobody asks for the rest of it."""
-        pipeline = self.bucket.group.pipeline
-        if self._reduction is not None and pipeline.has(self._reduction):
-            pipeline.settle(self._reduction)
+        if self._reduction is not None and self.under_way:
+            self.bucket.group.pipeline.settle(self._reduction)
 
     def arrive(self, place: int, tensor: torch.Tensor, step: int) -> Context:
         """Take a tensor, which must not change until its result is taken."""
@@ -242,6 +248,9 @@ class Run:
         """Begin, with zeros for what has not arrived."""
         bucket, group = self.bucket, self.bucket.group
         x = _tensors(self.values)
+        # Shares of what this rank has not are rounded with other random numbers in every step, too.
+        missing = [place for place, own in enumerate(self.values) if own is None]
+        self.steps[missing] = self.steps.max()
         if bucket.agreed is not None and bucket.agreed.holds:
             bucket.agreed = None
         task = Task(
@@ -268,13 +277,14 @@ class Run:
         self.open = False
 
     def _new_output(self) -> Tensors:
-        wanted = self.bucket.maker.RESULT_DTYPE
+        wanted, results = self.bucket.maker.RESULT_DTYPE, []
         for values, ours in zip(self.values, self._ours, strict=True):
             own = values
             if values is not None and (not ours or values.dtype != (wanted or values.dtype)):
                 own = tensors.new_output(values, wanted or values.dtype)
-            self._results.append(own)
-        return _tensors(self._results)
+            results.append(own)
+        self._results = results  # all of them, or none where memory is short
+        return _tensors(results)
 
     def _see(self, seen: NDArray[np.int32]) -> None:
         self.bucket.absent = np.flatnonzero(seen == 0).tolist()
@@ -306,7 +316,9 @@ class Run:
             key = bucket.members[place].key
             bucket.maker._collect(key, sample, bucket.plan, int(self.steps[place]))
         if self.over:  # none of them may keep the others, and with them gradients, alive
-            self.bucket.run = self._reduction = None
+            self._reduction = None
+            if self.bucket.run is self:
+                self.bucket.run = None
         return result
 
 
@@ -342,14 +354,22 @@ class Together:
         """Whether all have come."""
         return len(self._arrived) == len(self.tensors)
 
-    def goes_on(self, tensors: Any, place: int) -> bool:
-        """Whether a tensor belongs to this call, and not to another one."""
-        return self.tensors is tensors and place not in self._arrived
+    def place_of(self, tensors: Any, tensor: torch.Tensor, place: int) -> int | None:
+        """The place of a tensor that comes now, which Horovod has at `place`, in this call.
+
+        None: it belongs to another call. (A tensor may be in a call twice.)
+        """
+        if self.tensors is not tensors:
+            return None
+        alike = [place]
+        if tensors[place] is tensor:
+            alike = [number for number, own in enumerate(tensors) if own is tensor]
+        return next((number for number in alike if number not in self._arrived), None)
 
     def arrive(
         self, place: int, tensor: torch.Tensor, count: Callable[[str], int]
     ) -> tuple[torch.Tensor, Context] | None:
-        """Take the tensor at a place; None if it is none of these. `count` counts by its key.
+        """Take the tensor at a place; None if it is not compressed. `count` counts by its key.
 
         Returns its token, and what decompress() has to know.
         """
@@ -381,20 +401,20 @@ class Settled:
         self.known: dict[Any, Member] = {}  # those that go the last way that somebody asked for
         self._keys: dict[str, str] = {}
 
-    def members(self, way: Any, cut: Cut) -> dict[Any, Member]:
+    def members(self, way: Any, optimizer: Any, cut: Cut) -> dict[Any, Member]:
         """Those that go some way, by their parameters; `cut` gives their buckets, once."""
-        known = self._members.get(id(way))
-        if known is None:
-            with self._lock:
+        with self._lock:
+            known = self._members.get(id(way))
+            if known is None:
                 own = {
                     parameter: member
                     for bucket, parameters in cut()
                     for parameter, member in zip(parameters, bucket.places(), strict=True)
                 }
-                self._compare(own)
+                self._compare(own, min(optimizer._parameter_names.values()))
                 known = self._members[id(way)] = way, own
-        self.known = known[1]
-        return known[1]
+            self.known = known[1]
+            return known[1]
 
     def key(self, name: str, optimizer: Any) -> str:
         """What a tensor is remembered by."""
@@ -403,48 +423,80 @@ class Settled:
             key = self._keys[name] = self.group.key(name, optimizer)
         return key
 
-    def _compare(self, members: dict[Any, Member]) -> None:
-        """Have the ranks find out whether all of them have these buckets, while they go on."""
-        shared = [own for own in _buckets(members) if len(own.members) > 1]
-        if not shared:
-            return
-        name = f"{min(own.described.name for own in members.values())}.{len(self._members)}"
-        function = self.group.function
+    def _compare(self, members: dict[Any, Member], name: str) -> None:
+        """Have the ranks find out whether all of them have these buckets, while they go on.
+
+        `name` is one that they have, whatever their members are.
+        """
+        own = list(_buckets(members))
         same = agreement.Same(
-            [own.name for own in shared],
-            lambda array: self.group.collectives.allreduce_max(array, f"gq.members.{name}"),
-            f"{function}: the ranks disagree about the tensors of an optimizer, which here begin "
-            f"with {shared[0].members[0].name!r}. Every rank has to give it parameters of the same "
-            "names, shapes and dtypes in the same order, and require gradients of the same ones.",
+            [bucket.name for bucket in own],
+            partial(self._largest, name=f"gq.members.{name}.{len(self._members)}"),
+            f"{self.group.function}: the ranks disagree about the tensors of an optimizer, one of "
+            f"which is {name!r}. Every rank has to give it parameters of the same names, shapes "
+            "and dtypes in the same order, and require gradients of the same ones.",
         )
-        for bucket in shared:
+        for bucket in own:  # one of a single tensor, too: that may be in a larger one elsewhere
             bucket.agreed = same
 
-    def arrive(
-        self, own: Member, parameter: Any, tensor: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, Context]:
-        """Take the gradient of a parameter; its token, and what decompress() has to know."""
-        with self._lock:
-            bucket = own.bucket
-            if bucket.absent:
-                own = self._without_absent(bucket)[parameter]
-                bucket = own.bucket
-            if bucket.open(self).values[own.place] is not None:
-                # The step that it came for was abandoned before the bucket was whole.
-                bucket.drop()
-            return bucket.arrive(self, own.place, tensor, step)
+    def _largest(self, array: NDArray[np.int32], name: str) -> Handle:
+        return self.group.collectives.allreduce_max(array, name)
 
-    def _without_absent(self, bucket: Bucket) -> dict[Any, Member]:
+    def arrive(
+        self,
+        members: dict[Any, Member],
+        optimizer: Any,
+        parameter: Any,
+        tensor: torch.Tensor,
+        step: int,
+    ) -> tuple[torch.Tensor, Context]:
+        """Take the gradient of a parameter; its token, and what decompress() has to know.
+
+        `members` are those of its way.
+        """
+        while True:
+            with self._lock:
+                bucket = members[parameter].bucket
+                last = bucket.run
+                if last is None or last.open or not last.under_way:
+                    return self._arrive(members, optimizer, parameter, tensor, step)
+            last.settle()  # as on all ranks: what it tells of absent tensors is the same there
+
+    def _arrive(
+        self,
+        members: dict[Any, Member],
+        optimizer: Any,
+        parameter: Any,
+        tensor: torch.Tensor,
+        step: int,
+    ) -> tuple[torch.Tensor, Context]:
+        own = members[parameter]
+        if own.bucket.absent and (own.bucket.run is None or not own.bucket.run.open):
+            self._split(members, own.bucket)
+            own = members[parameter]
+        bucket, handles = own.bucket, optimizer._handles
+        run = bucket.open(self)
+        # Horovod keeps a handle of everything that it has handed over in a step. Where it has
+        # forgotten what came before, that step was abandoned before the bucket was whole.
+        thread = threading.get_ident()
+        before = None if optimizer._groups is not None else run.last.get(thread)
+        if run.arrived and (
+            run.step is not handles
+            or run.values[own.place] is not None
+            or (before is not None and before not in handles)
+        ):
+            bucket.drop()
+            run = bucket.open(self)
+        run.step, run.last[thread] = handles, parameter
+        return bucket.arrive(self, own.place, tensor, step)
+
+    def _split(self, members: dict[Any, Member], bucket: Bucket) -> None:
         """Those that no rank had in the last step go by themselves from now on, if they come."""
-        members = next(own for _, own in self._members.values() if bucket in _buckets(own))
-        if bucket.run is not None and bucket.run.open:
-            return members
         parameters = {own.place: key for key, own in members.items() if own.bucket is bucket}
-        left = [place for place in parameters if place not in bucket.absent]
-        for places in (sorted(left), *([place] for place in bucket.absent)):
+        left = sorted(set(parameters).difference(bucket.absent))
+        for places in (left, *([place] for place in bucket.absent)):
             part = bucket.of(places)
             members.update(zip((parameters[place] for place in places), part.places(), strict=True))
-        return members
 
     def flush(self) -> None:
         """Start what is open: whatever else comes belongs to the next step."""

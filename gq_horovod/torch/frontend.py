@@ -33,6 +33,8 @@ from .group import Group, describe_loaded
 
 _FORMAT = 3  # of state_dict()
 
+_settling = threading.RLock()  # of what belongs to an optimizer, which two threads may begin
+
 # While the ranks of a process set compare their configurations, by its ranks: the operations of two
 # threads, or of two instances, would have one name.
 _agreeing: dict[tuple[int, ...], threading.RLock] = {}
@@ -155,20 +157,18 @@ class TorchFrontend(Frontend):
             )
         group = self._group(caller.process_set)
         if caller.optimizer is not None:
-            settled = self._optimizers.get(caller.optimizer)
-            if settled is None or not self._is_current(settled, caller.process_set):
-                settled = self._optimizers[caller.optimizer] = Settled(group)
+            with _settling:
+                settled = self._optimizers.get(caller.optimizer)
+                if settled is None or not self._is_current(settled, caller.process_set):
+                    settled = self._optimizers[caller.optimizer] = Settled(group)
             return self._arrive(tensor, settled, caller.optimizer, caller.parameter)
         self._guard(group, tensor, caller.name, eligible)
-        if not eligible:
-            return self._left_to_horovod(tensor, caller.name)
         if caller.together is not None and group.trials is None:
-            call = self._call_of(caller, group)
-            arrived = call.arrive(caller.place, tensor, group.next_step)
-            if call.complete:
-                del self._calls[threading.get_ident()]
+            arrived = self._arrive_in_call(tensor, caller, group)
             if arrived is not None:
                 return arrived
+        if not eligible:
+            return self._left_to_horovod(tensor, caller.name)
         key = group.key(caller.name, None)
         step = group.next_step(key)
         plan = group.way_of(step, tensor.numel()).plan
@@ -184,12 +184,14 @@ class TorchFrontend(Frontend):
         """The same for a gradient of an optimizer."""
         group = settled.group
         if group.trials is None:  # what follows, for a tensor that is known
-            own = settled.known.get(parameter)
+            members = settled.known
+            own = members.get(parameter)
             if own is not None and own.fits(tensor):
                 name, key, *_ = own.described
                 if self.config.check_replicas is not None or group.census is not None:
                     self._guard(group, tensor, name, True, optimizer)
-                return settled.arrive(own, parameter, tensor, group.next_step(key))
+                step = group.next_step(key)
+                return settled.arrive(members, optimizer, parameter, tensor, step)
         name = optimizer._parameter_names[parameter]
         eligible = self._eligible(tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
@@ -205,9 +207,10 @@ class TorchFrontend(Frontend):
         way = group.way_of(step, tensor.numel())
         if way.plan is None:
             return self._left_to_horovod(tensor, name)
-        own = settled.members(way, lambda: self._cut(optimizer, group, way)).get(parameter)
+        members = settled.members(way, optimizer, lambda: self._cut(optimizer, group, way))
+        own = members.get(parameter)
         if own is not None and own.fits(tensor):
-            return settled.arrive(own, parameter, tensor, step)
+            return settled.arrive(members, optimizer, parameter, tensor, step)
         # One that its bucket was not made for: of another dtype than its parameter, or new.
         member = describe(name, key, tensor)
         bucket = Bucket(self, group, way.plan, [member], optimizer.op, in_place=True)
@@ -257,36 +260,47 @@ class TorchFrontend(Frontend):
                     own,
                 )
 
-    def _call_of(self, caller: Caller, group: Group) -> Together:
-        """The buckets of the call that reduces several tensors now."""
+    def _arrive_in_call(
+        self, tensor: torch.Tensor, caller: Caller, group: Group
+    ) -> tuple[torch.Tensor, Context] | None:
+        """The same for a tensor of a call for several; None if it is not compressed there."""
         thread = threading.get_ident()
         call = self._calls.get(thread)
-        if call is None or not call.goes_on(caller.together, caller.place):
-            alike: dict[Any, list[int]] = {}
-            for place, own in enumerate(caller.together):
-                if self._eligible(own) and not own.requires_grad:
-                    alike.setdefault((own.dtype, own.device), []).append(place)
-            base = caller.name.removesuffix(f".{caller.place}")
-            alone = self._method() is not None or (
-                group.plan.levels == "two-hop" and group.plan.block_size is None
-            )
-            members: dict[int, Member] = {}
-            for places in alike.values():
-                for chosen in [[place] for place in places] if alone else [places]:
-                    described = [
-                        describe(name, group.key(name, None), caller.together[place])
-                        for place in chosen
-                        for name in [f"{base}.{place}"]
-                    ]
-                    # Tokens tell whether all ranks have these tensors; where they do not, what
-                    # has begun has to find its like, and not wait for ever.
-                    bucket = Bucket(
-                        *(self, group, group.plan, described, caller.op, caller.scaling),
-                        name=stages.tensor_name(f"{base}.{chosen[0]}"),
-                    )
-                    members.update(zip(chosen, bucket.places(), strict=True))
-            call = self._calls[thread] = Together(caller.together, members)
-        return call
+        place = None if call is None else call.place_of(caller.together, tensor, caller.place)
+        if call is None or place is None:
+            call = self._calls[thread] = self._begin_call(caller, group)
+            place = caller.place
+        arrived = call.arrive(place, tensor, group.next_step)
+        if call.complete:
+            del self._calls[thread]  # and with it what it keeps alive
+        return arrived
+
+    def _begin_call(self, caller: Caller, group: Group) -> Together:
+        """The buckets of a call for several tensors."""
+        alike: dict[Any, list[int]] = {}
+        for place, own in enumerate(caller.together):
+            if self._eligible(own) and not own.requires_grad:
+                alike.setdefault((own.dtype, own.device), []).append(place)
+        base = caller.name.removesuffix(f".{caller.place}")
+        alone = self._method() is not None or (
+            group.plan.levels == "two-hop" and group.plan.block_size is None
+        )
+        members: dict[int, Member] = {}
+        for places in alike.values():
+            for chosen in [[place] for place in places] if alone else [places]:
+                described = [
+                    describe(name, group.key(name, None), caller.together[place])
+                    for place in chosen
+                    for name in [f"{base}.{place}"]
+                ]
+                # Tokens tell whether all ranks have these tensors; where they do not, what has
+                # begun has to find its like, and not wait for ever.
+                bucket = Bucket(
+                    *(self, group, group.plan, described, caller.op, caller.scaling),
+                    name=stages.tensor_name(f"{base}.{chosen[0]}"),
+                )
+                members.update(zip(chosen, bucket.places(), strict=True))
+        return Together(caller.together, members)
 
     def _is_current(self, settled: Settled, process_set: Any) -> bool:
         """Whether the ranks need not agree anew before an optimizer's next gradient."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import horovod.torch as hvd
@@ -14,6 +16,7 @@ from helpers import TRANSPORT, all_bytes, gradient
 from gq_horovod.path import pipeline
 from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.torch import GlobalQSGD, allreduce
+from gq_horovod.torch.collectives import Collectives
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -297,15 +300,65 @@ def test_a_gradient_of_another_dtype_goes_by_itself(name: str, operations: list[
 
 
 @needs_ranks
-def test_a_step_that_was_abandoned_half_way(name: str) -> None:
-    """Every rank forgets what has come of it."""
+@LEVELS
+@pytest.mark.parametrize("first", ["table", "convolution"])
+def test_a_step_that_was_abandoned_half_way(levels: str, first: str, name: str) -> None:
+    """Every rank forgets what has come of it, whatever comes first in the next step.
+
+    Gradients stay where they are, so that what is stale looks like what is new.
+    """
+    results = []
+    for abandon in (False, True):
+        own = parameters()
+        optimizer = optimizer_of(own, make(levels, min_elements=0), name)
+        for parameter in own.values():
+            parameter.grad = torch.zeros_like(parameter)
+        if abandon:
+            backward(own, 7, ["table", "vector", "matrix"])  # and then the loss was NaN, say
+            # Horovod's own way to forget its handles.
+            optimizer.load_state_dict(optimizer.state_dict())
+            hvd.barrier()  # Horovod itself refuses a name that is still being reduced
+            time.sleep(0.1)
+            for parameter in own.values():
+                parameter.grad.zero_()
+        # As often as in the steps of the other, which the random numbers depend on.
+        order = [first, *(key for key in own if key != first)]
+        backward(own, 1, order)
+        optimizer.synchronize()
+        results.append([parameter.grad.clone() for parameter in own.values()])
+    for plain, other in zip(*results, strict=True):
+        # Both are rounded, by other random numbers; what is stale or missing differs by 1 or more.
+        assert (plain - other).norm() < 0.8 * plain.norm()
+    rows = all_bytes(results[1])
+    assert len(rows.unique(dim=0)) == 1
+
+
+@needs_ranks
+def test_two_threads_bring_the_first_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of two GPUs do: there is one set of buckets."""
+    cut = GlobalQSGD._cut
+
+    def slowly(*arguments: Any) -> Any:
+        found = list(cut(*arguments))
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(GlobalQSGD, "_cut", slowly)
     own = parameters()
-    compression = make()
-    optimizer = optimizer_of(own, compression, name)
-    train(own, optimizer, steps=1)
-    backward(own, 1, ["table", "vector"])  # and then the loss was not finite, say
-    optimizer.load_state_dict(optimizer.state_dict())  # Horovod's own way to forget its handles
-    train(own, optimizer, steps=2)
+    optimizer = optimizer_of(own, make(), name)
+    for key, parameter in own.items():
+        parameter.grad = gradient(hvd.rank(), parameter.shape, tag=list(own).index(key))
+    keys = list(own)
+
+    def bring(some: list[str]) -> None:
+        for key in some:
+            optimizer._handles[own[key]] = optimizer._allreduce_grad_async(own[key])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(bring, (keys[:2], keys[2:])))
+    optimizer.synchronize()
+    rows = all_bytes([parameter.grad for parameter in own.values()])
+    assert len(rows.unique(dim=0)) == 1
 
 
 @needs_ranks
@@ -324,20 +377,42 @@ def test_gradients_are_not_kept_alive(levels: str, name: str) -> None:
 
 @LEVELS
 def test_tensors_of_a_call_are_not_kept_alive(levels: str, name: str) -> None:
-    xs = [gradient(hvd.rank(), (500,), tag=3), gradient(hvd.rank(), (700,), tag=4)]
+    xs = [gradient(hvd.rank(), (size,), tag=size) for size in (500, 3, 700)]
+    xs.append(xs[0])  # twice, and one that is left to Horovod
     known = [weakref.ref(x) for x in xs]
-    hvd.grouped_allreduce(xs, name=name, compression=make(levels))
+    compression = make(levels)
+    one, _, _, other = hvd.grouped_allreduce(xs, name=name, compression=compression)
+    assert not torch.equal(one, other), "as one of another name"
     del xs
-    assert [one() for one in known] == [None, None]
+    assert [found() for found in known] == [None] * 4
+    assert not compression._calls
 
 
 # ---------------------------------------------------------------------------------- what is refused
 
 
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the norms that are sent."""
+    sent: list[str] = []
+    allreduce_max = Collectives.allreduce_max
+
+    def noted(own: Collectives, array: Any, name: str) -> Any:
+        if name.endswith(".norm"):
+            sent.append(name)
+        return allreduce_max(own, array, name)
+
+    monkeypatch.setattr(Collectives, "allreduce_max", noted)
+    return sent
+
+
 @needs_ranks
 @LEVELS
-def test_ranks_that_disagree_about_the_parameters(levels: str, name: str) -> None:
-    """An error on every rank, and no hang: the others of the bucket wait for nobody."""
+def test_ranks_that_disagree_about_the_parameters(levels: str, name: str, norms: list[str]) -> None:
+    """An error on every rank, before anything is sent that some of them do not know.
+
+    (It would wait there, and a rank that called hvd.join() later would complete it.)
+    """
     own = parameters()
     if hvd.rank() == hvd.size() - 1:
         own = dict(reversed(own.items()))
@@ -345,8 +420,26 @@ def test_ranks_that_disagree_about_the_parameters(levels: str, name: str) -> Non
     backward(own, 0)
     with pytest.raises(ConfigMismatchError, match=r"the ranks disagree about (the )?tensor"):
         optimizer.synchronize()
-    # Nothing was left behind that other ranks do not know: a join would complete it there.
-    hvd.join()
+    hvd.barrier()
+    assert norms == []
+
+
+@needs_ranks
+@LEVELS
+def test_a_rank_on_which_a_layer_is_frozen(levels: str, name: str, norms: list[str]) -> None:
+    """Its buckets are others; the first of them may be the same."""
+    own = parameters()
+    if hvd.rank() == 0:
+        own["bias"].requires_grad_(False)
+        own["convolution"].requires_grad_(False)
+    optimizer = optimizer_of(own, make(levels, first_bucket_bytes=65_000), name)
+    used = [key for key in own if key not in ("bias", "convolution")]
+    backward(own, 0, used)
+    optimizer._requires_update = {own[key] for key in used}  # nobody waits for Horovod's own
+    with pytest.raises(ConfigMismatchError, match=r"the ranks disagree about (the )?tensor"):
+        optimizer.synchronize()
+    hvd.barrier()
+    assert norms == []
 
 
 def test_options_are_compared(name: str) -> None:
