@@ -212,6 +212,7 @@ def run_rank(options: argparse.Namespace, model: str) -> None:
             own.append(job.step(method))
         if job.rank == 0:
             print(f"{model}: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+    job.barrier()
     if job.rank == 0:
         found = {"tensors": len(job.parameters), "operations": operations, "measured": measured}
         found["traced"] = getattr(job, "traced", {})

@@ -39,6 +39,8 @@ _running: set[Running] = set()
 
 # How long a rank that ends goes on with the exchanges that others need to complete theirs.
 _LEAVE_SECONDS = 10.0
+# How long a rank goes on with its own exchanges when another one has ended.
+_LAST_SECONDS = 1.0
 # How long the norms of a tensor may take from one rank to another.
 _START_SECONDS = 0.2
 _POLL_SECONDS = 1e-3
@@ -51,26 +53,31 @@ class Running:
 
     def __init__(self, exchange: Exchange) -> None:
         self._steps = exchange.run()
-        self.failed = False
+        self.failed = self._complete = False
         _running.add(self)
         self.ready()  # the first messages go out now
 
     def ready(self) -> bool:
         """Advance; whether the result is complete."""
         with _mpi.lock:
-            if _mpi.ended:
+            if _mpi.ended and not self._complete:
                 raise RuntimeError(
                     "GlobalQSGD: MPI was shut down while codes were on their way, because another "
                     "rank has ended; see the first error of the ranks that stopped."
                 )
+            return self.advance()
+
+    def advance(self) -> bool:
+        """The same for whoever holds the lock, while MPI may be called."""
+        if not self._complete:
             try:
-                complete = next(self._steps, self) is self
+                self._complete = next(self._steps, self) is self
             except Exception:
                 self.failed = True  # what it has begun cannot be completed any more
                 raise
-        if complete and not self.failed:
+        if self._complete and not self.failed:
             _running.discard(self)
-        return complete
+        return self._complete
 
     def wait(self) -> None:
         """Block until the result is complete."""
@@ -99,8 +106,22 @@ class _Library:
                 self._watched = True
 
     def _end(self, *arguments: object) -> None:
-        with self.lock:
-            self.ended = True
+        """MPI is about to end: receive what others had sent before they ended, and close the door.
+
+        A rank that is done with its last step may end while this one still has messages of it to
+        read.
+        """
+        begin = time.monotonic()
+        while True:
+            with self.lock:
+                for exchange in list(_running):
+                    with contextlib.suppress(Exception):  # its owner is told when it asks
+                        exchange.advance()
+                late = time.monotonic() > begin + _LAST_SECONDS
+                if late or not _running or any(exchange.failed for exchange in _running):
+                    self.ended = True
+                    return
+            time.sleep(_POLL_SECONDS)
 
 
 def leave() -> None:
