@@ -234,8 +234,6 @@ def layout(
     norm_unit = sizes.share_unit(placed) if placed.levels == "two-hop" and placed.block_size else 1
     share_unit, row = sizes.share_unit(plan), sizes.row_elements(plan)
     most = message_elements(sum(counts)) if limit is None else limit
-    # With one norm for a share, a share has to be of one tensor.
-    alone = plan.levels == "two-hop" and plan.block_size is None
     places, at = [], 0
     parcels: list[Parcel] = []
     pieces: list[Piece] = []
@@ -245,7 +243,7 @@ def layout(
         wanted = message_elements(count) if limit is None else limit
         for chunk, (start, stop) in enumerate(spans(count, plan, wanted)):
             own = stop - start
-            if pieces and (elements + own > most or alone):
+            if pieces and (elements + own > most or not plan.mixes_tensors):
                 parcels.append(Parcel(len(parcels), tuple(pieces), plan, shares))
                 pieces, payload, elements = [], 0, 0
             norms = at + (start // plan.block_size if plan.block_size else 0)

@@ -171,6 +171,11 @@ class Plan:
         return self.levels == "standard"
 
     @property
+    def mixes_tensors(self) -> bool:
+        """Whether a share may be of several tensors; not where it has one norm."""
+        return self.levels != "two-hop" or self.block_size is not None
+
+    @property
     def strata(self) -> int:
         """Of the dithers with which the ranks quantize (see `dither`).
 

@@ -243,13 +243,14 @@ def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
         )
 
 
-def _warn_unless_all_finite(task: Task, norms: NDArray[np.int32]) -> None:
+def warn_unless_all_finite(norms: NDArray[np.int32], own: Stages, steps: Steps) -> None:
+    """The same of the tensors of a bucket."""
     if not (_log.on(logging.WARNING) and norms.size and norms.max() >= codec.INFINITY):
         return
-    own = task.stages.layout
-    ends = [*own.norm_places[1:], own.norm_count]
-    for key, step, begin, end in zip(task.keys, task.steps, own.norm_places, ends, strict=True):
-        warn_unless_finite(norms[begin:end], stages.user_name(key), int(step))
+    ends = [*own.layout.norm_places[1:], own.layout.norm_count]
+    places = zip(own.names, steps, own.layout.norm_places, ends, strict=True)
+    for name, step, begin, end in places:
+        warn_unless_finite(norms[begin:end], stages.user_name(name), int(step))
 
 
 class Shared(NamedTuple):
@@ -265,7 +266,7 @@ def global_norms(task: Task, *beside: int) -> Generator[Handle, Any, Shared]:
     there = [int(own != 0) for own in task.x.pointers] if len(task.counts) > 1 else []
     both = task.memory.take("norms", count + len(there) + len(beside), np.int32)
     task.stages.measure(task.x, both[:count])
-    _warn_unless_all_finite(task, both[:count])
+    warn_unless_all_finite(both[:count], task.stages, task.steps)
     both[count:] = [*there, *beside]
     both = yield task.collectives.allreduce_max(both, task.operation(stages.NORM))
     norms, seen, others = np.split(both, [count, count + len(there)])

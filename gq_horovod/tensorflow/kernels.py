@@ -101,9 +101,8 @@ class Kernels:
         count = own.layout.norm_count
         out = np.empty(count + TAIL, dtype=np.int32)
         own.measure(_tensors(xs), out[:count])
-        ends = [*own.layout.norm_places[1:], count]
-        for name, begin, end in zip(self.names, own.layout.norm_places, ends, strict=True):
-            pipeline.warn_unless_finite(out[begin:end], name, int(step))
+        steps = np.full(len(self.names), step, dtype=np.uint32)
+        pipeline.warn_unless_all_finite(out[:count], own, steps)
         out[count:] = self._tail(shapes, int(step))
         return out, self.marks(shapes)
 

@@ -381,9 +381,7 @@ class Together:
 
     def flush(self) -> None:
         """Start what is open."""
-        for bucket in _buckets(self._members):
-            if bucket.run is not None and bucket.run.open:
-                bucket.run.start()
+        _start_open(self._members)
 
 
 Cut = Callable[[], Iterable[tuple[Bucket, Sequence[Any]]]]
@@ -502,9 +500,14 @@ class Settled:
         """Start what is open: whatever else comes belongs to the next step."""
         with self._lock:
             for _, members in list(self._members.values()):
-                for bucket in _buckets(members):
-                    if bucket.run is not None and bucket.run.open:
-                        bucket.run.start()
+                _start_open(members)
+
+
+def _start_open(members: dict[Any, Member]) -> None:
+    """Start the buckets of the members for which something has arrived."""
+    for bucket in _buckets(members):
+        if bucket.run is not None and bucket.run.open:
+            bucket.run.start()
 
 
 def _buckets(members: dict[Any, Member]) -> dict[Bucket, None]:

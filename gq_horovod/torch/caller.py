@@ -37,17 +37,13 @@ def _place_of(code: CodeType) -> _Place:
     return code.co_filename, code.co_name, code.co_firstlineno
 
 
-_HOOK = _place_of(hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__)
-_GROUPED_HOOK = _place_of(
-    hvd_optimizer._DistributedOptimizer._grouped_allreduce_grad_async.__code__
-)
+_HOOK_CODE = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
+_GROUPED_HOOK_CODE = hvd_optimizer._DistributedOptimizer._grouped_allreduce_grad_async.__code__
+_HOOK, _GROUPED_HOOK = _place_of(_HOOK_CODE), _place_of(_GROUPED_HOOK_CODE)
 _ADASUM_HOOK = _place_of(hvd_optimizer._DistributedAdasumOptimizer._allreduce_grad_async.__code__)
 _ALLREDUCE = _place_of(hvd_ops.allreduce.__code__)
 _GROUPED_ALLREDUCE = _place_of(hvd_ops.grouped_allreduce.__code__)
 _KNOWN = {_HOOK, _GROUPED_HOOK, _ADASUM_HOOK, _ALLREDUCE, _GROUPED_ALLREDUCE}
-
-_HOOK_CODE = hvd_optimizer._DistributedOptimizer._allreduce_grad_async.__code__
-_GROUPED_HOOK_CODE = hvd_optimizer._DistributedOptimizer._grouped_allreduce_grad_async.__code__
 
 
 def find_hook(tensor: torch.Tensor, frame: FrameType) -> tuple[Any, Any] | None:

@@ -239,11 +239,7 @@ class TorchFrontend(Frontend):
                 group_of = optimizer._p_to_group.get(own) if optimizer._groups is not None else None
                 kind = (id(group_of) if group_of else None, own.dtype, own.device)
                 alike.setdefault(kind, []).append(own)
-        limit = self.config.bucket_bytes
-        if self._method() is not None or (
-            way.plan.levels == "two-hop" and way.plan.block_size is None
-        ):
-            limit = 0
+        limit = 0 if self._alone(way.plan) else self.config.bucket_bytes
         for (group_of, *_), members in alike.items():
             sizes = [own.numel() * own.element_size() for own in members]
             if group_of is not None and limit:
@@ -282,9 +278,7 @@ class TorchFrontend(Frontend):
             if self._eligible(own) and not own.requires_grad:
                 alike.setdefault((own.dtype, own.device), []).append(place)
         base = caller.name.removesuffix(f".{caller.place}")
-        alone = self._method() is not None or (
-            group.plan.levels == "two-hop" and group.plan.block_size is None
-        )
+        alone = self._alone(group.plan)
         members: dict[int, Member] = {}
         for places in alike.values():
             for chosen in [[place] for place in places] if alone else [places]:
@@ -301,6 +295,10 @@ class TorchFrontend(Frontend):
                 )
                 members.update(zip(chosen, bucket.places(), strict=True))
         return Together(caller.together, members)
+
+    def _alone(self, plan: Plan) -> bool:
+        """Whether each tensor has to be reduced by itself: by another method, or by its shares."""
+        return self._method() is not None or not plan.mixes_tensors
 
     def _is_current(self, settled: Settled, process_set: Any) -> bool:
         """Whether the ranks need not agree anew before an optimizer's next gradient."""
