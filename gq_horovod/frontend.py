@@ -241,8 +241,8 @@ class Compression(Frontend):
             seed: key of the dither; runs that share it (and everything else) are reproducible.
             process_set: the process set whose ranks reduce; by default that of the caller.
             bucket_bytes: gradients of an optimizer that are reduced together, in bytes; 0 for each
-                by itself. Results do not depend on it. PyTorch only.
-            first_bucket_bytes: the same of those that come first. PyTorch only.
+                by itself. Results do not depend on it.
+            first_bucket_bytes: the same of those that come first.
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
@@ -280,8 +280,6 @@ class Compression(Frontend):
                 ("timeout", timeout, (DEFAULT_TIMEOUT,)),
                 ("check_replicas", check_replicas, (None,)),
                 ("stats", stats, (False,)),
-                ("bucket_bytes", bucket_bytes, (DEFAULT_BUCKET_BYTES,)),
-                ("first_bucket_bytes", first_bucket_bytes, (DEFAULT_FIRST_BUCKET_BYTES,)),
             ]
         for argument, value, choices in limited:
             if value not in choices:

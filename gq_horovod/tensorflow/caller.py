@@ -16,14 +16,15 @@ from .ranks import LOSS
 class Caller(NamedTuple):
     """Who called compress(), as far as it matters: it is called with the gradient alone."""
 
-    names: tuple[str, ...]  # of the tensors of its group, the same on every rank
+    names: tuple[str, ...]  # of it and its siblings, the same on every rank
     place: int  # of the tensor among them
     op: int
     process_set: Any
     ignore_name_scope: bool  # of the names of Horovod's operations
     scaling: float  # of the result, beside what op does
-    siblings: tuple[Any, ...]  # the tensors of its group, itself among them
-    group: Any  # the list that Horovod has them in; None of a single tensor
+    siblings: tuple[Any, ...]  # what Horovod has beside it in a list, itself among them
+    listed: Any  # that list; None of a single tensor
+    fused: bool  # whether the list is a group, which Horovod reduces as one
     expected: int | None  # gradients of the step, if that is known
 
     @property
@@ -62,24 +63,30 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             "DistributedGradientTape or allreduce, which tell it the name of the tensor; to reduce "
             "a tensor yourself use gq_horovod.tensorflow.allreduce."
         )
-    name, siblings, group = variables["name"], (tensor,), None
-    if function == "grouped_allreduce":
-        group = variables["tensors"]
-        siblings = tuple(group)
+    name, listed = variables["name"], None
+    fused = function == "grouped_allreduce"
+    if fused:
+        listed = variables["tensors"]
     op = variables["op"]  # Horovod has put there what `average` says
     scaling = variables["prescale_factor"] * variables["postscale_factor"]
+    siblings: tuple[Any, ...] = (tensor,) if listed is None else tuple(listed)
     names = [name]
-    if group is not None:
+    if fused:
         names = [None if name is None else f"{name}.{place}" for place in range(len(siblings))]
     expected = None
     for function, outer in callers:
         if function == "allreduce_grads":
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
             scaling = 1.0
+            gradients = outer["grads"]
+            if not fused:
+                listed, siblings = gradients, tuple(filter(_is_dense, gradients))
+            positions = [_position(member, gradients) for member in siblings]
             if name is None:  # like Horovod's own names, which come from the graph: no counter
-                own = (_position(member, outer["grads"]) for member in siblings)
-                names = [f"{outer['name']}.{place}" for place in own]
-            expected = sum(_is_dense(gradient) for gradient in outer["grads"])
+                names = [f"{outer['name']}.{position}" for position in positions]
+            elif not fused:
+                names = [f"grad_{position}" for position in positions]  # as Horovod has it
+            expected = sum(map(_is_dense, gradients))
             break
     place = _position(tensor, siblings)
     require_linear(hvd, op, names[place])
@@ -91,7 +98,8 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
         ignore_name_scope=variables["ignore_name_scope"],
         scaling=scaling,
         siblings=siblings,
-        group=group,
+        listed=listed,
+        fused=fused,
         expected=expected,
     )
 

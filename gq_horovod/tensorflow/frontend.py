@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from .. import log
 from ..frontend import ClassOrInstance, Compression
 from ..path import agreement
+from ..path.buckets import cut
 from ..path.config import Plan
 from .caller import Caller, find_caller
-from .graph import Counter, Reduction, aside
+from .graph import Counter, Reduction, around, aside, within
 from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
 
@@ -39,15 +41,15 @@ class Context(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of hvd.grouped_allreduce, whose tensors come one after the other."""
+    """A call of Horovod's for a list of tensors, which come to compress() one after the other."""
 
-    group: Any  # the list in which Horovod has them
-    reductions: dict[Any, tuple[Reduction, list[int]]]  # by dtype, with the places of the members
-    arrived: set[int]
+    listed: Any  # the list in which Horovod has them
+    arrived: set[int]  # their places among those that may come
+    members: dict[int, Context]  # by place, of those that belong to a reduction already
 
-    def place_of(self, tensor: Any) -> int | None:
+    def place_of(self, tensor: Any, siblings: Sequence[Any]) -> int | None:
         """The next place of a tensor that has not come yet; None if there is none."""
-        places = (place for place, own in enumerate(self.group) if own is tensor)
+        places = (place for place, own in enumerate(siblings) if own is tensor)
         return next((place for place in places if place not in self.arrived), None)
 
 
@@ -85,12 +87,12 @@ class GlobalQSGD(Compression):
 
     @cached_property
     def _counters(self) -> dict[str, Counter]:
-        """How many times each tensor was reduced, by its name."""
+        """What counts how many times a tensor was reduced, by its name."""
         return {}
 
     @cached_property
     def _calls(self) -> dict[int, Call]:
-        """The call for several tensors that is under way, by its thread."""
+        """The call for a list of tensors that is under way, by its thread."""
         return {}
 
     # -------------------------------------------------------------------------- Horovod's interface
@@ -99,7 +101,7 @@ class GlobalQSGD(Compression):
     def _compress(self, tensor: Any) -> tuple[Any, Any]:
         """Start reducing `tensor` and return a token for Horovod to reduce in place of it."""
         caller = find_caller(tensor, sys._getframe(1))
-        eligible = any(self._eligible(member) for member in caller.siblings)
+        eligible = any(map(self._eligible, caller.siblings if caller.fused else [tensor]))
         if not caller.process_set.included():
             # Horovod builds the graph on all ranks, and runs it on those of the process set.
             return tensor, None
@@ -108,36 +110,67 @@ class GlobalQSGD(Compression):
             self._see(census, tensor, caller, eligible, plan)
         if not eligible or tensor.dtype not in DTYPES:
             return _left_to_horovod(tensor)
-        if caller.group is None:
-            reduction, place = self._reduction(caller, plan, [caller.place]), 0
+        if caller.listed is None:
+            context = Context(self._reduction(caller, plan, [caller.place], None), 0)
         else:
-            reduction, place = self._in_group(tensor, caller, plan)
-        return reduction.marks[place], Context(reduction, place)
+            context = self._listed(tensor, caller, plan)
+        return context.reduction.marks[context.place], context
 
-    def _in_group(self, tensor: Any, caller: Caller, plan: Plan) -> tuple[Reduction, int]:
-        """The reduction of a group's tensors of this one's dtype, and its place there."""
+    def _listed(self, tensor: Any, caller: Caller, plan: Plan) -> Context:
+        """What reduces a tensor of a list, together with others of it."""
         thread = threading.get_ident()
         call = self._calls.get(thread)
-        if call is None or call.group is not caller.group or call.place_of(tensor) is None:
-            call = self._calls[thread] = Call(caller.group, {}, set())
-        place = call.place_of(tensor)
-        assert place is not None
+        place = None
+        if call is not None and call.listed is caller.listed:
+            place = call.place_of(tensor, caller.siblings)
+        if call is None or place is None:
+            call = self._calls[thread] = Call(caller.listed, set(), {})
+            place = call.place_of(tensor, caller.siblings)
+            assert place is not None
         call.arrived.add(place)
-        if tensor.dtype not in call.reductions:
-            members = [
-                place
-                for place, own in enumerate(caller.siblings)
-                if not isinstance(own, tf.IndexedSlices) and own.dtype == tensor.dtype
-            ]
-            call.reductions[tensor.dtype] = self._reduction(caller, plan, members), members
-        reduction, members = call.reductions[tensor.dtype]
+        if place not in call.members:
+            graph = None if caller.fused else around(caller.process_set)
+            places = self._together(place, caller, graph is not None)
+            reduction = self._reduction(caller, plan, places, graph)
+            call.members.update({own: Context(reduction, at) for at, own in enumerate(places)})
+        context = call.members[place]
         if len(call.arrived) == len(caller.siblings):
             del self._calls[thread]  # and with it what it keeps alive
-        return reduction, members.index(place)
+        return context
 
-    def _reduction(self, caller: Caller, plan: Plan, places: list[int]) -> Reduction:
-        """What reduces the siblings at these places together."""
-        with aside():
+    def _together(self, place: int, caller: Caller, in_buckets: bool) -> list[int]:
+        """The places of the siblings that are reduced with the one at `place`, itself among them.
+
+        Of a group, all that have its dtype. Of gradients, those that share a bucket with it: they
+        follow each other, from the last one on, since that is what a backward pass begins with.
+        """
+        dtype = caller.siblings[place].dtype
+        same = [
+            own
+            for own, tensor in enumerate(caller.siblings)
+            if not isinstance(tensor, tf.IndexedSlices) and tensor.dtype == dtype
+        ]
+        if caller.fused:
+            return same
+        counts = {own: caller.siblings[own].shape.num_elements() for own in same}
+        if not in_buckets or counts[place] is None:
+            return [place]
+        known = [
+            own
+            for own in reversed(same)
+            if counts[own] is not None and self._eligible(caller.siblings[own])
+        ]
+        sizes = [counts[own] * dtype.size for own in known]
+        cuts = cut(sizes, self.config.first_bucket_bytes, self.config.bucket_bytes)
+        position = known.index(place)
+        (bucket,) = (own for own in cuts if position in own)
+        return [known[own] for own in bucket]
+
+    def _reduction(
+        self, caller: Caller, plan: Plan, places: list[int], graph: tf.Graph | None
+    ) -> Reduction:
+        """What reduces the siblings at these places together; in `graph`, if there is one."""
+        with within(graph), aside():
             tensors = [tf.convert_to_tensor(caller.siblings[place]) for place in places]
         kernels = Kernels(
             names=tuple(caller.names[place] for place in places),
@@ -148,8 +181,8 @@ class GlobalQSGD(Compression):
             process_set_id=caller.process_set.process_set_id,
             parcel_count=parcel_count([own.shape.num_elements() for own in tensors], plan),
         )
-        counter = self._counter(kernels.name)
-        return Reduction(kernels, caller.ignore_name_scope, tensors, counter)
+        counters = self._counters_of(kernels.names)
+        return Reduction(kernels, caller.ignore_name_scope, tensors, counters, graph)
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -173,8 +206,16 @@ class GlobalQSGD(Compression):
 
     # --------------------------------------------------------------------------------------- state
 
-    def _counter(self, name: str) -> Counter:
-        return self._counters.setdefault(name, Counter())
+    def _counters_of(self, names: Sequence[str]) -> list[Counter]:
+        """What counts the reductions of these tensors.
+
+        One counter for those that are first reduced together. A tensor keeps its own, so that no
+        step of it is used again when it is reduced with others later.
+        """
+        known = [self._counters[name] for name in names if name in self._counters]
+        common = known[0] if known else Counter()
+        found = [self._counters.setdefault(name, common) for name in names]
+        return list(dict.fromkeys(found))
 
     def _see(
         self, census: log.Census, tensor: Any, caller: Caller, eligible: bool, plan: Plan

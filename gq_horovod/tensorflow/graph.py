@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -28,30 +30,65 @@ def aside() -> Any:
     return tf.name_scope("gq")
 
 
+def around(process_set: Any) -> tf.Graph | None:
+    """The graph around the branch of a tf.cond that Horovod has put a gradient into.
+
+    None where there is no such branch, or where what is in it may not run outside: the branch of a
+    rank that reduces nothing.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    if not isinstance(graph, CondBranchFuncGraph):
+        return None
+    if elastic():  # how many ranks there are is seen at each step
+        return graph.outer_graph if process_set.process_set_id == 0 else None
+    return graph.outer_graph if process_set.size() > 1 else None
+
+
+@contextlib.contextmanager
+def within(graph: tf.Graph | None) -> Iterator[None]:
+    """Add operations to this graph; to the current one if there is none."""
+    if graph is None:
+        yield
+        return
+    with graph.as_default(), tf.control_dependencies(None):
+        yield
+
+
 class Reduction:
     """The way of tensors that are reduced together through the graph, as vectors."""
 
     def __init__(
-        self, kernels: Kernels, ignore_name_scope: bool, tensors: Sequence[Any], counter: Counter
+        self,
+        kernels: Kernels,
+        ignore_name_scope: bool,
+        tensors: Sequence[Any],
+        counters: Sequence[Counter],
+        graph: tf.Graph | None = None,
     ) -> None:
-        """Of the user's `tensors`; `counter` counts the reductions of all of them."""
-        self.kernels, self.ignore_name_scope, self.counter = kernels, ignore_name_scope, counter
+        """Of the user's `tensors`.
+
+        Arguments:
+            counters: count their reductions.
+            graph: the one that it belongs to, from which others take its results; None: where it is
+                made.
+        """
+        self.kernels, self.ignore_name_scope, self.counters = kernels, ignore_name_scope, counters
         self.tensors = tensors
         self._results: Sequence[Any] | None = None
-        with aside():
-            self._xs = [tf.reshape(x, [-1]) for x in tensors]
-            self._shapes = shapes_of(tensors)
-        # The tokens; and, in a graph, what `result` needs. Eagerly every operation waits for all
-        # ranks, so that Horovod can reduce the first token first and nothing else is sent where
-        # they disagree. In a graph that would be a round trip for nothing.
-        self._begun: tuple[Any, list[Any]] | None = None
-        if tf.executing_eagerly():
-            marks = tf.constant(kernels.marks(np.array(self._shapes)))
-        else:
-            shared, marks = self._measure()
-            self._begun = shared, self._payloads(shared)
-        with aside():
-            self.marks = tf.split(marks, len(tensors)) if len(tensors) > 1 else [marks]
+        with within(graph):
+            with aside():
+                self._xs = [tf.reshape(x, [-1]) for x in tensors]
+                self._shapes = shapes_of(tensors)
+            # The tokens. Eagerly every operation waits for all ranks, so that Horovod can reduce
+            # the first token first and nothing else is sent where they disagree. In a graph that
+            # would be a round trip for nothing: what travels behind the norms tells there.
+            if tf.executing_eagerly():
+                marks = tf.constant(kernels.marks(np.array(self._shapes)))
+            else:
+                shared, marks = self._measure()
+                self._results = self._reduce(shared)
+            with aside():
+                self.marks = tf.split(marks, len(tensors)) if len(tensors) > 1 else [marks]
         for mark in self.marks:
             mark.set_shape([token.NUMBERS])
 
@@ -59,16 +96,10 @@ class Reduction:
         """The result of a tensor, for its reduced token. That of the first one comes first."""
         if tf.executing_eagerly():
             self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
-        if self._results is None:
-            begun = self._begun
-            if begun is None:
+            if self._results is None:
                 shared, _ = self._measure()
-                begun = shared, self._payloads(shared)
-            shared, payloads = begun
-            inputs = [reduced, self.marks[place], self._shapes, shared, *payloads]
-            dtypes = [self._xs[0].dtype] * len(self._xs)
-            self._results = self._call("dequantize", (), inputs, *dtypes)
-            self._begun = None
+                self._results = self._reduce(shared)
+        assert self._results is not None
         own = self.tensors[place]
         with aside(), tf.control_dependencies([reduced]):
             result = tf.reshape(self._results[place], tf.shape(own))
@@ -82,16 +113,32 @@ class Reduction:
         lost, no dither of a step that was is used again.
         """
         with aside():
-            inputs = [self._shapes, self.counter.next(), *self._xs]
+            inputs = [self._shapes, self._next_step(), *self._xs]
         own, marks = self._call("measure", (), inputs, tf.int32, tf.float64)
         marks.set_shape([token.NUMBERS * len(self._xs)])
         shared = self._allreduce(own, stages.NORM, hvd.Max)
-        with aside(), tf.control_dependencies(self.counter.set(shared[-TAIL])):
+        with aside(), tf.control_dependencies(self._set_step(shared[-TAIL])):
             return tf.identity(shared), marks
 
-    def _payloads(self, shared: Any) -> list[Any]:
+    def _next_step(self) -> Any:
+        """The number of the reduction that begins here, as a tensor; the first is 0."""
+        number = functools.reduce(tf.maximum, [own.last() for own in self.counters]) + 1
+        with tf.control_dependencies(self._set_step(number)):
+            return tf.identity(number)
+
+    def _set_step(self, number: Any) -> list[Any]:
+        """Make this the number of the last reduction; what does it, in a graph."""
+        return [done for own in self.counters for done in own.set(number)]
+
+    def _reduce(self, shared: Any) -> Sequence[Any]:
+        """The results as vectors, from what all ranks know."""
         standard = self.kernels.plan.in_flight
-        return self._standard(shared) if standard else self._by_shares(shared)
+        payloads = self._standard(shared) if standard else self._by_shares(shared)
+        dtypes = [self._xs[0].dtype] * len(self._xs)
+        results: Sequence[Any] = self._call(
+            "dequantize", (), [self._shapes, shared, *payloads], *dtypes
+        )
+        return results
 
     def _standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
@@ -147,7 +194,7 @@ class Reduction:
 
 
 class Counter:
-    """How many times a tensor of one name was reduced.
+    """How many times tensors were reduced: those that are reduced together share one.
 
     A table of one number in TensorFlow's memory. TensorFlow orders the uses of one resource, and of
     nothing else. Graphs make the table themselves where there is none of its name, which a variable
@@ -156,12 +203,6 @@ class Counter:
 
     def __init__(self) -> None:
         self._shared_name = f"gq.step.{uuid.uuid4()}"
-
-    def next(self) -> Any:
-        """The number of the reduction that begins here, as a tensor; the first is 0."""
-        number = self.last() + 1
-        with tf.control_dependencies(self.set(number)):
-            return tf.identity(number)
 
     def set(self, number: Any) -> list[Any]:
         """Make this the number of the last reduction; what does it, in a graph."""

@@ -225,9 +225,9 @@ def test_one_gradient_of_two_variables() -> None:
 @pytest.mark.usefixtures("several_ranks")
 @pytest.mark.parametrize("first", [0, 2])
 def test_no_gradient_waits_for_another(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is held back until another one is done, in either order."""
+    """One is held back until one of another bucket is done, in either order."""
     last = 2 - first
-    compression = compressor(min_elements=4096)
+    compression = compressor(min_elements=4096, bucket_bytes=0)
     done = threading.Event()
     waited: list[bool] = []
     measure, dequantize = plugin.kernels.Kernels.measure, plugin.kernels.Kernels.dequantize
@@ -351,7 +351,7 @@ def test_a_result_is_not_differentiable(mode: str, name: str) -> None:
         (tf.function(step) if mode == "graph" else step)()
 
 
-# ------------------------------------------------------------------------------------------ groups
+# ------------------------------------------------------------------------------ groups and buckets
 
 
 def operations(graph: Any) -> list[str]:
@@ -364,32 +364,121 @@ def operations(graph: Any) -> list[str]:
     return [node.op for node in nodes]
 
 
+# Options of the tape and of the compression, and how many reductions the gradients then take.
+TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "each by itself": ({}, {"bucket_bytes": 0}, len(SHAPES)),
+    "a bucket": ({}, {}, 1),
+    # The last of SHAPES has 16 kB, the convolution 18, bias and matrix 24.
+    "two buckets": ({}, {"first_bucket_bytes": 40_000}, 2),
+    "buckets of their own": ({}, {"first_bucket_bytes": 1, "bucket_bytes": 30_000}, 3),
+    "one group": ({"groups": 1}, {}, 1),
+    "two groups": ({"groups": 2}, {}, 2),
+}
+
+
 @pytest.mark.usefixtures("several_ranks")
 @pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
-def test_a_group_is_a_bucket(levels: str) -> None:
-    """With the results of each by itself, and operations that do not grow with its tensors."""
-    results: dict[Any, list[bytes]] = {}
-    kinds: dict[Any, list[str]] = {}
-    for groups in (0, 1, 2):
+def test_gradients_that_are_reduced_together(levels: str) -> None:
+    """With the results of each by itself, and operations that do not grow with the tensors."""
+    results: dict[str, list[bytes]] = {}
+    stages = 3 if levels == "standard" else 4
+    for case, (tape, options, buckets) in TOGETHER.items():
         # Anew, so that all count their steps from 0.
-        model = Model(compression=GlobalQSGD(levels=levels, min_elements=0), groups=groups or None)
+        model = Model(compression=GlobalQSGD(levels=levels, min_elements=0, **options), **tape)
         step = tf.function(model.gradients)
-        results[groups] = [
+        results[case] = [
             np.concatenate([np.ravel(x) for x in step(own(tag))]).tobytes() for tag in (31, 32)
         ]
         (function,) = step._list_all_concrete_functions()
-        kinds[groups] = operations(function.graph)
-    assert results[0] == results[1] == results[2]
-    stages = 3 if levels == "standard" else 4
-    tensors = len(SHAPES)
-    for groups in (0, 1, 2):
-        buckets = groups or tensors
-        assert kinds[groups].count("PyFuncStateless") == stages * buckets
+        kinds = operations(function.graph)
+        assert kinds.count("PyFuncStateless") == stages * buckets, case
         # Norms, standard codes, and without groups a token each.
         reductions = buckets * (2 if levels == "standard" else 1)
-        tokens = 0 if groups else tensors
-        assert kinds[groups].count("HorovodAllreduce") == reductions + tokens
-        assert kinds[groups].count("HorovodGroupedAllreduce") == groups
+        tokens = 0 if tape else len(SHAPES)
+        assert kinds.count("HorovodAllreduce") == reductions + tokens, case
+        assert kinds.count("HorovodGroupedAllreduce") == tape.get("groups", 0), case
+    (reference, *others) = results.values()
+    assert all(own == reference for own in others), [k for k in results if results[k] != reference]
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_small_gradients_are_in_no_bucket() -> None:
+    """They go the way of Horovod, unlike those of a group."""
+    compression = GlobalQSGD(min_elements=4096, levels="two-hop")
+    step = tf.function(Model(compression=compression).gradients)
+    check_all(step(own(33)), locals_of(33), compression)
+    assert "DistributedGradientTape.1" not in compression._counters
+    assert len(set(compression._counters.values())) == 1
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_a_bucket_of_other_members_uses_no_step_again() -> None:
+    """Two functions share some of their variables, and are called in turns."""
+    compression = GlobalQSGD(min_elements=0)
+    variables = [tf.Variable(tf.zeros(shape)) for shape in (5000, 6000, 7000)]
+    inputs = [gradients(shape, tag=34 + shape) for shape in (5000, 6000, 7000)]
+
+    def train(count: int, **options: Any) -> list[int]:
+        used = Model.__new__(Model)
+        used.variables, used.options = variables[:count], {"compression": compression, **options}
+        step = tf.function(used.gradients)
+        results = step([ranks[hvd.rank()] for ranks in inputs[:count]])
+        for result, ranks in zip(results, inputs, strict=False):
+            check_mean(result, ranks, compression)
+        names = [f"DistributedGradientTape.{place}" for place in range(count)]
+        return [int(compression._counters[name].last()) for name in names]
+
+    assert train(1) == [0]
+    assert train(1) == [1]
+    assert train(3) == [2, 2, 2]
+    assert train(2) == [3, 3]
+    # Each by itself, as with groups, gradients of one counter still have steps of their own.
+    assert min(train(3, groups=3)) >= 4
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+@pytest.mark.parametrize("around", ["while", "cond"])
+def test_buckets_in_a_loop_or_a_branch_of_the_users(around: str, levels: str) -> None:
+    """They belong to the body of the loop, not to what is around it."""
+    compression = compressor(levels, min_elements=0)
+    model = Model(compression=compression)
+
+    @tf.function
+    def step(wanted: Any, times: Any) -> Any:
+        results = [tf.zeros_like(x) for x in wanted]
+        if around == "while":
+            for number in tf.range(times):
+                factor = tf.cast(number, tf.float32)
+                # As in training, a step needs what the one before has left: TensorFlow would begin
+                # it before that one is done, with operations of the same names.
+                mine = zip(wanted, results, strict=True)
+                results = model.gradients([factor * x + 0.0 * last for x, last in mine])
+        elif times > 1:
+            results = model.gradients(wanted)
+        return results
+
+    inputs = locals_of(35)
+    for times in (2, 3):
+        results = step(own(35), tf.constant(times))
+        factor = float(times - 1) if around == "while" else 1.0
+        check_all(results, [[factor * x for x in ranks] for ranks in inputs], compression)
+    if around == "cond":
+        assert all(not np.any(x) for x in step(own(35), tf.constant(1)))
+    hvd.allreduce(tf.constant(0.0), name="after")
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_ranks_whose_buckets_differ(levels: str) -> None:
+    """One error on every rank, where a member has another shape on one of them."""
+    shape = (70, 70) if hvd.rank() == 0 else (4900,)
+    variables = [tf.Variable(tf.zeros(own)) for own in (5000, shape, 6000)]
+    model = Model.__new__(Model)
+    model.variables, model.options = variables, {"compression": GlobalQSGD(levels=levels)}
+    with pytest.raises(Exception, match=r"the ranks disagree about tensor 'Distributed.*\.2' or"):
+        tf.function(model.gradients)([tf.ones_like(own) for own in variables])
+    hvd.allreduce(tf.constant(0.0), name=f"after.{levels}")
 
 
 @pytest.mark.usefixtures("several_ranks")

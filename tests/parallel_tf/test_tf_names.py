@@ -53,7 +53,8 @@ def names(compression: Any) -> set[str]:
     graph = tf.function(Steps(compression)).get_concrete_function(tf.zeros([100, 60])).graph
     types = ("HorovodAllreduce", "HorovodAllgather", "HorovodGroupedAllreduce", "HorovodAlltoall")
     found = {op.name for op in graph.get_operations() if op.type in types}
-    return {name for name in found if not name.startswith(("gq.", "direct", "group"))}
+    ours = ("gq.", "direct", "group")
+    return {name for name in found if not name.rpartition("/")[2].startswith(ours)}
 
 
 @pytest.mark.usefixtures("several_ranks")
@@ -86,7 +87,8 @@ def test_unnamed_operations_between_compressed_ones(levels: str, mode: str) -> N
         check_mean(ours[3], [x[0] for x in inputs], compression)
         check_replicas(*ours)
         for result, expected in zip(unnamed, plain(own)[1], strict=True):
-            np.testing.assert_array_equal(result, expected)
+            # Horovod's own sums of three ranks depend on what it fuses.
+            np.testing.assert_allclose(result, expected, rtol=0 if hvd.size() < 3 else 1e-6)
 
 
 @pytest.mark.usefixtures("several_ranks")
