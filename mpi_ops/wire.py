@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from . import lanes
-from .chunks import chunk_elements
+from .chunks import MINIMUM_CHUNKS, chunk_elements, message_elements, spans
 from .layout import layout
 from .scheme import Plan
 from .sizes import payload_dtype
@@ -43,6 +43,15 @@ def parcel_bytes(counts: tuple[int, ...], plan: Plan, transport: str) -> tuple[i
     """Bytes of each parcel's payload of tensors that are reduced together, padding included."""
     item = payload_dtype(plan).itemsize
     limit = None if transport == "mpi" else chunk_elements(plan.world_size)
+    skipped = 0
+    if len(counts) == 1:
+        # Of a model that is one tensor, as the advisor may be asked about: all but its last chunks
+        # are alike.
+        wanted = message_elements(counts[0]) if limit is None else limit
+        whole = next((stop for _, stop in spans(counts[0], plan, wanted)), 1)
+        # As many as remain have chunks of the same size.
+        skipped = max(counts[0] // whole - 2 * MINIMUM_CHUNKS, 0)
+        counts = (counts[0] - skipped * whole,)
     found = []
     for parcel in layout(counts, plan, limit).parcels:
         if not parcel.shares:
@@ -50,7 +59,7 @@ def parcel_bytes(counts: tuple[int, ...], plan: Plan, transport: str) -> tuple[i
         else:  # as many whole units for every rank; two hops, the second with norms of its own
             hops = parcel.share_size + parcel.reduced_size
             found.append(hops * plan.world_size * item // 2)
-    return tuple(found)
+    return (found[0],) * skipped + tuple(found)
 
 
 def norm_count(count: int, plan: Plan) -> int:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
@@ -390,7 +391,12 @@ def _operations(sizes: Sequence[float], cluster: Cluster) -> float:
         return 0.0
     messages = fused(sizes, cluster.fusion_threshold)
     started = cluster.cycle_time + len(sizes) * cluster.operation_overhead
-    return started + sum(map(cluster.allreduce, messages))
+    return started + _total(cluster.allreduce, messages)
+
+
+def _total(seconds: Callable[[float], float], sizes: Sequence[float]) -> float:
+    """Of all sizes, most of which are alike."""
+    return sum(count * seconds(size) for size, count in Counter(sizes).items())
 
 
 def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
@@ -443,13 +449,13 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
 
     way = _way(config, n)
     if way == "message":
-        network = 2 * sum(map(cluster.messages, payloads))
+        network = 2 * _total(cluster.messages, payloads)
     elif way == "allreduce":
         network = _operations(payloads, cluster)
     else:
         started = cluster.cycle_time + len(payloads) * cluster.operation_overhead
         network = 2 * started
-        network += sum(cluster.alltoall(size) + cluster.allgather(size) for size in payloads)
+        network += _total(cluster.alltoall, payloads) + _total(cluster.allgather, payloads)
     exposed = getattr(cluster, f"{way}_exposed")
 
     seconds = measure + norms + tokens + pipelined(compute, network, len(payloads), exposed)

@@ -39,7 +39,7 @@ Array = NDArray[Any]
 
 # Reductions in a row whose operations are not complete, before nobody asks about the rest: a model
 # has hundreds. Operations complete about in the order in which they began.
-_PATIENCE = 3
+PATIENCE = 3
 
 # Who waits for one reduction asks about all others every so many times, some two milliseconds.
 _ROUNDS_TO_EVERYTHING = 16
@@ -49,7 +49,7 @@ _ROUNDS_TO_EVERYTHING = 16
 PRESENT = -1
 
 # While nothing is ready: long enough to leave the core to other ranks, short against a round trip.
-_POLL_SECONDS = 50e-6
+POLL_SECONDS = 50e-6
 
 
 class Handle(Protocol):
@@ -510,7 +510,7 @@ class Pipeline:
             with self._lock:
                 abandoned = self._in_flight.get(task.name)
                 if abandoned is None:
-                    self.poll(_PATIENCE)
+                    self.poll(PATIENCE)
                     started = InFlight(task)
                     self._in_flight[task.name] = started
                     self._await(started)
@@ -629,11 +629,11 @@ class Pipeline:
                             "because an operation that was in flight with it failed; see the first "
                             "error."
                         )
-                    moved = self.poll(_PATIENCE) or self._advance(reduction)
+                    moved = self.poll(PATIENCE) or self._advance(reduction)
                 if rounds % _ROUNDS_TO_EVERYTHING == 0:
                     moved = poll_all() or moved
                 if not moved:
-                    time.sleep(_POLL_SECONDS)
+                    time.sleep(POLL_SECONDS)
                 if decode and reduction.delivered:
                     reduction.decode()
         finally:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
 from ..path.buckets import REMEDY_CAPACITY
-from ..path.pipeline import pipelines
+from ..path.pipeline import PATIENCE, POLL_SECONDS, pipelines
 
 __all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
 
@@ -167,6 +168,14 @@ class Library:
         return start
 
     def _wait_and_clear(self, handle: int) -> Any:
+        """Wait for an operation, and advance what is in flight of ours.
+
+        Horovod would take a whole core for as long as it waits, from ranks that share it.
+        """
+        while not self.original.horovod_torch_poll(handle) and (under_way := pipelines()):
+            moved = [pipeline.poll(PATIENCE) for pipeline in under_way]
+            if not any(moved):
+                time.sleep(POLL_SECONDS)
         try:
             return self.original.horovod_torch_wait_and_clear(handle)
         except RuntimeError as error:

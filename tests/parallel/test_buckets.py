@@ -456,3 +456,22 @@ def test_options_are_checked(option: str) -> None:
         make(**{option: -1})
     with pytest.raises(TypeError, match=f"GlobalQSGD: {option} must be an integer"):
         make(**{option: 1.5})
+
+
+@needs_ranks
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_a_rank_that_waits_leaves_its_core(levels: str, name: str) -> None:
+    """Horovod itself takes all of a core while it waits, for a token too."""
+    late = hvd.rank() == hvd.size() - 1
+    own = parameters()
+    optimizer = optimizer_of(own, make(levels), name)
+    for step in range(2):  # the first one agrees
+        if late:
+            time.sleep(1.0)
+        backward(own, step)
+        busy, began = time.thread_time(), time.monotonic()
+        optimizer.step()
+        busy, taken = time.thread_time() - busy, time.monotonic() - began
+    if not late:
+        assert taken > 0.5
+        assert busy < 0.5 * taken

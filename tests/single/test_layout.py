@@ -16,7 +16,7 @@ from gq_horovod.path.buckets import cut, name_of
 from gq_horovod.path.config import Config
 from gq_horovod.path.pipeline import InFlight, Task
 from gq_horovod.research.simulation import _Network
-from mpi_ops import lanes, sizes
+from mpi_ops import chunks, lanes, sizes, wire
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Tensors
 from mpi_ops.layout import layout
@@ -241,3 +241,23 @@ def test_names_tell_buckets_apart() -> None:
     }
     assert len(names) == 5
     assert all(name[:3] in ("a+1", "a+2", "b+1") for name in names)
+
+
+@pytest.mark.parametrize("transport", ["horovod", "mpi"])
+@pytest.mark.parametrize("ranks", [2, 3, 64])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_bytes_of_a_tensor_of_many_chunks(config: Config, ranks: int, transport: str) -> None:
+    """Counted without looking at every chunk: those of the layout by which it is reduced."""
+    plan = config.plan(ranks)
+    item = sizes.payload_dtype(plan).itemsize
+    limit = None if transport == "mpi" else chunks.chunk_elements(ranks)
+    whole = chunks.chunk_elements(ranks) if limit else chunks.MAXIMUM_CHUNK
+    for count in (0, 1, 300, 15 * whole, 16 * whole + 1, 20 * whole - 1, 40 * whole + 333):
+        parcels = layout((count,), plan, limit).parcels
+        expected = [
+            (own.share_size + own.reduced_size) * ranks * item // 2
+            if own.shares
+            else own.size * item
+            for own in parcels
+        ]
+        assert list(wire.parcel_bytes((count,), plan, transport)) == expected
