@@ -59,7 +59,7 @@ def parcel_bytes(counts: tuple[int, ...], plan: Plan, transport: str) -> tuple[i
         else:  # as many whole units for every rank; two hops, the second with norms of its own
             hops = parcel.share_size + parcel.reduced_size
             found.append(hops * plan.world_size * item // 2)
-    return (found[0],) * skipped + tuple(found)
+    return tuple(found[:1] * skipped + found)
 
 
 def norm_count(count: int, plan: Plan) -> int:
