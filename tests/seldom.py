@@ -14,6 +14,11 @@ MPIRUN = [("mpirun", "horovod"), ("mpirun", "mpi")]  # launcher and transport
 EVERYWHERE = [*MPIRUN, ("horovodrun", "horovod")]
 
 
+def rare(*values: object) -> object:
+    """Values of a case that only runs when it is asked for."""
+    return pytest.param(*values, marks=rarely)
+
+
 def cases(often: set[tuple[str, ...]], all_of: list[tuple[str, ...]]) -> list[object]:
     """All combinations, of which some run only when they are asked for."""
     return [

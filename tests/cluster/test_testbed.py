@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from needs import ROOT, needs_hosts
+from seldom import rare
 
 from tools import ranks, testbed
 
@@ -168,8 +169,15 @@ def test_after_a_command_that_is_not_there(start) -> None:
 
 
 @needs_hosts
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        *(("{mpirun}", number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)),
+        ("{horovodrun}", signal.SIGINT),
+        rare("{horovodrun}", signal.SIGTERM),
+        rare("{horovodrun}", signal.SIGHUP),
+    ],
+)
 def test_after_a_signal(start, launcher: str, number: signal.Signals) -> None:
     """To the testbed alone, as `kill` sends it, with ranks that do not listen."""
     before = files()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from launcher import MPICH, MPICH_PIN, Job, launch
+from seldom import rare
 from test_parallel import PYTEST, check, summary
 
 # Some ten times what they take on two busy cores.
@@ -45,7 +46,7 @@ def run(
     return job
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("ranks", [2, rare(3), rare(4), 5, 8])
 def test_open_mpi(ranks: int, tmp_path: Path, record_property: Record) -> None:
     run("mpirun", "Open MPI", ranks, tmp_path, record_property)
 
@@ -71,7 +72,7 @@ def mpich() -> None:
 
 
 @pytest.mark.usefixtures("mpich")
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [rare(2), 3, rare(4)])
 def test_mpich(ranks: int, tmp_path: Path, record_property: Record) -> None:
     run("mpich", "MPICH", ranks, tmp_path, record_property)
 

@@ -30,12 +30,11 @@ def files(*parts: str) -> list[str]:
 @pytest.mark.parametrize(
     ("transport", "ranks", "paths"),
     [
-        ("mpirun", 1, files("allreduce", "gradients", "keras")),
+        ("mpirun", 1, files("allreduce", "gradients")),
         ("mpirun", 2, [DIRECTORY]),
-        ("mpirun", 3, files("allreduce", "gradients", "names", "refusals")),
-        ("mpirun", 4, files("allreduce", "gradients")),
+        ("mpirun", 3, files("gradients", "names", "refusals")),
         ("horovodrun", 2, files("gradients", "keras", "refusals", "restart")),
-        ("horovodrun", 3, files("allreduce", "gradients")),
+        ("horovodrun", 3, files("gradients")),
     ],
 )
 def test_in_every_rank(
