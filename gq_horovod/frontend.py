@@ -195,8 +195,6 @@ class Compression(Frontend):
     # Those that the framework's class has.
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
-    # Whether it has more than the defaults of `timeout`, `check_replicas` and `stats`.
-    WATCHES: ClassVar[bool] = False
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -247,13 +245,13 @@ class Compression(Frontend):
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
             timeout: seconds after which a reduction that does not move ends this rank with an error
-                (see gq_horovod.guards.watchdog), None for never. PyTorch only.
-            check_replicas: compare the optimizer's parameters between ranks every so many steps,
-                and raise ReplicaMismatchError where they differ; None for never. PyTorch only.
+                (see gq_horovod.guards.watchdog), None for never.
+            check_replicas: compare the optimizer's parameters (TensorFlow: the variables whose
+                gradients a step has) between ranks every so many steps, and raise
+                ReplicaMismatchError where they differ; None for never.
             stats: whether to measure what quantization does to each tensor, every 100th step or
                 every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
-                and gq_horovod.stats.write() hands them to TensorBoard. PyTorch only; ranks
-                may differ.
+                and gq_horovod.stats.write() hands them to TensorBoard. Ranks may differ.
 
         Raises ValueError or TypeError for options that cannot work.
         """
@@ -275,12 +273,6 @@ class Compression(Frontend):
             ("transport", transport, self.TRANSPORTS),
             ("levels", levels, self.LEVELS),
         ]
-        if not self.WATCHES:
-            limited += [
-                ("timeout", timeout, (DEFAULT_TIMEOUT,)),
-                ("check_replicas", check_replicas, (None,)),
-                ("stats", stats, (False,)),
-            ]
         for argument, value, choices in limited:
             if value not in choices:
                 raise ValueError(
@@ -288,7 +280,7 @@ class Compression(Frontend):
                     f"got {value!r}; leave it out."
                 )
         super().__init__(config, process_set)
-        self._stats_interval = interval
+        self.stats_interval = interval
 
     @per_process
     def stats(self) -> dict[str, statistics.TensorStats]:

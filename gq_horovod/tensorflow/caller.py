@@ -13,6 +13,13 @@ from ..frontend import require_linear, require_name
 from .ranks import LOSS
 
 
+class Step(NamedTuple):
+    """What a tape or an optimizer reduces at a time."""
+
+    gradients: tuple[Any, ...]  # those about which Horovod asks compress()
+    variables: tuple[Any, ...]  # to which they belong, and others that have no gradient
+
+
 class Caller(NamedTuple):
     """Who called compress(), as far as it matters: it is called with the gradient alone."""
 
@@ -25,7 +32,7 @@ class Caller(NamedTuple):
     siblings: tuple[Any, ...]  # what Horovod has beside it in a list, itself among them
     listed: Any  # that list; None of a single tensor
     fused: bool  # whether the list is a group, which Horovod reduces as one
-    expected: int | None  # gradients of the step, if that is known
+    step: Step | None  # None: there is no tape or optimizer
 
     @property
     def name(self) -> str:
@@ -73,20 +80,20 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
     names = [name]
     if fused:
         names = [None if name is None else f"{name}.{place}" for place in range(len(siblings))]
-    expected = None
+    step = None
     for function, outer in callers:
         if function == "allreduce_grads":
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
             scaling = 1.0
             gradients = outer["grads"]
+            step = Step(tuple(filter(_is_dense, gradients)), tuple(outer["vars"] or ()))
             if not fused:
-                listed, siblings = gradients, tuple(filter(_is_dense, gradients))
+                listed, siblings = gradients, step.gradients
             positions = [_position(member, gradients) for member in siblings]
             if name is None:  # like Horovod's own names, which come from the graph: no counter
                 names = [f"{outer['name']}.{position}" for position in positions]
             elif not fused:
                 names = [f"grad_{position}" for position in positions]  # as Horovod has it
-            expected = sum(map(_is_dense, gradients))
             break
     place = _position(tensor, siblings)
     require_linear(hvd, op, names[place])
@@ -100,7 +107,7 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
         siblings=siblings,
         listed=listed,
         fused=fused,
-        expected=expected,
+        step=step,
     )
 
 

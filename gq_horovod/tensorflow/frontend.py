@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import uuid
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from ..frontend import ClassOrInstance, Compression
 from ..path import agreement
 from ..path.buckets import cut
 from ..path.config import Plan
-from .caller import Caller, find_caller
+from . import runtime
+from .caller import Caller, Step, find_caller
 from .graph import Counter, Reduction, around, aside, within
 from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
@@ -86,6 +88,11 @@ class GlobalQSGD(Compression):
         return {}
 
     @cached_property
+    def _key(self) -> str:
+        """By which graphs name this instance."""
+        return runtime.register(self)
+
+    @cached_property
     def _counters(self) -> dict[str, Counter]:
         """What counts how many times a tensor was reduced, by its name."""
         return {}
@@ -111,7 +118,7 @@ class GlobalQSGD(Compression):
         if not eligible or tensor.dtype not in DTYPES:
             return _left_to_horovod(tensor)
         if caller.listed is None:
-            context = Context(self._reduction(caller, plan, [caller.place], None), 0)
+            context = Context(self._reduction(caller, plan, [caller.place]), 0)
         else:
             context = self._listed(tensor, caller, plan)
         return context.reduction.marks[context.place], context
@@ -167,7 +174,11 @@ class GlobalQSGD(Compression):
         return [known[own] for own in bucket]
 
     def _reduction(
-        self, caller: Caller, plan: Plan, places: list[int], graph: tf.Graph | None
+        self,
+        caller: Caller,
+        plan: Plan,
+        places: list[int],
+        graph: tf.Graph | None = None,
     ) -> Reduction:
         """What reduces the siblings at these places together; in `graph`, if there is one."""
         with within(graph), aside():
@@ -180,9 +191,14 @@ class GlobalQSGD(Compression):
             config=self.config,
             process_set_id=caller.process_set.process_set_id,
             parcel_count=parcel_count([own.shape.num_elements() for own in tensors], plan),
+            owner=self._key,
+            key=str(uuid.uuid4()),
+            observed=self.stats_interval > 0,
         )
         counters = self._counters_of(kernels.names)
-        return Reduction(kernels, caller.ignore_name_scope, tensors, counters, graph)
+        own = [caller.siblings[place] for place in places]
+        variables = self._compared(caller.step, own)
+        return Reduction(kernels, caller.ignore_name_scope, tensors, counters, graph, variables)
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -195,6 +211,16 @@ class GlobalQSGD(Compression):
 
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
+
+    def _compared(self, step: Step | None, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The variables that are compared between ranks beside these tensors.
+
+        All of a step's, once: beside the first one that is compressed.
+        """
+        if step is None or self.config.check_replicas is None:
+            return ()
+        first = next(own for own in step.gradients if self._eligible(own))
+        return step.variables if any(own is first for own in tensors) else ()
 
     def _eligible(self, tensor: Any) -> bool:
         """Whether to compress; a tensor whose size the graph does not know yet is compressed."""
@@ -230,7 +256,7 @@ class GlobalQSGD(Compression):
             dtype,
             reason=None if eligible else self.reason(count or 0, dtype, supported),
             wire_bytes=self.wire_bytes(count, plan) if known else None,
-            expected=caller.expected,
+            expected=None if caller.step is None else len(caller.step.gradients),
         )
 
     def _group(self, process_set: Any) -> Group:

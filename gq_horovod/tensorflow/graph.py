@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class Reduction:
         tensors: Sequence[Any],
         counters: Sequence[Counter],
         graph: tf.Graph | None = None,
+        variables: Sequence[Any] = (),
     ) -> None:
         """Of the user's `tensors`.
 
@@ -71,7 +73,9 @@ class Reduction:
             counters: count their reductions.
             graph: the one that it belongs to, from which others take its results; None: where it is
                 made.
+            variables: to be compared between ranks, every `check_replicas` steps.
         """
+        self._variables = variables
         self.kernels, self.ignore_name_scope, self.counters = kernels, ignore_name_scope, counters
         self.tensors = tensors
         self._results: Sequence[Any] | None = None
@@ -97,8 +101,12 @@ class Reduction:
         if tf.executing_eagerly():
             self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
             if self._results is None:
-                shared, _ = self._measure()
-                self._results = self._reduce(shared)
+                try:
+                    shared, _ = self._measure()
+                    self._results = self._reduce(shared)
+                except BaseException:
+                    self.kernels.waits(None)
+                    raise
         assert self._results is not None
         own = self.tensors[place]
         with aside(), tf.control_dependencies([reduced]):
@@ -132,13 +140,31 @@ class Reduction:
 
     def _reduce(self, shared: Any) -> Sequence[Any]:
         """The results as vectors, from what all ranks know."""
+        if self._variables:
+            with tf.control_dependencies([self._compare_replicas(shared[-TAIL])]):
+                shared = tf.identity(shared)
         standard = self.kernels.plan.in_flight
         payloads = self._standard(shared) if standard else self._by_shares(shared)
+        inputs = [self._shapes, shared, *(self._xs if self.kernels.observed else ()), *payloads]
         dtypes = [self._xs[0].dtype] * len(self._xs)
-        results: Sequence[Any] = self._call(
-            "dequantize", (), [self._shapes, shared, *payloads], *dtypes
-        )
+        results: Sequence[Any] = self._call("dequantize", (), inputs, *dtypes)
         return results
+
+    def _compare_replicas(self, step: Any) -> Any:
+        """Where it is the turn of this step: an error if variables differ between ranks."""
+        names = [own.name for own in self._variables]
+        if len(set(names)) < len(names):  # as those that nobody has given a name
+            names = [f"{name} ({place})" for place, name in enumerate(names)]
+
+        def compare() -> Any:
+            values = [tf.convert_to_tensor(own) for own in self._variables]
+            (own,) = self._call("digests", (), values, tf.int32)
+            found = self._allreduce(own, f"replicas.{names[0]}", hvd.Max)
+            compared = self._call("compare", (json.dumps(names),), [step, found], tf.int32)[0]
+            return tf.reshape(compared, [])
+
+        every = self.kernels.config.check_replicas
+        return tf.cond(tf.equal(step % every, 0), compare, lambda: tf.identity(step))
 
     def _standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
@@ -174,9 +200,11 @@ class Reduction:
         }
 
     def _name(self, part: str) -> str:
-        return f"{stages.tensor_name(hvd_ops._normalize_name(self.kernels.name))}.{part}"
+        return self.kernels.operation(hvd_ops._normalize_name(part))
 
-    def _call(self, stage: str, index: tuple[int, ...], inputs: list[Any], *dtypes: Any) -> Any:
+    def _call(
+        self, stage: str, index: tuple[int | str, ...], inputs: list[Any], *dtypes: Any
+    ) -> Any:
         """Insert a call of a kernel; all of its results are vectors."""
         call = self.kernels.encode(stage, *index)
         if tf.executing_eagerly():
@@ -184,7 +212,7 @@ class Reduction:
             return [tf.convert_to_tensor(x) for x in (results if len(dtypes) > 1 else [results])]
         with aside():
             inputs = [tf.constant(call), *inputs]
-        part = ".".join([stage, *map(str, index)])
+        part = ".".join([stage, *(str(own) for own in index if isinstance(own, int))])
         results = tf.raw_ops.PyFuncStateless(
             input=inputs, token=KEY, Tout=dtypes, name=self._name(part)
         )

@@ -21,8 +21,11 @@ from mpi_ops.layout import Layout, layout
 from mpi_ops.stages import Stages, Steps
 
 from .. import __version__
+from ..guards import replicas
+from ..guards.stats import Sample
 from ..path import agreement, pipeline, token
 from ..path.config import Config, ConfigMismatchError, Plan
+from . import runtime
 
 Array = NDArray[Any]
 
@@ -40,12 +43,20 @@ class MismatchError(ConfigMismatchError, ValueError):
     """
 
 
+class ReplicaError(replicas.ReplicaMismatchError, ValueError):
+    """One that TensorFlow does not make an UnknownError of."""
+
+
 def _aligned(size: int, dtype: Any) -> Array:
     """A new array that TensorFlow takes over without a copy."""
     dtype = np.dtype(dtype)
     memory = np.empty(size * dtype.itemsize + _ALIGNMENT, dtype=np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size * dtype.itemsize].view(dtype)
+
+
+def _bytes(x: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 @cache
@@ -70,8 +81,11 @@ class Kernels:
     config: Config
     process_set_id: int
     parcel_count: int
+    owner: str  # whose they are; see runtime
+    key: str  # of the reduction, in this process
+    observed: bool  # whether statistics may be asked for
 
-    def encode(self, stage: str, *index: int) -> bytes:
+    def encode(self, stage: str, *index: int | str) -> bytes:
         """A call of one of the methods below, for `run`."""
         fields = {**vars(self), "config": self.config.describe()}
         return json.dumps([stage, index, fields]).encode()
@@ -90,6 +104,21 @@ class Kernels:
         """Of the tensors' operations."""
         return self.names[0]
 
+    def operation(self, part: str) -> str:
+        """The name of an operation of Horovod's."""
+        return f"{stages.tensor_name(hvd_ops._normalize_name(self.name))}.{part}"
+
+    def waits(self, part: str | None) -> None:
+        """Tell the watchdog for which operation the reduction waits from now on; None: none."""
+        timeout = self.config.timeout
+        if timeout is None:
+            return
+        watched = runtime.under_way(timeout, self.config.FUNCTION)
+        if part is None:
+            watched.end(self.key)
+        else:
+            watched.move(self.key, self.operation(part))
+
     def marks(self, shapes: Array) -> Array:
         """The tokens, one after the other; they are what a reduction begins with."""
         own = zip(self.names, _shapes(shapes), strict=True)
@@ -104,6 +133,7 @@ class Kernels:
         steps = np.full(len(self.names), step, dtype=np.uint32)
         pipeline.warn_unless_all_finite(out[:count], own, steps)
         out[count:] = self._tail(shapes, int(step))
+        self.waits(stages.NORM)
         return out, self.marks(shapes)
 
     def quantize(self, index: int, shapes: Array, shared: Array, *xs: Array) -> Array:
@@ -117,6 +147,7 @@ class Kernels:
             return _aligned(0, codec.payload_dtype(own.plan))
         parcel = own.layout.parcels[index]
         out = _aligned(parcel.size, codec.payload_dtype(own.plan))
+        self.waits(stages.codes(index))
         return own.quantize(parcel, _tensors(xs), self._steps(shared), shared[:-TAIL], out)
 
     def reduce(self, index: int, shapes: Array, shared: Array, pieces: Array) -> Array:
@@ -126,6 +157,7 @@ class Kernels:
             return _aligned(0, pieces.dtype)
         parcel = own.layout.parcels[index]
         out = _aligned(parcel.reduced_size, pieces.dtype)
+        self.waits(stages.mean(index))
         return own.reduce(parcel, pieces, self._steps(shared), shared[:-TAIL], out)
 
     def check(self, reduced: Array, place: int, mark: Array) -> None:
@@ -138,19 +170,61 @@ class Kernels:
         except ConfigMismatchError as error:
             raise MismatchError(str(error)) from None
 
-    def dequantize(self, shapes: Array, shared: Array, *sums: Array) -> Any:
-        """The results."""
+    def dequantize(self, shapes: Array, shared: Array, *inputs: Array) -> Any:
+        """The results, from what has been summed; behind this rank's tensors, where `observed`."""
+        self.waits(None)
         own, plan = self._stages(shapes), self.plan
+        count = len(self.names) if self.observed else 0
+        xs, sums = inputs[:count], inputs[count:]
         dtype = tf.as_dtype(self.dtype).as_numpy_dtype
         outs = [_aligned(count, dtype) for count in own.layout.counts]
         for parcel, payload in zip(own.layout.parcels, sums, strict=any(own.layout.counts)):
             own.dequantize(parcel, payload, shared[:-TAIL], _tensors(outs))
+        if xs:
+            self._observe(own, shared, xs, outs)
         factor = self.scaling * (plan.world_size if self.sums else 1)
         if factor != 1:
             with np.errstate(over="ignore", invalid="ignore"):  # Inf, as Horovod's sums have it
                 for out in outs:
                     np.multiply(out, factor, out=out, casting="same_kind")
         return outs if len(outs) > 1 else outs[0]
+
+    def _observe(
+        self, own: Stages, shared: Array, xs: Sequence[Array], outs: Sequence[Array]
+    ) -> None:
+        """Collect the statistics of a step, if it is one of those that are sampled."""
+        owner, step = runtime.owner_of(self.owner), int(shared[-TAIL])
+        if owner is None or step % owner.stats_interval:
+            return
+        samples = [Sample(x.astype(np.float32)) for x in xs]
+        steps = self._steps(shared)
+        for parcel in own.layout.parcels:
+            dithers = own.dithers(parcel, steps)
+            for place, piece in enumerate(parcel.pieces):
+                result = outs[piece.tensor][piece.start : piece.stop].astype(np.float32)
+                chunk = stages.chunk_of(parcel, place, shared[:-TAIL])
+                samples[piece.tensor].add(own.plan, chunk, dithers[place], result)
+        for name, sample in zip(self.names, samples, strict=True):
+            owner.stats[name] = sample.stats(own.plan, step, self.config.transport)
+
+    def digests(self, *variables: Array) -> Array:
+        """This rank's rows of the table by which replicas are compared."""
+        own = [replicas.digest(_bytes(variable)) for variable in variables]
+        return replicas.table(own, self.process_set.rank(), self.process_set.size())
+
+    def compare(self, names: str, step: Array, found: Array) -> Array:
+        """Raise ReplicaMismatchError, on all ranks, where variables of these names differ."""
+        process_set = self.process_set
+        listed = json.loads(names)
+        ranks = process_set.ranks or list(range(process_set.size()))
+        shape = len(ranks), len(listed), -1
+        try:
+            replicas.require_same(
+                found.reshape(shape), listed, ranks, int(step), self.config.FUNCTION
+            )
+        except replicas.ReplicaMismatchError as error:
+            raise ReplicaError(str(error)) from None
+        return step
 
     def _tail(self, shapes: Array, step: int) -> NDArray[np.int32]:
         """What travels behind the norms.
@@ -239,8 +313,8 @@ def _settings(config: Config) -> int:
     return agreement.checksum(agreement.describe(config))
 
 
-@cache
-def _decode(call: bytes) -> tuple[str, list[int], Kernels]:
+@lru_cache(maxsize=16384)  # of a large model's stages; graphs that are traced again have others
+def _decode(call: bytes) -> tuple[str, list[Any], Kernels]:
     stage, index, fields = json.loads(call)
     fields = {**fields, "names": tuple(fields["names"]), "config": Config(**fields["config"])}
     return stage, index, Kernels(**fields)
@@ -249,7 +323,11 @@ def _decode(call: bytes) -> tuple[str, list[int], Kernels]:
 def run(call: bytes, *inputs: Any) -> Any:
     """What the graph calls: a method of `Kernels`, written down by its `encode`."""
     stage, index, kernels = _decode(call)
-    return getattr(kernels, stage)(*index, *inputs)
+    try:
+        return getattr(kernels, stage)(*index, *inputs)
+    except BaseException:
+        kernels.waits(None)
+        raise
 
 
 # tf.numpy_function would number the functions as this process makes them. A graph that is saved

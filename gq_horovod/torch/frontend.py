@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
 import horovod.torch as hvd
 import torch
 from horovod.torch import mpi_ops as hvd_ops
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from mpi_ops import stages
 
@@ -29,6 +27,7 @@ from . import numbering, tensors
 from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together, describe
 from .caller import Caller, find_caller, find_hook
 from .collectives import Collectives, complete
+from .compiled import CALL_CODE, never_traced
 from .group import Group, describe_loaded
 
 _FORMAT = 3  # of state_dict()
@@ -44,28 +43,6 @@ class _Left(NamedTuple):
     """What decompress() has to know about a tensor that Horovod reduces by itself."""
 
     dtype: torch.dtype  # of the tensor; Horovod may get a wider one
-
-
-def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which torch.compile runs as it is: what it does is no part of a graph.
-
-    torch._dynamo takes a second to import, which whoever compiles has done by now.
-    """
-    untraced: list[Callable[..., Any]] = []
-
-    @wraps(function)
-    def call(*arguments: Any) -> Any:
-        if get_eval_frame_callback() is None:  # outside of compiled regions
-            return function(*arguments)
-        if not untraced:
-            untraced.append(torch.compiler.disable(function))
-        return untraced[0](*arguments)
-
-    return call
-
-
-# The function above stands between compress() and its caller.
-_CALL_CODE = _never_traced(lambda: None).__code__
 
 
 class TorchFrontend(Frontend):
@@ -138,7 +115,7 @@ class TorchFrontend(Frontend):
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
         frame = sys._getframe(1)
-        if frame.f_back is not None and frame.f_code is _CALL_CODE:
+        if frame.f_back is not None and frame.f_code is CALL_CODE:
             frame = frame.f_back
         hook = find_hook(tensor, frame)
         settled = None if hook is None else self._optimizers.get(hook[0])
@@ -377,8 +354,8 @@ class TorchFrontend(Frontend):
             mean = strided.copy_(mean)
         return mean
 
-    compress = ClassOrInstance(_never_traced(_compress))
-    decompress = ClassOrInstance(_never_traced(_decompress))
+    compress = ClassOrInstance(never_traced(_compress))
+    decompress = ClassOrInstance(never_traced(_decompress))
 
     def _see(
         self, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool, plan: Plan
@@ -646,10 +623,9 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
-    WATCHES = True
 
     def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
-        if not self._stats_interval or step % self._stats_interval:
+        if not self.stats_interval or step % self.stats_interval:
             return None
         return Sample(values.flatten().to("cpu", torch.float32, copy=True).numpy())
 

@@ -29,6 +29,7 @@ from horovod.torch import mpi_ops as hvd_ops
 from ..log import Log
 from ..path.buckets import REMEDY_CAPACITY
 from ..path.pipeline import PATIENCE, POLL_SECONDS, pipelines
+from .compiled import never_traced
 
 __all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
 
@@ -131,7 +132,7 @@ class Library:
                 setattr(self, name, self._starting(name.removeprefix(_PREFIX), function))
             elif not name.startswith("__"):
                 setattr(self, name, function)
-        self.horovod_torch_wait_and_clear = self._wait_and_clear
+        self.horovod_torch_wait_and_clear = never_traced(self._wait_and_clear)
         self.horovod_torch_reset = self._reset
 
     def name(self, handle: int) -> str:

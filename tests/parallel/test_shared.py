@@ -172,7 +172,7 @@ def test_a_copy_begins_anew_with_the_same_options(way: str, original: str, name:
     assert copied.state_dict()["process_sets"] == {}
     if isinstance(copied, GlobalQSGD):
         assert copied.stats == {}
-        assert copied._stats_interval == compression._stats_interval
+        assert copied.stats_interval == compression.stats_interval
     again = allreduce(own, name, compression=copied)
     if original != "preset":  # which other tests may have used before
         assert torch.equal(first, again)
