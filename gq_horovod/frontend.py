@@ -86,6 +86,7 @@ class Frontend:
 
     HVD: ClassVar[Any]  # Horovod's module for the framework
     CONFIG: ClassVar[type[Config]] = Config  # the options
+    FORMAT: ClassVar[int | str]  # of state_dict()
 
     _instances: ClassVar[dict[tuple[type, Config], Any]] = {}
 
@@ -164,6 +165,27 @@ class Frontend:
     def wire_bytes(self, elements: int, plan: Plan) -> float | None:
         """What a rank sends for a tensor, for the log; None where it is not known."""
         return None
+
+    def describe_state(self) -> dict[str, Any]:
+        """What state_dict() begins with: where it may be loaded."""
+        return {
+            "format": self.FORMAT,
+            "compression": self.config.FUNCTION,
+            "options": self.config.describe_results(),
+        }
+
+    def require_own_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError for the state of another method, of other options or another version."""
+        own, other = self.describe_state(), {"options": {}, **state}
+        expected = {**own, **own["options"]}
+        got = {**{key: other.get(key) for key in own}, **other["options"]}
+        for key in {**expected, **got}:
+            if key != "options" and expected.get(key) != got.get(key):
+                raise ValueError(
+                    f"{self.config.FUNCTION}.load_state_dict: {key} must be {expected.get(key)!r} "
+                    f"as in this instance, got a state with {got.get(key)!r}; configure it as in "
+                    "the run that saved the state, and use the same version."
+                )
 
     def require_process_set(self, callers: Any) -> None:
         """Raise ValueError if Horovod reduces over no ranks, or others than `process_set`."""

@@ -11,7 +11,7 @@ It knows no framework.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -65,9 +65,15 @@ def write(writer: Writer, stats: Mapping[str, TensorStats], step: int) -> None:
         stats: those of a compression, `compression.stats`.
         step: of training, the place on the horizontal axis.
     """
+    for tag, value in points(stats):
+        writer.add_scalar(tag, value, step)
+
+
+def points(stats: Mapping[str, TensorStats]) -> Iterator[tuple[str, float]]:
+    """The newest figures of all tensors, each with the name of its curve."""
     for name, own in stats.items():
         for quantity, value in own.scalars().items():
-            writer.add_scalar(f"gq/{quantity}/{name}", value, step)
+            yield f"gq/{quantity}/{name}", value
 
 
 def check(function: str, stats: object) -> int:

@@ -6,17 +6,16 @@
     tape = hvd.DistributedGradientTape(tape, compression=GlobalQSGD)
 
 Horovod calls `compress` and `decompress` while the graph is built. What they insert into it, for
-one gradient:
+the gradients of a bucket:
 
-1. The norms of its blocks, reduced by a Max-allreduce; and a token, which Horovod reduces in place
-   of the gradient (see `token`).
+1. The norms of their blocks, reduced by a Max-allreduce; and a token for each gradient, which
+   Horovod reduces in place of it (see `token`).
    The step travels with the norms: it is what the dither depends on, and a worker that joins an
-   elastic job learns it from the others. So do checksums of the settings and of the tensor, and
+   elastic job learns it from the others. So do checksums of the settings and of the tensors, and
    whether a rank has called hvd.join().
 2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
    allgather (exponential and two-hop levels).
-3. The mean, or what else the user's `op` and scaling make of it, decoded after the token has been
-   checked.
+3. The means, or what else the user's `op` and scaling make of them; each waits for its token.
 
 TensorFlow runs these as their inputs arrive, so many gradients are in flight at once. The kernels
 are ordinary functions of their inputs, the step among them, and are declared so: TensorFlow would
@@ -43,6 +42,6 @@ except ImportError as error:
         "HOROVOD_WITH_TENSORFLOW=1 (its `horovodrun --check-build` shows what it has)."
     ) from error
 
-from .frontend import GlobalQSGD, allreduce
+from .frontend import GlobalQSGD, allreduce, write_stats
 
-__all__ = ["GlobalQSGD", "allreduce"]
+__all__ = ["GlobalQSGD", "allreduce", "write_stats"]

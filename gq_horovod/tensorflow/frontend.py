@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from .. import log
 from ..frontend import ClassOrInstance, Compression
+from ..guards.stats import TensorStats, points
 from ..path import agreement
 from ..path.buckets import cut
 from ..path.config import Plan
@@ -81,6 +83,7 @@ class GlobalQSGD(Compression):
     """
 
     HVD = hvd
+    FORMAT = "tensorflow 1"
 
     @cached_property
     def _groups(self) -> dict[Any, Group]:
@@ -232,6 +235,46 @@ class GlobalQSGD(Compression):
 
     # --------------------------------------------------------------------------------------- state
 
+    def _state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know to go on as this one would, bit for bit.
+
+        That is how often each tensor was reduced, which the dither depends on. It is the same on
+        all ranks: one may save it, and all load it. Returns plain numbers, texts, lists and
+        dictionaries. Raises RuntimeError within a graph, or where TensorFlow executes nothing
+        eagerly.
+        """
+        _require_eager("state_dict")
+        shared: dict[Counter, list[str]] = {}
+        for name, counter in self._counters.items():
+            shared.setdefault(counter, []).append(name)
+        reduced = [
+            {"tensors": names, "last": int(counter.last())} for counter, names in shared.items()
+        ]
+        return {**self.describe_state(), "reduced": reduced}
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what state_dict() returned, before the first step or between two.
+
+        Raises ValueError for the state of another method, of other options, or of another version,
+        and RuntimeError as state_dict() does.
+        """
+        _require_eager("load_state_dict")
+        self.require_own_state(state)
+        last: dict[Counter, int] = {}
+        for own in state["reduced"]:
+            for counter in self._counters_of(own["tensors"]):
+                last[counter] = max(own["last"], last.get(counter, -1))
+        for counter, number in last.items():
+            counter.set(tf.constant(number, tf.int64))
+
+    def _trackable(self) -> tf.train.experimental.PythonState:
+        """Its state for `tf.train.Checkpoint(..., compression=compression.trackable())`."""
+        return _State(self)
+
+    state_dict = ClassOrInstance(_state_dict)
+    load_state_dict = ClassOrInstance(_load_state_dict)
+    trackable = ClassOrInstance(_trackable)
+
     def _counters_of(self, names: Sequence[str]) -> list[Counter]:
         """What counts the reductions of these tensors.
 
@@ -285,6 +328,27 @@ class GlobalQSGD(Compression):
         agreement.agree(of_all, description, (), process_set.rank(), process_set.size())
 
 
+class _State(tf.train.experimental.PythonState):
+    """A text in TensorFlow's checkpoints."""
+
+    def __init__(self, compression: GlobalQSGD) -> None:
+        self._compression = compression
+
+    def serialize(self) -> str:
+        return json.dumps(self._compression.state_dict())
+
+    def deserialize(self, string_value: str | bytes) -> None:
+        self._compression.load_state_dict(json.loads(string_value))
+
+
+def _require_eager(function: str) -> None:
+    if not tf.executing_eagerly():
+        raise RuntimeError(
+            f"GlobalQSGD.{function}: must be called where TensorFlow executes eagerly, got a call "
+            "within a graph; call it outside of tf.function, with TensorFlow 2's behavior enabled."
+        )
+
+
 def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:
     """What Horovod reduces by itself: in TensorFlow it knows float16 but not bfloat16."""
     if tensor.dtype == tf.bfloat16:
@@ -315,3 +379,14 @@ def allreduce(
     if elastic() and name is not None:
         name = f"{LOSS}.{name}"
     return hvd.allreduce(tensor, name=name, op=op, compression=compression, process_set=process_set)
+
+
+def write_stats(stats: Mapping[str, TensorStats], step: int) -> None:
+    """Write the newest figures of all tensors to the default writer of `tf.summary`.
+
+    Arguments:
+        stats: those of a compression, `compression.stats`.
+        step: of training, the place on the horizontal axis.
+    """
+    for tag, value in points(stats):
+        tf.summary.scalar(tag, value, step)

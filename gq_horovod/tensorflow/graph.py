@@ -88,6 +88,7 @@ class Reduction:
             # would be a round trip for nothing: what travels behind the norms tells there.
             if tf.executing_eagerly():
                 marks = tf.constant(kernels.marks(np.array(self._shapes)))
+                kernels.waits(kernels.name)
             else:
                 shared, marks = self._measure()
                 self._results = self._reduce(shared)
@@ -99,20 +100,24 @@ class Reduction:
     def result(self, place: int, reduced: Any) -> Any:
         """The result of a tensor, for its reduced token. That of the first one comes first."""
         if tf.executing_eagerly():
-            self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
-            if self._results is None:
-                try:
-                    shared, _ = self._measure()
-                    self._results = self._reduce(shared)
-                except BaseException:
-                    self.kernels.waits(None)
-                    raise
+            self._reduce_now(place, reduced)
         assert self._results is not None
         own = self.tensors[place]
         with aside(), tf.control_dependencies([reduced]):
             result = tf.reshape(self._results[place], tf.shape(own))
             result.set_shape(own.shape)
             return not_differentiable(own, result)
+
+    def _reduce_now(self, place: int, reduced: Any) -> None:
+        """Eagerly: after the token of the first tensor; those of others are compared too."""
+        try:
+            self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
+            if self._results is None:
+                shared, _ = self._measure()
+                self._results = self._reduce(shared)
+        except BaseException:
+            self.kernels.waits(None)
+            raise
 
     def _measure(self) -> tuple[Any, Any]:
         """What the ranks share before they quantize; and the tokens.

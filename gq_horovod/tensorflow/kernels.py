@@ -108,16 +108,16 @@ class Kernels:
         """The name of an operation of Horovod's."""
         return f"{stages.tensor_name(hvd_ops._normalize_name(self.name))}.{part}"
 
-    def waits(self, part: str | None) -> None:
+    def waits(self, operation: str | None) -> None:
         """Tell the watchdog for which operation the reduction waits from now on; None: none."""
         timeout = self.config.timeout
         if timeout is None:
             return
         watched = runtime.under_way(timeout, self.config.FUNCTION)
-        if part is None:
+        if operation is None:
             watched.end(self.key)
         else:
-            watched.move(self.key, self.operation(part))
+            watched.move(self.key, operation)
 
     def marks(self, shapes: Array) -> Array:
         """The tokens, one after the other; they are what a reduction begins with."""
@@ -133,7 +133,7 @@ class Kernels:
         steps = np.full(len(self.names), step, dtype=np.uint32)
         pipeline.warn_unless_all_finite(out[:count], own, steps)
         out[count:] = self._tail(shapes, int(step))
-        self.waits(stages.NORM)
+        self.waits(self.operation(stages.NORM))
         return out, self.marks(shapes)
 
     def quantize(self, index: int, shapes: Array, shared: Array, *xs: Array) -> Array:
@@ -147,7 +147,7 @@ class Kernels:
             return _aligned(0, codec.payload_dtype(own.plan))
         parcel = own.layout.parcels[index]
         out = _aligned(parcel.size, codec.payload_dtype(own.plan))
-        self.waits(stages.codes(index))
+        self.waits(self.operation(stages.codes(index)))
         return own.quantize(parcel, _tensors(xs), self._steps(shared), shared[:-TAIL], out)
 
     def reduce(self, index: int, shapes: Array, shared: Array, pieces: Array) -> Array:
@@ -157,7 +157,7 @@ class Kernels:
             return _aligned(0, pieces.dtype)
         parcel = own.layout.parcels[index]
         out = _aligned(parcel.reduced_size, pieces.dtype)
-        self.waits(stages.mean(index))
+        self.waits(self.operation(stages.mean(index)))
         return own.reduce(parcel, pieces, self._steps(shared), shared[:-TAIL], out)
 
     def check(self, reduced: Array, place: int, mark: Array) -> None:
@@ -214,9 +214,8 @@ class Kernels:
 
     def compare(self, names: str, step: Array, found: Array) -> Array:
         """Raise ReplicaMismatchError, on all ranks, where variables of these names differ."""
-        process_set = self.process_set
         listed = json.loads(names)
-        ranks = process_set.ranks or list(range(process_set.size()))
+        ranks = hvd_ops._basics._get_process_set_ids_and_ranks()[self.process_set_id]
         shape = len(ranks), len(listed), -1
         try:
             replicas.require_same(

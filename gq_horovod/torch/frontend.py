@@ -30,8 +30,6 @@ from .collectives import Collectives, complete
 from .compiled import CALL_CODE, never_traced
 from .group import Group, describe_loaded
 
-_FORMAT = 3  # of state_dict()
-
 _settling = threading.RLock()  # of what belongs to an optimizer, which two threads may begin
 
 # While the ranks of a process set compare their configurations, by its ranks: the operations of two
@@ -49,6 +47,7 @@ class TorchFrontend(Frontend):
     """Horovod's interface for PyTorch, for methods of any kind."""
 
     HVD = hvd
+    FORMAT = 3
     RESULT_DTYPE: ClassVar[torch.dtype | None] = None  # of what is decoded; None: the tensor's own
 
     @per_process
@@ -477,9 +476,7 @@ class TorchFrontend(Frontend):
         joins = _joins()
         saved = {key: group.state_dict(joins) for key, group in self._groups.items()}
         return {
-            "format": _FORMAT,
-            "compression": self.config.FUNCTION,
-            "options": self.config.describe_results(),
+            **self.describe_state(),
             "process_sets": {
                 _as_text(key): state for key, state in {**saved, **self._loaded}.items()
             },
@@ -495,24 +492,7 @@ class TorchFrontend(Frontend):
         different steps; then all go on from the highest.) Raises ValueError for the state of
         another method, of other options, or of another version.
         """
-        function = self.config.FUNCTION
-        expected = {
-            "format": _FORMAT,
-            "compression": function,
-            **self.config.describe_results(),
-        }
-        got = {
-            "format": state.get("format"),
-            "compression": state.get("compression"),
-            **state.get("options", {}),
-        }
-        for key in {**expected, **got}:
-            if expected.get(key) != got.get(key):
-                raise ValueError(
-                    f"{function}.load_state_dict: {key} must be {expected.get(key)!r} as in this "
-                    f"instance, got a state with {got.get(key)!r}; configure it as in the run that "
-                    "saved the state, and use the same version."
-                )
+        self.require_own_state(state)
         self._loaded.clear()
         self._loaded.update((_as_ranks(key), own) for key, own in state["process_sets"].items())
         self._groups.clear()
