@@ -14,6 +14,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from .. import log
 from ..frontend import ClassOrInstance, Compression
@@ -110,6 +111,13 @@ class GlobalQSGD(Compression):
     @tf.autograph.experimental.do_not_convert
     def _compress(self, tensor: Any) -> tuple[Any, Any]:
         """Start reducing `tensor` and return a token for Horovod to reduce in place of it."""
+        if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise ValueError(
+                "GlobalQSGD: jit_compile must be False where gradients are reduced, got True: XLA "
+                "compiles neither Horovod's operations nor the kernels. Pass jit_compile=False to "
+                "this tf.function or to model.compile; a function that it calls, such as the "
+                "model's, may be compiled."
+            )
         caller = find_caller(tensor, sys._getframe(1))
         eligible = any(map(self._eligible, caller.siblings if caller.fused else [tensor]))
         if not caller.process_set.included():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import horovod.tensorflow as hvd
+import numpy as np
 import pytest
 import tensorflow as tf
 from tf_helpers import check_mean, compressor, gradients
@@ -250,13 +251,23 @@ def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
     check_it_still_works(name)
 
 
-def test_guards() -> None:
-    for option, default in (("timeout", 1800.0), ("check_replicas", None), ("stats", False)):
-        text = refused(ValueError, "eager", GlobalQSGD, **{option: 10})
-        assert text == (
-            f"GlobalQSGD: {option} must be {default!r} with horovod.tensorflow, got 10; "
-            "leave it out."
-        )
+@pytest.mark.parametrize("where", ["tape", "function"])
+def test_what_xla_compiles(where: str, name: str) -> None:
+    """The reduction is refused; what it calls and what it is called by may be compiled."""
+    variable = tf.Variable(tf.ones(5000))
+
+    def reduce() -> Any:
+        if where == "function":
+            return allreduce(tf.ones(5000), name, compression=GlobalQSGD)
+        with tf.GradientTape() as tape:
+            loss = tf.function(lambda: tf.reduce_sum(variable**2), jit_compile=True)()
+        tape = hvd.DistributedGradientTape(tape, compression=GlobalQSGD)
+        return tape.gradient(loss, [variable])[0]
+
+    with pytest.raises(Exception, match="jit_compile must be False where gradients are reduced"):
+        tf.function(reduce, jit_compile=True)()
+    expected = 1.0 if where == "function" else 2.0
+    np.testing.assert_allclose(tf.function(reduce)(), expected, rtol=1e-2)
 
 
 def test_transport_mpi() -> None:
