@@ -346,3 +346,36 @@ def test_a_saved_model_continues(tmp_path: Path) -> None:
     again = hvd.load_model(str(tmp_path / "model.h5"), compression=compression)
     again.fit(*problem(hvd.rank()), batch_size=BATCH, epochs=1, verbose=0)
     check_replicas(*again.get_weights())
+
+
+@pytest.mark.parametrize(("levels", "passes"), [("standard", 1), ("two-hop", 2)])
+def test_two_optimizers_in_one_function(levels: str, passes: int) -> None:
+    """Of parts of a model that learn by losses of their own, through one compression."""
+    compression = GlobalQSGD(levels=levels, min_elements=1000, check_replicas=1)
+    parts = [model_of(seed=1), model_of(seed=2, hidden=2)]
+    optimizers = [
+        hvd.DistributedOptimizer(
+            keras.optimizers.Adam(0.01), compression=compression, backward_passes_per_step=passes
+        )
+        for _ in parts
+    ]
+    for part, optimizer in zip(parts, optimizers, strict=True):
+        optimizer.build(part.trainable_variables)
+    x, y = map(tf.constant, problem(hvd.rank()))
+
+    def loss_of(part: Any) -> Any:
+        return lambda: tf.reduce_mean((part(x) - y) ** 2)
+
+    @tf.function
+    def step() -> Any:
+        losses = [loss_of(part) for part in parts]
+        for part, optimizer, loss in zip(parts, optimizers, losses, strict=True):
+            # Horovod reduces in minimize(), not in apply_gradients(), with any compression.
+            optimizer.minimize(loss, part.trainable_variables)
+        return [loss() for loss in losses]
+
+    first, *_, last = [step() for _ in range(16)]
+    for before, after in zip(first, last, strict=True):
+        assert after < 0.5 * before
+    for part in parts:
+        check_replicas(*part.get_weights())
