@@ -105,11 +105,9 @@ def fit(model: Any, optimizer: Any, epochs: int, **options: Any) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
-def test_a_custom_loop_with_a_tape(levels: str) -> None:
-    compression = compressor(levels, min_elements=1024)
+def test_a_custom_loop_with_a_tape() -> None:
+    compression = GlobalQSGD(levels="exponential", min_elements=1024)
     model = model_of(seed=0)
-    before = len(steps_of(compression))
     custom_loop(
         model,
         keras.optimizers.Adam(0.01),
@@ -118,7 +116,7 @@ def test_a_custom_loop_with_a_tape(levels: str) -> None:
     )
     check_replicas(*model.get_weights())
     if hvd.size() > 1:
-        assert steps_of(compression)[before:] == [2 * SAMPLES // BATCH]
+        assert steps_of(compression) == [2 * SAMPLES // BATCH]
 
 
 def test_a_custom_loop_with_the_optimizer() -> None:
@@ -155,15 +153,17 @@ def test_fit_from_different_weights(way: str) -> None:
         check_replicas(*state_of(model))
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
-def test_the_loss_of_a_training_is_that_without_compression(levels: str) -> None:
+def test_the_loss_of_a_training_is_that_without_compression() -> None:
     losses = []
-    for compression in (hvd.Compression.none, GlobalQSGD(levels=levels, min_elements=1024)):
+    ours = [GlobalQSGD(levels=levels, min_elements=1024) for levels in ("standard", "exponential")]
+    for compression in (hvd.Compression.none, *ours):
         model = model_of(seed=0)
         optimizer = DistributedOptimizer(keras.optimizers.SGD(0.002), compression=compression)
         losses.append(fit(model, optimizer, epochs=10)[-1])
         check_replicas(*state_of(model))
-    assert losses[1] == pytest.approx(losses[0], rel=0.005)
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=0.005)
+    if hvd.size() > 1:
+        assert len(set(losses)) == 3
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -177,8 +177,10 @@ OPTIONS: dict[str, Callable[[list[Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["eagerly", "graph"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("option", "way"),
+    [("default", "eagerly"), *zip(OPTIONS, ["graph", "graph", "eagerly"] * 2, strict=False)],
+)
 def test_options(option: str, way: str) -> None:
     """With a learning rate of 1, variables that start as zeros become the reduced gradients."""
     compression = compressor("exponential" if "group" in option else "standard", min_elements=0)
@@ -407,10 +409,11 @@ def test_a_bad_value_of_one_rank_skips_the_step_on_all(nesting: Any, way: str) -
 
 @pytest.mark.parametrize("nesting", [around, inside])
 def test_a_bad_value_in_an_earlier_pass_skips_the_pass_on_all_ranks(nesting: Any) -> None:
+    """Every pass is reduced, once, since Keras looks at every pass."""
+    compression = GlobalQSGD(min_elements=0)
     model = model_of(seed=0)
     optimizer = nesting(
-        keras.optimizers.SGD(0.001, gradient_accumulation_steps=2),
-        {"compression": compressor(min_elements=0)},
+        keras.optimizers.SGD(0.001, gradient_accumulation_steps=2), {"compression": compression}
     )
     model.compile(optimizer=optimizer, loss="mse")
     before = weights_of(model)
@@ -419,6 +422,8 @@ def test_a_bad_value_in_an_earlier_pass_skips_the_pass_on_all_ranks(nesting: Any
         assert np.array_equal(weights_of(model), before) is not moved
     assert float(optimizer.dynamic_scale) == optimizer.initial_scale / 2
     check_replicas(*state_of(model))
+    if hvd.size() > 1:
+        assert set(steps_of(compression)) == {3}
 
 
 def test_a_plain_loss_scaling_stays_as_it_was() -> None:
@@ -445,22 +450,23 @@ def alone() -> Iterator[Any]:
         hvd.remove_process_set(process_set)
 
 
-ALONE: dict[str, Callable[[Any], Any]] = {
-    "adam": lambda own: own(keras.optimizers.Adam(0.01, global_clipnorm=1.0)),
-    "passes": lambda own: own(keras.optimizers.SGD(0.01, gradient_accumulation_steps=2)),
-    "scaling": lambda own: keras.optimizers.LossScaleOptimizer(own(keras.optimizers.Adam(0.01))),
-}
+def clipping(own: Any) -> Any:
+    return own(keras.optimizers.Adam(0.01, global_clipnorm=1.0, gradient_accumulation_steps=2))
 
 
-@pytest.mark.parametrize("kind", ALONE)
-def test_one_rank_computes_what_the_plain_optimizer_computes(kind: str, alone: Any) -> None:
+def scaling(own: Any) -> Any:
+    return keras.optimizers.LossScaleOptimizer(own(keras.optimizers.SGD(0.001)))
+
+
+@pytest.mark.parametrize("kind", [clipping, scaling])
+def test_one_rank_computes_what_the_plain_optimizer_computes(kind: Any, alone: Any) -> None:
     def ours(optimizer: Any) -> Any:
         return DistributedOptimizer(optimizer, compression=GlobalQSGD(), process_set=alone)
 
     results = []
     for wrap in (ours, lambda optimizer: optimizer):
         model = model_of(seed=0)
-        model.compile(optimizer=ALONE[kind](wrap), loss="mse")
+        model.compile(optimizer=kind(wrap), loss="mse")
         x, y = problem(hvd.rank())
         model.fit(x, y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
         results.append(state_of(model))
@@ -495,6 +501,16 @@ def test_arguments(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=f"DistributedOptimizer: .*{text}"):
         DistributedOptimizer(optimizer, **options)
     DistributedOptimizer(optimizer)  # nothing was done to it
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_gradient_for_each_variable(steps: int | None) -> None:
+    """Keras leaves out what is too much, in silence."""
+    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps)
+    with pytest.raises(ValueError, match=r"apply\(\) must .* got 3 for 4 variables"):
+        DistributedOptimizer(optimizer).apply(own(60)[:3], variables_of())
+    with pytest.raises(ValueError, match="already be built"):
+        DistributedOptimizer(keras.optimizers.SGD(1.0)).apply(own(60))
 
 
 def test_groups_of_variables_need_names_of_their_own() -> None:
@@ -554,7 +570,7 @@ def test_configs_and_classes() -> None:
     check_replicas(*[variable.numpy() for variable in variables])
 
 
-@pytest.mark.parametrize("nesting", [around, inside, by_itself])
+@pytest.mark.parametrize("nesting", [around, by_itself])
 def test_a_saved_model_continues(nesting: Any, tmp_path: Path) -> None:
     model = model_of(seed=0)
     compression = {"compression": compressor(min_elements=1024)}
