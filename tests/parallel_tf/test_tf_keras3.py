@@ -137,10 +137,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_fit_from_different_weights(way: str) -> None:
+def test_fit_from_different_states(way: str) -> None:
     compression = GlobalQSGD(min_elements=1024)
-    model = model_of(seed=hvd.rank())  # the callback makes them equal
-    optimizer = DistributedOptimizer(keras.optimizers.Adam(0.01), compression=compression)
+    model = model_of(seed=hvd.rank())  # the callback makes weights and learning rates equal
+    optimizer = keras.optimizers.Adam(0.01 / (1 + hvd.rank()))
+    optimizer = DistributedOptimizer(optimizer, compression=compression)
     losses = fit(model, optimizer, epochs=3, **WAYS[way])
     assert losses[-1] < 0.5 * losses[0]
     assert int(optimizer.iterations) == 3 * SAMPLES // BATCH
@@ -553,19 +554,25 @@ def test_the_optimizer_of_horovod_warns(way: str) -> None:
 # ------------------------------------------------------------------------------------------ saving
 
 
-def test_configs_and_classes() -> None:
-    given = keras.optimizers.AdamW(0.01, weight_decay=0.1)
-    config = given.get_config()
+@keras.saving.register_keras_serializable("tests")
+class Registered(keras.optimizers.SGD):  # type: ignore[misc]
+    """An optimizer of the user's, which files know by the name that it was registered with."""
+
+
+@pytest.mark.parametrize("kind", [keras.optimizers.AdamW, Registered])
+def test_configs_and_classes(kind: Any) -> None:
+    given = kind(0.01, weight_decay=0.1)
+    config, serialized = given.get_config(), keras.optimizers.serialize(given)
     optimizer = DistributedOptimizer(given, op=hvd.Sum)
-    assert isinstance(optimizer, keras.optimizers.AdamW)
+    assert isinstance(optimizer, kind)
     assert optimizer.get_config() == config
-    variables = variables_of()
+    assert keras.optimizers.serialize(optimizer) == serialized
+    assert type(keras.optimizers.deserialize(serialized)) is kind
     again = type(optimizer).from_config(config)  # which reduces, too
     assert again.get_config() == config
     with pytest.raises(ValueError, match="once"):
         DistributedOptimizer(again)
-    plain = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
-    assert type(plain) is keras.optimizers.AdamW
+    variables = variables_of()
     again.apply(own(50), variables)
     check_replicas(*[variable.numpy() for variable in variables])
 
