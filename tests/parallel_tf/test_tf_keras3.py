@@ -258,7 +258,9 @@ def test_values_that_keras_assigns_are_the_largest_of_all_ranks() -> None:
     given = own(34)
     DistributedOptimizer(keras.optimizers.SGD(1.0), op=hvd.Sum).apply(given, variables)
     np.testing.assert_array_equal(variables[1].numpy(), np.max(locals_of(34)[1], axis=0))
-    np.testing.assert_allclose(variables[0].numpy(), -np.sum(locals_of(34)[0], axis=0), rtol=1e-4)
+    np.testing.assert_allclose(
+        variables[0].numpy(), -np.sum(locals_of(34)[0], axis=0), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
@@ -534,7 +536,7 @@ def test_models_that_xla_compiles() -> None:
     model.compile(optimizer=optimizer, loss="mse", jit_compile=True)
     with pytest.raises(ValueError, match="jit_compile=False"):
         model.fit(*batch(), verbose=0, callbacks=[BroadcastGlobalVariablesCallback(0)])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="HorovodAllreduce"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="unsupported operations"):
         model.fit(*batch(), verbose=0)
 
 
