@@ -3,9 +3,9 @@
     mpirun -np 4 python keras_train.py --compression standard
     mpirun -np 4 python keras_train.py --compression standard --loop tape
 
-The first trains with model.fit and Horovod's callbacks, the second in a loop of its own with
-DistributedGradientTape. The only lines that know about Global-QSGD are those of
-`choose_compression`. Rank 0 prints what it measured as one JSON object.
+The first trains with model.fit and callbacks, the second in a loop of its own with
+DistributedGradientTape. Both run with Keras 3, and with Keras 2 where TF_USE_LEGACY_KERAS=1. Rank 0
+prints what it measured as one JSON object.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-# Horovod 0.28.1 reduces the gradients of Keras 2, not of Keras 3 (docs/tensorflow.md).
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import data
-import horovod.tensorflow.keras as hvd
+import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
-from horovod import tensorflow as hvd_tf
 from keras_model import DeepFwFM
 from sklearn.metrics import log_loss, roc_auc_score
+
+from gq_horovod.tensorflow.keras import (
+    BroadcastGlobalVariablesCallback,
+    DistributedOptimizer,
+    GlobalQSGD,
+    MetricAverageCallback,
+)
 
 
 def choose_compression(name: str, seed: int) -> Any:
@@ -37,39 +41,39 @@ def choose_compression(name: str, seed: int) -> Any:
         return hvd.Compression.none
     if name == "fp16":
         return hvd.Compression.fp16
-    from gq_horovod.tensorflow.keras import GlobalQSGD
-
     return GlobalQSGD(levels=name, seed=seed)
 
 
 def fit(model: DeepFwFM, optimizer: Any, batches: tf.data.Dataset, compression: Any) -> None:
     """Train with Keras."""
     model.compile(
-        optimizer=hvd.DistributedOptimizer(
-            optimizer, compression=compression, sparse_as_dense=True
-        ),
+        optimizer=DistributedOptimizer(optimizer, compression=compression, sparse_as_dense=True),
         loss=tf.keras.losses.BinaryCrossentropy(from_logits=True),
     )
-    average = hvd.callbacks.MetricAverageCallback()
-    average.backend = tf.keras.backend  # Horovod takes that of the package `keras`, Keras 3
-    callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), average]
-    model.fit(batches, epochs=1, callbacks=callbacks, verbose=0)
+    callbacks = [BroadcastGlobalVariablesCallback(0), MetricAverageCallback()]
+    model.fit(batches, epochs=1, shuffle=False, callbacks=callbacks, verbose=0)
+
+
+def for_horovod(variables: list[Any]) -> list[Any]:
+    """TensorFlow's variables, which Keras 3 keeps inside its own."""
+    return [own if isinstance(own, tf.Variable) else own.value for own in variables]
 
 
 def loop(model: DeepFwFM, optimizer: Any, batches: tf.data.Dataset, compression: Any) -> None:
     """Train without Keras' loop."""
     loss_of = tf.keras.losses.BinaryCrossentropy(from_logits=True)
+    variables = for_horovod(model.trainable_variables)
 
     @tf.function
     def step(fields: Any, late: Any) -> None:
         with tf.GradientTape() as tape:
             loss = loss_of(late, model(fields, training=True))
-        tape = hvd_tf.DistributedGradientTape(tape, compression=compression, sparse_as_dense=True)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        tape = hvd.DistributedGradientTape(tape, compression=compression, sparse_as_dense=True)
+        gradients = tape.gradient(loss, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
-    hvd_tf.broadcast_variables(model.variables, root_rank=0)
-    optimizer.build(model.trainable_variables)
+    hvd.broadcast_variables(for_horovod(model.weights), root_rank=0)
+    optimizer.build(variables)
     for fields, late in batches:
         step(fields, late)
 
@@ -77,8 +81,8 @@ def loop(model: DeepFwFM, optimizer: Any, batches: tf.data.Dataset, compression:
 def evaluate(model: DeepFwFM, fields: np.ndarray, late: np.ndarray) -> tuple[float, float]:
     """Return (AUC, mean loss) on the test flights; this rank computes its share of the logits."""
     logits = np.concatenate([model(part).numpy() for part in np.array_split(fields, 32)])
-    logits = hvd_tf.allgather(tf.constant(logits)).numpy()
-    late = hvd_tf.allgather(tf.constant(late)).numpy()
+    logits = hvd.allgather(tf.constant(logits)).numpy()
+    late = hvd.allgather(tf.constant(late)).numpy()
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     return float(roc_auc_score(late, logits)), float(log_loss(late, probabilities))
 
@@ -88,7 +92,7 @@ def replicas_equal(model: DeepFwFM) -> bool:
     checksum = 0
     for weights in model.get_weights():
         checksum = zlib.crc32(weights.tobytes(), checksum)
-    checksums = hvd_tf.allgather(tf.constant([checksum], tf.int64)).numpy()
+    checksums = hvd.allgather(tf.constant([checksum], tf.int64)).numpy()
     return bool((checksums == checksum).all())
 
 
@@ -110,7 +114,7 @@ def main() -> None:
     rank, size = hvd.rank(), hvd.size()
     if rank == 0:
         data.load(arguments.cache)
-    hvd_tf.broadcast_object(None, root_rank=0)  # the others wait until the cache is there
+    hvd.broadcast_object(None, root_rank=0)  # the others wait until the cache is there
     train, test = data.load(arguments.cache)
     tf.keras.utils.set_random_seed(arguments.seed)
 

@@ -306,8 +306,8 @@ def _of_frameworks(found: Facts) -> list[Finding]:
     legacy = found["variables"].get("TF_USE_LEGACY_KERAS") in ("1", "True", "true")
     if found["tensorflow"] and (found["keras"] or "").startswith("3") and not legacy:
         remedy = (
-            "set TF_USE_LEGACY_KERAS=1 (with tf-keras installed), or use DistributedGradientTape: "
-            "Horovod reduces nothing with optimizers of Keras 3"
+            "use DistributedOptimizer of gq_horovod.tensorflow.keras, or set TF_USE_LEGACY_KERAS=1 "
+            "(with tf-keras installed): Horovod's reduces nothing with optimizers of Keras 3"
         )
         findings.append(Finding("Keras", "note", found["keras"], remedy))
     return findings

@@ -88,12 +88,17 @@ def keras_2(directory: Path, compression: Any) -> Any:
 
 
 def keras_3(directory: Path, compression: Any) -> Any:
-    """A Keras 3 model that a tape trained."""
+    """A Keras 3 model that fit() and a tape trained, and all that can be written of it."""
     import horovod.tensorflow as hvd
     import keras
 
+    from gq_horovod.tensorflow.keras import DistributedOptimizer
+
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(FEATURES)])
+    optimizer = DistributedOptimizer(keras.optimizers.Adam(0.01), compression=compression)
+    model.compile(optimizer=optimizer, loss=keras.losses.MeanSquaredError())  # .h5 has no "mse"
+    x, y = samples(hvd.rank())
 
     @tf.function
     def step(x: Any, y: Any) -> None:
@@ -105,7 +110,9 @@ def keras_3(directory: Path, compression: Any) -> Any:
             variable.assign_sub(0.01 * gradient)
 
     for _ in range(4):
-        step(*map(tf.constant, samples(hvd.rank())))
+        step(tf.constant(x), tf.constant(y))
+    written = keras.callbacks.ModelCheckpoint(str(directory / "model.by fit.keras"))
+    model.fit(x, y, batch_size=16, verbose=0, callbacks=[written])
     model.save(directory / "model.keras")
     model.save(directory / "model.h5")
     model.export(str(directory / "exported"))
@@ -153,8 +160,13 @@ def load(directory: Path, module: str) -> None:
 
     def infer(artifact: str) -> None:
         path = directory / artifact
-        if artifact.startswith("model."):
+        if artifact.startswith("model.") and KERAS_2:
             result = tf.keras.models.load_model(path, compile=False)(x)
+        elif artifact.startswith("model."):
+            model = tf.keras.models.load_model(path)
+            assert type(model.optimizer) is tf.keras.optimizers.Adam
+            assert int(model.optimizer.iterations) == 4
+            result = model(x)
         elif artifact.startswith("module"):
             module = tf.saved_model.load(str(path))
             result = module.infer(x)

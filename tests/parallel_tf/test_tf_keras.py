@@ -23,7 +23,12 @@ from tf_helpers import (
     own,
 )
 
-from gq_horovod.tensorflow.keras import GlobalQSGD
+from gq_horovod.tensorflow.keras import (
+    BroadcastGlobalVariablesCallback,
+    DistributedOptimizer,
+    GlobalQSGD,
+    MetricAverageCallback,
+)
 
 keras = tf.keras
 pytestmark = pytest.mark.skipif(
@@ -85,6 +90,23 @@ def test_fit_with_the_callbacks(levels: str, optimizer: str) -> None:
     steps = {name: int(counter.last()) for name, counter in compression._counters.items()}
     if hvd.size() > 1:  # the only large one of four
         assert max(steps.values()) >= 5 * SAMPLES // BATCH - 1
+
+
+def test_the_names_of_this_package_are_horovods() -> None:
+    """A program that uses them runs with Keras 2 and Keras 3; test_tf_keras3.py has the others."""
+    assert BroadcastGlobalVariablesCallback is hvd.callbacks.BroadcastGlobalVariablesCallback
+    compression = GlobalQSGD(min_elements=1024)
+    model = model_of(seed=hvd.rank())
+    optimizer = DistributedOptimizer(
+        OPTIMIZERS["adam"](), compression=compression, backward_passes_per_step=2
+    )
+    model.compile(optimizer=optimizer, loss="mse")
+    every = [BroadcastGlobalVariablesCallback(0), MetricAverageCallback()]
+    x, y = problem(hvd.rank())
+    losses = model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=every).history["loss"]
+    check_replicas(*model.get_weights(), np.array(losses))
+    if hvd.size() > 1:
+        assert [int(c.last()) + 1 for c in compression._counters.values()] == [4]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # In a process of its own: TensorFlow and PyTorch together are slow to load.
@@ -41,11 +43,12 @@ print("equal")
 """
 
 
-def test_the_keras_model_computes_what_the_pytorch_model_computes() -> None:
+@pytest.mark.parametrize("keras", [2, 3])
+def test_the_keras_model_computes_what_the_pytorch_model_computes(keras: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         cwd=ROOT / "examples" / "deeplight",
-        env={"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "PATH": ""},
+        env={"TF_USE_LEGACY_KERAS": str(int(keras == 2)), "TF_CPP_MIN_LOG_LEVEL": "3", "PATH": ""},
         capture_output=True,
         text=True,
         timeout=120,
