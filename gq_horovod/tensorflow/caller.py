@@ -17,7 +17,7 @@ class Step(NamedTuple):
     """What a tape or an optimizer reduces at a time."""
 
     gradients: tuple[Any, ...]  # those about which Horovod asks compress()
-    variables: tuple[Any, ...]  # to which they belong, and others that have no gradient
+    variables: tuple[Any, ...]  # what was differentiated to, but for plain tensors
 
 
 class Caller(NamedTuple):
@@ -29,6 +29,7 @@ class Caller(NamedTuple):
     process_set: Any
     ignore_name_scope: bool  # of the names of Horovod's operations
     scaling: float  # of the result, beside what op does
+    device: str  # where Horovod reduces; "": where TensorFlow wants
     siblings: tuple[Any, ...]  # what Horovod has beside it in a list, itself among them
     listed: Any  # that list; None of a single tensor
     fused: bool  # whether the list is a group, which Horovod reduces as one
@@ -86,10 +87,17 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
             scaling = 1.0
             gradients = outer["grads"]
-            step = Step(tuple(filter(_is_dense, gradients)), tuple(outer["vars"] or ()))
-            if not fused:
+            dense = [(i, own) for i, own in enumerate(gradients) if _is_dense(own)]
+            trained = [own for own in outer["vars"] or () if isinstance(own, tf.Variable)]
+            step = Step(tuple(own for _, own in dense), tuple(trained))
+            if fused:
+                place_of: dict[int, int] = {}
+                for i, own in dense:
+                    place_of.setdefault(id(own), i)
+                positions = [place_of.get(id(member), 0) for member in siblings]
+            else:
                 listed, siblings = gradients, step.gradients
-            positions = [_position(member, gradients) for member in siblings]
+                positions = [i for i, _ in dense]
             if name is None:  # like Horovod's own names, which come from the graph: no counter
                 names = [f"{outer['name']}.{position}" for position in positions]
             elif not fused:
@@ -104,6 +112,7 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
         process_set=variables["process_set"],
         ignore_name_scope=variables["ignore_name_scope"],
         scaling=scaling,
+        device=variables["device_dense"],
         siblings=siblings,
         listed=listed,
         fused=fused,

@@ -24,7 +24,7 @@ from ..path.buckets import cut
 from ..path.config import Plan
 from . import runtime
 from .caller import Caller, Step, find_caller
-from .graph import Counter, Reduction, around, aside, within
+from .graph import Counter, Place, Reduction, around, aside, orders_effects, within
 from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
 
@@ -49,13 +49,8 @@ class Call(NamedTuple):
     """A call of Horovod's for a list of tensors, which come to compress() one after the other."""
 
     listed: Any  # the list in which Horovod has them
-    arrived: set[int]  # their places among those that may come
+    coming: set[int]  # the places of those that have still to come
     members: dict[int, Context]  # by place, of those that belong to a reduction already
-
-    def place_of(self, tensor: Any, siblings: Sequence[Any]) -> int | None:
-        """The next place of a tensor that has not come yet; None if there is none."""
-        places = (place for place, own in enumerate(siblings) if own is tensor)
-        return next((place for place in places if place not in self.arrived), None)
 
 
 # One for each process set: threads of one process must not begin two comparisons at a time.
@@ -129,7 +124,7 @@ class GlobalQSGD(Compression):
         if not eligible or tensor.dtype not in DTYPES:
             return _left_to_horovod(tensor)
         if caller.listed is None:
-            context = Context(self._reduction(caller, plan, [caller.place]), 0)
+            context = self._members(caller, plan, [caller.place])[caller.place]
         else:
             context = self._listed(tensor, caller, plan)
         return context.reduction.marks[context.place], context
@@ -138,51 +133,68 @@ class GlobalQSGD(Compression):
         """What reduces a tensor of a list, together with others of it."""
         thread = threading.get_ident()
         call = self._calls.get(thread)
-        place = None
-        if call is not None and call.listed is caller.listed:
-            place = call.place_of(tensor, caller.siblings)
-        if call is None or place is None:
-            call = self._calls[thread] = Call(caller.listed, set(), {})
-            place = call.place_of(tensor, caller.siblings)
-            assert place is not None
-        call.arrived.add(place)
+        if call is None or call.listed is not caller.listed:
+            call = self._calls[thread] = self._begin(caller, plan)
+        siblings = caller.siblings
+        # A tensor that is twice in the list comes twice.
+        place = next(own for own in sorted(call.coming) if siblings[own] is tensor)
         if place not in call.members:
-            graph = None if caller.fused else around(caller.process_set)
-            places = self._together(place, caller, graph is not None)
-            reduction = self._reduction(caller, plan, places, graph)
-            call.members.update({own: Context(reduction, at) for at, own in enumerate(places)})
-        context = call.members[place]
-        if len(call.arrived) == len(caller.siblings):
+            places = [place]
+            if caller.fused:  # all that have its dtype, as in Horovod's own groups
+                places = [own for own in call.coming if siblings[own].dtype == tensor.dtype]
+            call.members.update(self._members(caller, plan, places))
+        call.coming.remove(place)
+        if not call.coming:
             del self._calls[thread]  # and with it what it keeps alive
-        return context
+        return call.members[place]
 
-    def _together(self, place: int, caller: Caller, in_buckets: bool) -> list[int]:
-        """The places of the siblings that are reduced with the one at `place`, itself among them.
+    def _begin(self, caller: Caller, plan: Plan) -> Call:
+        """The call for a list, of whose tensors the first one has come.
 
-        Of a group, all that have its dtype. Of gradients, those that share a bucket with it: they
-        follow each other, from the last one on, since that is what a backward pass begins with.
+        Gradients go in buckets where they can: those of a dtype that follow each other, from the
+        last one on, since that is what a backward pass begins with. The first bucket tells the
+        ranks whether all of them have the same buckets. The others send nothing before that.
         """
-        dtype = caller.siblings[place].dtype
-        same = [
-            own
-            for own, tensor in enumerate(caller.siblings)
-            if not isinstance(tensor, tf.IndexedSlices) and tensor.dtype == dtype
+        siblings = caller.siblings
+        coming = [
+            place
+            for place, own in enumerate(siblings)
+            if not isinstance(own, tf.IndexedSlices)
+            and own.dtype in DTYPES
+            and (caller.fused or self._eligible(own))
         ]
-        if caller.fused:
-            return same
-        counts = {own: caller.siblings[own].shape.num_elements() for own in same}
-        if not in_buckets or counts[place] is None:
-            return [place]
-        known = [
-            own
-            for own in reversed(same)
-            if counts[own] is not None and self._eligible(caller.siblings[own])
+        call = Call(caller.listed, set(coming), {})
+        graph = None if caller.fused else around(caller.process_set)
+        if graph is None:
+            return call
+        buckets = []
+        for dtype in {siblings[place].dtype for place in coming}:
+            known = [
+                place
+                for place in reversed(coming)
+                if siblings[place].dtype == dtype and siblings[place].shape.is_fully_defined()
+            ]
+            sizes = [siblings[place].shape.num_elements() * dtype.size for place in known]
+            cuts = cut(sizes, self.config.first_bucket_bytes, self.config.bucket_bytes)
+            buckets += [[known[place] for place in own] for own in cuts]
+        buckets.sort(reverse=True)  # by their last gradients, which no two of them share
+        described = [
+            [caller.names[own], siblings[own].shape.as_list(), siblings[own].dtype.name, index]
+            for index, places in enumerate(buckets)
+            for own in places
         ]
-        sizes = [counts[own] * dtype.size for own in known]
-        cuts = cut(sizes, self.config.first_bucket_bytes, self.config.bucket_bytes)
-        position = known.index(place)
-        (bucket,) = (own for own in cuts if position in own)
-        return [known[own] for own in bucket]
+        first = None
+        for places in buckets:
+            members = self._members(caller, plan, places, graph, described, first)
+            call.members.update(members)
+            first = first or members[places[0]].reduction
+        return call
+
+    def _members(
+        self, caller: Caller, plan: Plan, places: list[int], *bucket: Any
+    ) -> dict[int, Context]:
+        reduction = self._reduction(caller, plan, places, *bucket)
+        return {own: Context(reduction, at) for at, own in enumerate(places)}
 
     def _reduction(
         self,
@@ -190,10 +202,19 @@ class GlobalQSGD(Compression):
         plan: Plan,
         places: list[int],
         graph: tf.Graph | None = None,
+        beside: Sequence[Any] = (),
+        first: Reduction | None = None,
     ) -> Reduction:
-        """What reduces the siblings at these places together; in `graph`, if there is one."""
+        """What reduces the siblings at these places together.
+
+        Arguments:
+            graph: to which it belongs, if not to the current one.
+            beside: descriptions of all tensors of the step, if they are in buckets.
+            first: what tells that they are the same on all ranks, if that is another one.
+        """
+        own = [caller.siblings[place] for place in places]
         with within(graph), aside():
-            tensors = [tf.convert_to_tensor(caller.siblings[place]) for place in places]
+            tensors = list(map(tf.convert_to_tensor, own))
         kernels = Kernels(
             names=tuple(caller.names[place] for place in places),
             dtype=tensors[0].dtype.name,
@@ -202,14 +223,20 @@ class GlobalQSGD(Compression):
             config=self.config,
             process_set_id=caller.process_set.process_set_id,
             parcel_count=parcel_count([own.shape.num_elements() for own in tensors], plan),
+            step=agreement.checksum(beside),
+            others=max(len(beside), len(places)) - 1,
             owner=self._key,
             key=str(uuid.uuid4()),
             observed=self.stats_interval > 0,
         )
-        counters = self._counters_of(kernels.names)
-        own = [caller.siblings[place] for place in places]
-        variables = self._compared(caller.step, own)
-        return Reduction(kernels, caller.ignore_name_scope, tensors, counters, graph, variables)
+        return Reduction(
+            kernels,
+            caller.ignore_name_scope,
+            tensors,
+            self._counters_of(kernels.names),
+            self._compared(caller.step, own),
+            Place(graph, caller.device, first),
+        )
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -230,6 +257,12 @@ class GlobalQSGD(Compression):
         """
         if step is None or self.config.check_replicas is None:
             return ()
+        if not orders_effects():
+            raise ValueError(
+                "GlobalQSGD: check_replicas must be None outside of tf.function, got "
+                f"{self.config.check_replicas}: in the graph of a session nothing says when "
+                "variables are read; leave it out."
+            )
         first = next(own for own in step.gradients if self._eligible(own))
         return step.variables if any(own is first for own in tensors) else ()
 

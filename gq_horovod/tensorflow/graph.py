@@ -7,18 +7,19 @@ import functools
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops as hvd_ops
+from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
 
 from mpi_ops import codec, stages
 
 from ..path import token
-from .kernels import KEY, TAIL, Kernels, run, shapes_of
+from .kernels import KEY, PREVIOUS, TAIL, Kernels, shapes_of
 from .ranks import LOSS, elastic
 
 
@@ -45,14 +46,33 @@ def around(process_set: Any) -> tf.Graph | None:
     return graph.outer_graph if process_set.size() > 1 else None
 
 
+def orders_effects() -> bool:
+    """Whether a variable is read before what is written later: in a tf.function it is."""
+    graph = tf.compat.v1.get_default_graph()
+    while isinstance(graph, CondBranchFuncGraph):
+        graph = graph.outer_graph
+    return isinstance(graph, FuncGraph)
+
+
 @contextlib.contextmanager
-def within(graph: tf.Graph | None) -> Iterator[None]:
+def within(graph: tf.Graph | None, device: str = "") -> Iterator[None]:
     """Add operations to this graph; to the current one if there is none."""
     if graph is None:
         yield
         return
-    with graph.as_default(), tf.control_dependencies(None):
+    where = tf.device(device) if device else contextlib.nullcontext()
+    with graph.as_default(), tf.control_dependencies(None), where:
         yield
+
+
+class Place(NamedTuple):
+    """Where a reduction stands."""
+
+    # The graph that it belongs to, from which others take its results; None: where it is made.
+    graph: tf.Graph | None
+    device: str  # of Horovod's operations; "": where TensorFlow wants
+    # Nothing is sent before this one has found that the ranks agree.
+    first: Reduction | None
 
 
 class Reduction:
@@ -64,22 +84,25 @@ class Reduction:
         ignore_name_scope: bool,
         tensors: Sequence[Any],
         counters: Sequence[Counter],
-        graph: tf.Graph | None = None,
-        variables: Sequence[Any] = (),
+        variables: Sequence[Any],
+        at: Place,
     ) -> None:
         """Of the user's `tensors`.
 
         Arguments:
             counters: count their reductions.
-            graph: the one that it belongs to, from which others take its results; None: where it is
-                made.
             variables: to be compared between ranks, every `check_replicas` steps.
+            at: where it stands.
         """
-        self._variables = variables
         self.kernels, self.ignore_name_scope, self.counters = kernels, ignore_name_scope, counters
+        self._variables, self._first = variables, at.first
+        self._agreed: Any = None  # what is there when the ranks have found that they agree
+        # How many of the steps that were counted were of this very reduction: several graphs may
+        # share the counters of their tensors.
+        self._runs = Counter() if variables or kernels.observed else None
         self.tensors = tensors
         self._results: Sequence[Any] | None = None
-        with within(graph):
+        with within(at.graph, at.device):
             with aside():
                 self._xs = [tf.reshape(x, [-1]) for x in tensors]
                 self._shapes = shapes_of(tensors)
@@ -126,9 +149,16 @@ class Reduction:
         lost, no dither of a step that was is used again.
         """
         with aside():
-            inputs = [self._shapes, self._next_step(), *self._xs]
+            number = self._next_step()
+            previous = number - 1
+            if self._runs is not None and not tf.executing_eagerly():
+                previous = self._runs.last()
+            inputs = [self._shapes, tf.stack([number, previous]), *self._xs]
         own, marks = self._call("measure", (), inputs, tf.int32, tf.float64)
         marks.set_shape([token.NUMBERS * len(self._xs)])
+        if self._first is not None:
+            with aside(), tf.control_dependencies([self._first._agreed]):
+                own = tf.identity(own)
         shared = self._allreduce(own, stages.NORM, hvd.Max)
         with aside(), tf.control_dependencies(self._set_step(shared[-TAIL])):
             return tf.identity(shared), marks
@@ -136,17 +166,17 @@ class Reduction:
     def _next_step(self) -> Any:
         """The number of the reduction that begins here, as a tensor; the first is 0."""
         number = functools.reduce(tf.maximum, [own.last() for own in self.counters]) + 1
-        with tf.control_dependencies(self._set_step(number)):
+        with tf.control_dependencies(_set(self.counters, number)):
             return tf.identity(number)
 
     def _set_step(self, number: Any) -> list[Any]:
         """Make this the number of the last reduction; what does it, in a graph."""
-        return [done for own in self.counters for done in own.set(number)]
+        return _set([*self.counters, *([] if self._runs is None else [self._runs])], number)
 
     def _reduce(self, shared: Any) -> Sequence[Any]:
         """The results as vectors, from what all ranks know."""
         if self._variables:
-            with tf.control_dependencies([self._compare_replicas(shared[-TAIL])]):
+            with tf.control_dependencies([self._compare_replicas(shared)]):
                 shared = tf.identity(shared)
         standard = self.kernels.plan.in_flight
         payloads = self._standard(shared) if standard else self._by_shares(shared)
@@ -155,7 +185,7 @@ class Reduction:
         results: Sequence[Any] = self._call("dequantize", (), inputs, *dtypes)
         return results
 
-    def _compare_replicas(self, step: Any) -> Any:
+    def _compare_replicas(self, shared: Any) -> Any:
         """Where it is the turn of this step: an error if variables differ between ranks."""
         names = [own.name for own in self._variables]
         if len(set(names)) < len(names):  # as those that nobody has given a name
@@ -168,8 +198,10 @@ class Reduction:
             compared = self._call("compare", (json.dumps(names),), [step, found], tf.int32)[0]
             return tf.reshape(compared, [])
 
+        step, previous = shared[-TAIL], shared[PREVIOUS]
         every = self.kernels.config.check_replicas
-        return tf.cond(tf.equal(step % every, 0), compare, lambda: tf.identity(step))
+        turn = (previous < 0) | tf.not_equal(step // every, previous // every)
+        return tf.cond(turn, compare, lambda: tf.identity(step))
 
     def _standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""
@@ -192,7 +224,10 @@ class Reduction:
 
     def _quantize(self, index: int, shared: Any) -> Any:
         dtype = tf.as_dtype(codec.payload_dtype(self.kernels.plan))
-        return self._call("quantize", (index,), [self._shapes, shared, *self._xs], dtype)[0]
+        codes = self._call("quantize", (index,), [self._shapes, shared, *self._xs], dtype)[0]
+        if self._agreed is None:
+            self._agreed = codes
+        return codes
 
     def _allreduce(self, array: Any, part: str, op: int) -> Any:
         return hvd_ops._allreduce(array, op=op, **self._named(part))
@@ -211,12 +246,11 @@ class Reduction:
         self, stage: str, index: tuple[int | str, ...], inputs: list[Any], *dtypes: Any
     ) -> Any:
         """Insert a call of a kernel; all of its results are vectors."""
-        call = self.kernels.encode(stage, *index)
         if tf.executing_eagerly():
-            results = run(call, *(np.array(x) for x in inputs))
+            results = self.kernels.run(stage, index, *(np.array(x) for x in inputs))
             return [tf.convert_to_tensor(x) for x in (results if len(dtypes) > 1 else [results])]
         with aside():
-            inputs = [tf.constant(call), *inputs]
+            inputs = [tf.constant(self.kernels.encode(stage, *index)), *inputs]
         part = ".".join([stage, *(str(own) for own in index if isinstance(own, int))])
         results = tf.raw_ops.PyFuncStateless(
             input=inputs, token=KEY, Tout=dtypes, name=self._name(part)
@@ -224,6 +258,10 @@ class Reduction:
         for result in results:
             result.set_shape([None])
         return results
+
+
+def _set(counters: Sequence[Counter], number: Any) -> list[Any]:
+    return [done for own in counters for done in own.set(number)]
 
 
 class Counter:

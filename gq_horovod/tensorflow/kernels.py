@@ -32,8 +32,9 @@ Array = NDArray[Any]
 # What TensorFlow asks of memory that it takes over without a copy (EIGEN_MAX_ALIGN_BYTES).
 _ALIGNMENT = 64
 
-# What travels behind norms: so many numbers, as int32.
-TAIL = 6
+# What travels behind norms: so many numbers, as int32. The step is the first of them.
+TAIL = 7
+PREVIOUS = -2  # the place of the step in which this very reduction ran the last time, -1 for none
 
 
 class MismatchError(ConfigMismatchError, ValueError):
@@ -81,6 +82,8 @@ class Kernels:
     config: Config
     process_set_id: int
     parcel_count: int
+    step: int  # a checksum of all tensors of the step and their buckets
+    others: int  # how many these are, without the first one
     owner: str  # whose they are; see runtime
     key: str  # of the reduction, in this process
     observed: bool  # whether statistics may be asked for
@@ -124,15 +127,27 @@ class Kernels:
         own = zip(self.names, _shapes(shapes), strict=True)
         return np.concatenate([token.make(name, shape, self.dtype) for name, shape in own])
 
-    def measure(self, shapes: Array, step: Array, *xs: Array) -> tuple[Array, Array]:
-        """This rank's part of `shared`, and the tokens; `step` says that they are of one run."""
+    def run(self, stage: str, index: Sequence[int | str], *inputs: Any) -> Any:
+        """Call one of the methods below."""
+        try:
+            return getattr(self, stage)(*index, *inputs)
+        except BaseException:
+            self.waits(None)
+            raise
+
+    def measure(self, shapes: Array, steps: Array, *xs: Array) -> tuple[Array, Array]:
+        """This rank's part of `shared`, and the tokens; `steps` are those of this run and before.
+
+        See `_tail`.
+        """
         own = self._stages(shapes)
         count = own.layout.norm_count
         out = np.empty(count + TAIL, dtype=np.int32)
         own.measure(_tensors(xs), out[:count])
-        steps = np.full(len(self.names), step, dtype=np.uint32)
-        pipeline.warn_unless_all_finite(out[:count], own, steps)
-        out[count:] = self._tail(shapes, int(step))
+        step, previous = steps.tolist()
+        seen = np.full(len(self.names), step, dtype=np.uint32)
+        pipeline.warn_unless_all_finite(out[:count], own, seen)
+        out[count:] = self._tail(shapes, step, previous)
         self.waits(self.operation(stages.NORM))
         return out, self.marks(shapes)
 
@@ -174,8 +189,8 @@ class Kernels:
         """The results, from what has been summed; behind this rank's tensors, where `observed`."""
         self.waits(None)
         own, plan = self._stages(shapes), self.plan
-        count = len(self.names) if self.observed else 0
-        xs, sums = inputs[:count], inputs[count:]
+        observed = len(self.names) if self.observed else 0
+        xs, sums = inputs[:observed], inputs[observed:]
         dtype = tf.as_dtype(self.dtype).as_numpy_dtype
         outs = [_aligned(count, dtype) for count in own.layout.counts]
         for parcel, payload in zip(own.layout.parcels, sums, strict=any(own.layout.counts)):
@@ -193,8 +208,11 @@ class Kernels:
         self, own: Stages, shared: Array, xs: Sequence[Array], outs: Sequence[Array]
     ) -> None:
         """Collect the statistics of a step, if it is one of those that are sampled."""
-        owner, step = runtime.owner_of(self.owner), int(shared[-TAIL])
-        if owner is None or step % owner.stats_interval:
+        owner = runtime.owner_of(self.owner)
+        if owner is None:
+            return
+        step, previous, every = int(shared[-TAIL]), int(shared[PREVIOUS]), owner.stats_interval
+        if previous >= 0 and step // every == previous // every:
             return
         samples = [Sample(x.astype(np.float32)) for x in xs]
         steps = self._steps(shared)
@@ -225,21 +243,23 @@ class Kernels:
             raise ReplicaError(str(error)) from None
         return step
 
-    def _tail(self, shapes: Array, step: int) -> NDArray[np.int32]:
+    def _tail(self, shapes: Array, step: int, previous: int) -> NDArray[np.int32]:
         """What travels behind the norms.
 
         The step; checksums of the settings and of the tensors, each with its complement, by which
-        every rank sees that one has others; and `pipeline.PRESENT`, of which the maximum is 0 where
+        every rank sees that one has others; the step of the run before, which ranks that have just
+        built their graph do not know; and `pipeline.PRESENT`, of which the maximum is 0 where
         a rank has called hvd.join(), since Horovod takes zeros for it.
         """
-        tensors = agreement.checksum([self.names, shapes.tolist(), self.dtype])
+        tensors = agreement.checksum([self.names, shapes.tolist(), self.dtype, self.step])
         sums = _settings(self.config), tensors
         pairs = [number for own in sums for number in (own, agreement.LARGEST - own)]
-        return np.array([step & agreement.LARGEST, *pairs, pipeline.PRESENT], dtype=np.int32)
+        numbers = [step & agreement.LARGEST, *pairs, previous, pipeline.PRESENT]
+        return np.array(numbers, dtype=np.int32)
 
     def _check(self, shared: Array, shapes: Array, plan: Plan) -> None:
         """Raise an error, on every rank alike, where their codes would not belong together."""
-        expected = self._tail(shapes, 0)
+        expected = self._tail(shapes, 0, 0)
         if not np.array_equal(shared[-TAIL:][1:3], expected[1:3]):
             raise MismatchError(
                 "GlobalQSGD: the ranks are configured differently, as they found with tensor "
@@ -247,8 +267,8 @@ class Kernels:
                 "Pass the same options on every rank."
             )
         if not np.array_equal(shared[-TAIL:][3:5], expected[3:5]):
-            first, *others = _shapes(shapes)
-            behind = f" or one of the {len(others)} in its group" if others else ""
+            first, *_ = _shapes(shapes)
+            behind = f" or one of the {self.others} beside it" if self.others else ""
             raise MismatchError(
                 f"GlobalQSGD: the ranks disagree about tensor {self.name!r}{behind}: this one's "
                 f"has shape {first} and dtype {self.dtype}. Every rank has to reduce a tensor of "
@@ -316,17 +336,19 @@ def _settings(config: Config) -> int:
 def _decode(call: bytes) -> tuple[str, list[Any], Kernels]:
     stage, index, fields = json.loads(call)
     fields = {**fields, "names": tuple(fields["names"]), "config": Config(**fields["config"])}
-    return stage, index, Kernels(**fields)
+    try:
+        return stage, index, Kernels(**fields)
+    except TypeError as error:
+        raise ValueError(
+            "gq_horovod.tensorflow: a graph must be run by the version that has built it, got one "
+            f"that gq-horovod {__version__} does not know ({error}); save it again."
+        ) from error
 
 
 def run(call: bytes, *inputs: Any) -> Any:
     """What the graph calls: a method of `Kernels`, written down by its `encode`."""
     stage, index, kernels = _decode(call)
-    try:
-        return getattr(kernels, stage)(*index, *inputs)
-    except BaseException:
-        kernels.waits(None)
-        raise
+    return kernels.run(stage, index, *inputs)
 
 
 # tf.numpy_function would number the functions as this process makes them. A graph that is saved

@@ -11,6 +11,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Hashable
+from types import FrameType
 from typing import Any, Protocol
 
 import horovod.tensorflow as hvd
@@ -54,6 +55,9 @@ class UnderWay:
         self._moves = 0
         # By reduction: the operation that it waits for, and what is another number after each move.
         self._waiting: dict[str, tuple[str, int]] = {}
+        # Those of the last look, with what executed TensorFlow when each was seen for the first
+        # time. A step that fails ends without a word to us. Then that has returned.
+        self._seen: dict[tuple[str, int], list[FrameType]] = {}
         watchdog.start(timeout, hvd.rank, function, self._look)
 
     def move(self, reduction: str, operation: str) -> None:
@@ -66,12 +70,18 @@ class UnderWay:
         self._waiting.pop(reduction, None)
 
     def _look(self) -> watchdog.Waiting:
-        waiting: dict[Hashable, str] = {
-            (reduction, moves): operation
-            for reduction, (operation, moves) in list(self._waiting.items())
-        }
-        # A step that has failed ends without a word to us; then nobody executes it any more.
-        return waiting if _executing() else {}
+        executing = _executing()
+        seen: dict[tuple[str, int], list[FrameType]] = {}
+        waiting: dict[Hashable, str] = {}
+        for reduction, (operation, moves) in list(self._waiting.items()):
+            key = reduction, moves
+            still = [own for own in self._seen.get(key, executing) if own in executing]
+            if still:
+                seen[key], waiting[key] = still, operation
+            elif self._waiting.get(reduction) == (operation, moves):
+                self.end(reduction)
+        self._seen = seen
+        return waiting
 
 
 _under_way: dict[float, UnderWay] = {}
@@ -89,14 +99,15 @@ def under_way(timeout: float, function: str) -> UnderWay:
     return found
 
 
-def _executing() -> bool:
-    """Whether any thread waits for TensorFlow, in a graph or in an operation of Horovod's."""
+def _executing() -> list[FrameType]:
+    """What waits for TensorFlow on the stacks, in a graph or in an operation of Horovod's."""
     library: Any = hvd_ops.MPI_LIB
     places = (vars(execute), vars(session), library.horovod_allreduce.__globals__)
-    for frame in sys._current_frames().values():
-        at: Any = frame
-        while at is not None:
-            if any(at.f_globals is own for own in places):
-                return True
-            at = at.f_back
-    return False
+    found = []
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None and not any(frame.f_globals is own for own in places):
+            frame = frame.f_back
+        if frame is not None:
+            found.append(frame)
+    return found

@@ -173,11 +173,11 @@ class Library:
 
         Horovod would take a whole core for as long as it waits, from ranks that share it.
         """
-        while not self.original.horovod_torch_poll(handle) and (under_way := pipelines()):
-            moved = [pipeline.poll(PATIENCE) for pipeline in under_way]
-            if not any(moved):
-                time.sleep(POLL_SECONDS)
         try:
+            while not self.original.horovod_torch_poll(handle) and (under_way := pipelines()):
+                moved = [pipeline.poll(PATIENCE) for pipeline in under_way]
+                if not any(moved):
+                    time.sleep(POLL_SECONDS)
             return self.original.horovod_torch_wait_and_clear(handle)
         except RuntimeError as error:
             if known := self._explanation(handle, str(error)):
