@@ -2,6 +2,7 @@
 
     guarded_tf.py freeze MODE                  the last rank stops; MODE is "graph" or "eager"
     guarded_tf.py caught MODE                  a step fails on all ranks, and the program goes on
+                                               without another reduction for some time
     guarded_tf.py train DIRECTORY FROM WHAT    from a checkpoint, "" for none, to the last step;
                                                WHAT is "kill" to end at once behind a checkpoint,
                                                "forget" to restore all but the compression, or "go"
@@ -22,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 from rank import digest, say
 
+from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
 TIMEOUT_SECONDS = 4.0
@@ -42,7 +44,7 @@ class Training(tf.Module):
         self.compression = compression
 
     @tf.function
-    def step(self, fails: Any) -> None:
+    def step(self) -> None:
         factors = [
             tf.random.stateless_normal(shape, [self.step_number, 100 * hvd.rank() + place])
             for place, shape in enumerate(SHAPES)
@@ -52,8 +54,6 @@ class Training(tf.Module):
             loss = tf.add_n([tf.reduce_sum(own * factor + own**2) for own, factor in parts])
         tape = hvd.DistributedGradientTape(tape, compression=self.compression)
         gradients = tape.gradient(loss, self.weights)
-        # What the program computes beside the reduction, which by then has begun.
-        tf.debugging.assert_equal(fails, False, "a mistake of the user")
         for own, gradient in zip(self.weights, gradients, strict=True):
             own.assign_sub(0.1 * gradient)
         self.step_number.assign_add(1)
@@ -64,24 +64,47 @@ def eager(number: int, compression: GlobalQSGD) -> None:
     allreduce(x, "x", compression=compression)
 
 
+def differing(mode: str, compression: GlobalQSGD) -> None:
+    """An operation of Horovod's fails in the midst of a reduction: no kernel is called any more."""
+    x = tf.ones([9500] if hvd.rank() == 0 else [5000])
+
+    def reduce() -> Any:
+        return allreduce(x, "differing", compression=compression)
+
+    (reduce if mode == "eager" else tf.function(reduce))()
+
+
+def busy(seconds: float) -> None:
+    """Compute with TensorFlow, in many short calls."""
+
+    @tf.function
+    def work(x: Any) -> Any:
+        for _ in range(4):
+            x = 1e-3 * x @ x
+        return x
+
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        work(tf.ones([300, 300]))
+
+
 def guarded(event: str, mode: str) -> None:
     """Steps of which the fourth is disturbed."""
     training = Training(GlobalQSGD(timeout=TIMEOUT_SECONDS, min_elements=0))
-    never = tf.constant(False)
     for number in range(STEPS):
         if number == 3 and event == "freeze" and hvd.rank() == hvd.size() - 1:
             say("FAULT", time.time())
             os.kill(os.getpid(), signal.SIGSTOP)
         if number == 3 and event == "caught":
             try:
-                training.step(tf.constant(True))
-            except tf.errors.InvalidArgumentError as error:
-                say("CAUGHT", "a mistake of the user" in str(error))
-            time.sleep(3 * TIMEOUT_SECONDS)  # longer than a reduction may stand still
+                differing(mode, training.compression)
+            except (tf.errors.OpError, ConfigMismatchError) as error:
+                say("CAUGHT", "ismatched" in str(error) or "disagree" in str(error))
+            busy(3 * TIMEOUT_SECONDS)  # longer than a reduction may stand still
         if mode == "eager":
             eager(number, training.compression)
         else:
-            training.step(never)
+            training.step()
     say("DONE", digest([own.numpy() for own in training.weights]))
 
 
@@ -99,7 +122,7 @@ def train(directory: str, began: str, what: str) -> None:
                 hvd.allreduce(tf.constant(0.0), name="written")
                 say("KILLED", path)
                 os.kill(os.getpid(), signal.SIGKILL)
-        training.step(tf.constant(False))
+        training.step()
     weights = [own.numpy() for own in training.weights]
     assert all(np.isfinite(own).all() for own in weights)
     say("DONE", digest(weights))

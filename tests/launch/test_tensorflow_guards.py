@@ -43,9 +43,10 @@ def test_a_rank_that_stays_stopped(mode: str, tmp_path: Path, record_property: R
     record_property("job", f"{text}: {ended - float(began):.1f} s to the end")
 
 
-def test_a_step_that_failed_is_not_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["graph", rare("eager")])
+def test_a_step_that_failed_is_not_waited_for(mode: str, tmp_path: Path) -> None:
     """The watchdog ends nobody who goes on with something else."""
-    job = run("mpirun", tmp_path, "caught", "graph")
+    job = run("mpirun", tmp_path, "caught", mode)
     done(job)
     assert all(re.search("^CAUGHT True$", text, re.MULTILINE) for text in job.ranks.values())
 

@@ -468,17 +468,54 @@ def test_buckets_in_a_loop_or_a_branch_of_the_users(around: str, levels: str) ->
     hvd.allreduce(tf.constant(0.0), name="after")
 
 
+# Of rank 0 and of the others. The last one's buckets have other members too.
+SHAPES_THAT_DIFFER = {
+    "a member": ([(5000,), (70, 70), (6000,)], [(5000,), (4900,), (6000,)]),
+    "the last one": ([(5000,), (6000,), (4900,)], [(5000,), (6000,), (70, 70)]),
+    "the cut": ([(5000,), (6000,), (6000,)], [(5000,), (9500,), (6000,)]),
+    "sizes and the cut": ([(6000,), (6000,), (6000,)], [(6000,), (5000,), (9500,)]),
+}
+
+
 @pytest.mark.usefixtures("several_ranks")
 @pytest.mark.parametrize("levels", ["standard", "two-hop"])
-def test_ranks_whose_buckets_differ(levels: str) -> None:
-    """One error on every rank, where a member has another shape on one of them."""
-    shape = (70, 70) if hvd.rank() == 0 else (4900,)
-    variables = [tf.Variable(tf.zeros(own)) for own in (5000, shape, 6000)]
+@pytest.mark.parametrize("case", SHAPES_THAT_DIFFER)
+def test_ranks_whose_buckets_differ(case: str, levels: str) -> None:
+    """One error on every rank, ours or Horovod's, and nothing that waits for ever."""
+    shapes = SHAPES_THAT_DIFFER[case][hvd.rank() > 0]
     model = Model.__new__(Model)
-    model.variables, model.options = variables, {"compression": GlobalQSGD(levels=levels)}
-    with pytest.raises(Exception, match=r"the ranks disagree about tensor 'Distributed.*\.2' or"):
-        tf.function(model.gradients)([tf.ones_like(own) for own in variables])
-    hvd.allreduce(tf.constant(0.0), name=f"after.{levels}")
+    model.variables = [tf.Variable(tf.zeros(own)) for own in shapes]
+    compression = GlobalQSGD(levels=levels, bucket_bytes=50_000, first_bucket_bytes=50_000)
+    model.options = {"compression": compression}
+    known = (
+        r"the ranks disagree about tensor 'DistributedGradientTape.2' or one of the 2|Mismatched"
+    )
+    with pytest.raises(tf.errors.OpError, match=known):
+        tf.function(model.gradients)([tf.ones_like(own) for own in model.variables])
+    hvd.allreduce(tf.constant(0.0), name=f"after.{case}.{levels}")
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("groups", [0, 2])
+def test_nothing_is_kept_of_a_trace(groups: int) -> None:
+    """Where some gradients are too small, too."""
+    compression = GlobalQSGD(min_elements=4096)
+    tf.function(Model(compression=compression, groups=groups or None).gradients)(own(36))
+    assert compression._calls == {}
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_operations_are_where_horovod_reduces() -> None:
+    model = Model(compression=GlobalQSGD(min_elements=0), device_dense="/device:CPU:0")
+    step = tf.function(model.gradients)
+    step(own(37))
+    (function,) = step._list_all_concrete_functions()
+    devices = {
+        node.device
+        for node in function.graph.as_graph_def().node
+        if node.op == "HorovodAllreduce" or node.op.startswith("PyFunc")
+    }
+    assert devices == {"/device:CPU:0"}
 
 
 @pytest.mark.usefixtures("several_ranks")

@@ -96,6 +96,55 @@ def test_replicas_are_compared_once_in_a_step() -> None:
         assert sum("compare" in node.name and node.op.startswith("PyFunc") for node in nodes) == 1
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_two_tapes_that_take_turns(place: int) -> None:
+    """Their gradients have the same names, and so one count of steps; each is looked at."""
+    compression = GlobalQSGD(check_replicas=2, stats=2)
+    both = [Training(compression, ("a", "b", "c")), Training(compression, ("d", "e", "f"))]
+
+    def round_of_all() -> None:
+        for training in both:
+            training.step()
+
+    round_of_all()
+    sampled = compression.stats["DistributedGradientTape.0"]
+    for _ in range(2):
+        round_of_all()
+    assert compression.stats["DistributedGradientTape.0"].step > sampled.step
+    changed_on_the_last_rank(both[place].variables[0])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"'[ad]:0' is "):
+        round_of_all()
+    hvd.allreduce(tf.constant(0.0), name="after")
+
+
+def test_tensors_are_no_replicas() -> None:
+    """What is differentiated to, such as a batch, may differ between ranks."""
+    variable = tf.Variable(tf.ones(5000))
+    compression = GlobalQSGD(check_replicas=1)
+
+    @tf.function
+    def step(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(x * variable)
+        tape = hvd.DistributedGradientTape(tape, compression=compression)
+        return tape.gradient(loss, [x, variable])
+
+    for _ in range(2):
+        step(tf.ones(5000) * float(hvd.rank()))
+
+
+def test_sessions_compare_nothing() -> None:
+    """There nothing orders what reads variables and what writes them."""
+    with tf.Graph().as_default():
+        variable = tf.compat.v1.get_variable("v", initializer=np.ones(5000, np.float32))
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(variable)
+        tape = hvd.DistributedGradientTape(tape, compression=GlobalQSGD(check_replicas=1))
+        with pytest.raises(Exception, match="check_replicas must be None outside"):
+            tape.gradient(loss, [variable])
+
+
 def test_a_process_set_compares_its_own(ends: hvd.ProcessSet) -> None:
     compression = GlobalQSGD(check_replicas=1)
     training = Training(compression, ("a", "b", "c"), process_set=ends)
