@@ -37,6 +37,12 @@ WITH_FOUR = [
 # Some files take long for what another number of ranks would add to them.
 NOT_EVERYWHERE = {
     "tests/parallel/test_baselines.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_auto.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_check_replicas.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_gpu_tensors.py": [("mpirun", 2), ("mpirun", 3)],
+    "tests/parallel/test_refusals.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_state.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_stats.py": [("mpirun", 2), ("mpirun", 3)],
     "tests/parallel/test_join.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_modes.py": [("mpirun", 2)],
     "tests/parallel/test_shared.py": [("mpirun", 2), ("horovodrun", 3)],
