@@ -52,6 +52,16 @@ class Call(NamedTuple):
     coming: set[int]  # the places of those that have still to come
     members: dict[int, Context]  # by place, of those that belong to a reduction already
 
+    def place_of(self, tensor: Any, caller: Caller) -> int | None:
+        """The place of a tensor that has still to come; None: the call is another one.
+
+        A tensor that is twice in the list comes twice.
+        """
+        if self.listed is not caller.listed:
+            return None
+        places = (own for own in sorted(self.coming) if caller.siblings[own] is tensor)
+        return next(places, None)
+
 
 # One for each process set: threads of one process must not begin two comparisons at a time.
 _locks: dict[Any, threading.Lock] = {}
@@ -131,17 +141,18 @@ class GlobalQSGD(Compression):
 
     def _listed(self, tensor: Any, caller: Caller, plan: Plan) -> Context:
         """What reduces a tensor of a list, together with others of it."""
-        thread = threading.get_ident()
+        thread, siblings = threading.get_ident(), caller.siblings
         call = self._calls.get(thread)
-        if call is None or call.listed is not caller.listed:
+        place = None if call is None else call.place_of(tensor, caller)
+        if call is None or place is None:
             call = self._calls[thread] = self._begin(caller, plan)
-        siblings = caller.siblings
-        # A tensor that is twice in the list comes twice.
-        place = next(own for own in sorted(call.coming) if siblings[own] is tensor)
+            place = call.place_of(tensor, caller)
+            assert place is not None
         if place not in call.members:
             places = [place]
             if caller.fused:  # all that have its dtype, as in Horovod's own groups
-                places = [own for own in call.coming if siblings[own].dtype == tensor.dtype]
+                coming = sorted(call.coming)
+                places = [own for own in coming if siblings[own].dtype == tensor.dtype]
             call.members.update(self._members(caller, plan, places))
         call.coming.remove(place)
         if not call.coming:

@@ -176,7 +176,7 @@ class Reduction:
     def _reduce(self, shared: Any) -> Sequence[Any]:
         """The results as vectors, from what all ranks know."""
         if self._variables:
-            with tf.control_dependencies([self._compare_replicas(shared)]):
+            with aside(), tf.control_dependencies([self._compare_replicas(shared)]):
                 shared = tf.identity(shared)
         standard = self.kernels.plan.in_flight
         payloads = self._standard(shared) if standard else self._by_shares(shared)
@@ -198,10 +198,11 @@ class Reduction:
             compared = self._call("compare", (json.dumps(names),), [step, found], tf.int32)[0]
             return tf.reshape(compared, [])
 
-        step, previous = shared[-TAIL], shared[PREVIOUS]
         every = self.kernels.config.check_replicas
-        turn = (previous < 0) | tf.not_equal(step // every, previous // every)
-        return tf.cond(turn, compare, lambda: tf.identity(step))
+        with aside():
+            step, previous = shared[-TAIL], shared[PREVIOUS]
+            turn = (previous < 0) | tf.not_equal(step // every, previous // every)
+            return tf.cond(turn, compare, lambda: tf.identity(step))
 
     def _standard(self, shared: Any) -> list[Any]:
         """Codes of evenly spaced levels, summed in lanes of int32 words by Allreduce itself."""

@@ -63,6 +63,7 @@ def test_unnamed_operations_keep_their_names(levels: str) -> None:
     plain = names(hvd.Compression.none)
     assert len(plain) >= 6
     assert names(compressor(levels)) == plain
+    assert names(compressor(levels, check_replicas=1, stats=1)) == plain
 
 
 @pytest.mark.usefixtures("several_ranks")
