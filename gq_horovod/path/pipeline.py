@@ -39,7 +39,7 @@ Array = NDArray[Any]
 
 # Reductions in a row whose operations are not complete, before nobody asks about the rest: a model
 # has hundreds. Operations complete about in the order in which they began.
-PATIENCE = 3
+_PATIENCE = 3
 
 # Who waits for one reduction asks about all others every so many times, some two milliseconds.
 _ROUNDS_TO_EVERYTHING = 16
@@ -510,7 +510,7 @@ class Pipeline:
             with self._lock:
                 abandoned = self._in_flight.get(task.name)
                 if abandoned is None:
-                    self.poll(PATIENCE)
+                    self.poll(_PATIENCE)
                     started = InFlight(task)
                     self._in_flight[task.name] = started
                     self._await(started)
@@ -629,7 +629,7 @@ class Pipeline:
                             "because an operation that was in flight with it failed; see the first "
                             "error."
                         )
-                    moved = self.poll(PATIENCE) or self._advance(reduction)
+                    moved = self.poll(_PATIENCE) or self._advance(reduction)
                 if rounds % _ROUNDS_TO_EVERYTHING == 0:
                     moved = poll_all() or moved
                 if not moved:

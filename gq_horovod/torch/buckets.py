@@ -428,7 +428,10 @@ class Settled:
         """
         own = list(_buckets(members))
         same = agreement.Same(
-            [bucket.name for bucket in own],
+            [
+                [bucket.name, *([x.name, list(x.shape), str(x.dtype)] for x in bucket.members)]
+                for bucket in own
+            ],
             partial(self._largest, name=f"gq.members.{name}.{len(self._members)}"),
             f"{self.group.function}: the ranks disagree about the tensors of an optimizer, one of "
             f"which is {name!r}. Every rank has to give it parameters of the same names, shapes "

@@ -28,7 +28,7 @@ from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
 from ..path.buckets import REMEDY_CAPACITY
-from ..path.pipeline import PATIENCE, POLL_SECONDS, pipelines
+from ..path.pipeline import POLL_SECONDS, pipelines
 from .compiled import never_traced
 
 __all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
@@ -169,15 +169,15 @@ class Library:
         return start
 
     def _wait_and_clear(self, handle: int) -> Any:
-        """Wait for an operation, and advance what is in flight of ours.
+        """Wait for an operation while something of ours is in flight.
 
-        Horovod would take a whole core for as long as it waits, from ranks that share it.
+        Horovod would take a whole core for as long as it waits, from ranks that share it. What is
+        in flight is not advanced: where this operation is a token that tells that ranks disagree,
+        others would start what some never do.
         """
         try:
-            while not self.original.horovod_torch_poll(handle) and (under_way := pipelines()):
-                moved = [pipeline.poll(PATIENCE) for pipeline in under_way]
-                if not any(moved):
-                    time.sleep(POLL_SECONDS)
+            while not self.original.horovod_torch_poll(handle) and pipelines():
+                time.sleep(POLL_SECONDS)
             return self.original.horovod_torch_wait_and_clear(handle)
         except RuntimeError as error:
             if known := self._explanation(handle, str(error)):

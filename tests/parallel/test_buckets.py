@@ -442,6 +442,27 @@ def test_a_rank_on_which_a_layer_is_frozen(levels: str, name: str, norms: list[s
     assert norms == []
 
 
+@needs_ranks
+@LEVELS
+@pytest.mark.parametrize("buckets", ["together", "each by itself"])
+def test_ranks_that_disagree_about_a_shape(
+    buckets: str, levels: str, name: str, norms: list[str]
+) -> None:
+    """Also in a bucket of one, and where this rank has time to go on before it looks."""
+    last = hvd.rank() == hvd.size() - 1
+    own = parameters({"matrix": (300, 30), "vector": (6001 if last else 6000,)})
+    options = {} if buckets == "together" else {"bucket_bytes": 0}
+    optimizer = optimizer_of(own, make(levels, **options), name)
+    backward(own, 0)
+    for _ in range(20):
+        pipeline.poll_all()
+        time.sleep(0.01)
+    with pytest.raises(ConfigMismatchError, match=r"the ranks disagree about (the )?tensor"):
+        optimizer.synchronize()
+    hvd.barrier()
+    assert norms == []
+
+
 def test_options_are_compared(name: str) -> None:
     if hvd.size() == 1:
         pytest.skip("needs others")

@@ -502,13 +502,13 @@ def test_tensors_that_are_being_written_are_in_nobodys_way() -> None:
         job.pipelines[0].submit(task)
     job.network.slow.clear()
     for _ in range(100):
-        job.pipelines[0].poll(pipeline.PATIENCE)
+        job.pipelines[0].poll(pipeline._PATIENCE)
     assert first.done
     assert not any("late" in name for _, name in job.network.log)
     # They begin in order, and some that are written wait for one before them that is not.
     for index in (0, 1, 3):
         writing[index].complete()
-    job.pipelines[0].poll(pipeline.PATIENCE)
+    job.pipelines[0].poll(pipeline._PATIENCE)
     begun = {name for _, name in job.network.log if "late" in name and name.endswith("norm")}
     assert begun == {"late.0.norm", "late.1.norm"}
     job.pipelines[0].poll()  # everything
@@ -536,7 +536,7 @@ def test_a_hook_asks_about_few_of_many_in_flight(monkeypatch: pytest.MonkeyPatch
     asked = []
     monkeypatch.setattr(Operation, "ready", lambda self: asked.append(self.name))
     job.submit(0, x, "last")
-    assert 0 < len(asked) <= pipeline.PATIENCE
+    assert 0 < len(asked) <= pipeline._PATIENCE
 
 
 def test_those_behind_many_that_never_complete_go_on() -> None:
