@@ -7,6 +7,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ from .. import log
 from ..frontend import ClassOrInstance, Compression
 from ..guards.stats import TensorStats, points
 from ..path import agreement
+from ..path.auto import Way
 from ..path.buckets import cut
-from ..path.config import Plan
+from ..path.config import Config, Plan
 from . import runtime
 from .caller import Caller, Step, find_caller
-from .graph import Counter, Place, Reduction, around, aside, orders_effects, within
-from .kernels import Kernels, parcel_count
+from .graph import Alternative, Counter, Place, Reduction, around, aside, orders_effects, within
+from .kernels import Kernels, parcel_count, ways
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
 
 DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
@@ -89,6 +91,7 @@ class GlobalQSGD(Compression):
     """
 
     HVD = hvd
+    LEVELS = Config.LEVELS
     FORMAT = "tensorflow 1"
 
     @cached_property
@@ -100,6 +103,11 @@ class GlobalQSGD(Compression):
     def _key(self) -> str:
         """By which graphs name this instance."""
         return runtime.register(self)
+
+    @property
+    def decisions(self) -> dict[int, Way | None]:
+        """What levels="auto" has decided, by process_set_id; None: not yet."""
+        return runtime.decisions(self._key)
 
     @cached_property
     def _counters(self) -> dict[str, Counter]:
@@ -247,7 +255,33 @@ class GlobalQSGD(Compression):
             self._counters_of(kernels.names),
             self._compared(caller.step, own),
             Place(graph, caller.device, first),
+            self._alternatives(kernels, tensors, caller),
         )
+
+    def _alternatives(
+        self, kernels: Kernels, tensors: Sequence[Any], caller: Caller
+    ) -> list[Alternative]:
+        """The ways of levels="auto", for these tensors; none with other levels."""
+        if self.config.levels != "auto":
+            return []
+        if elastic():
+            raise ValueError(
+                "GlobalQSGD: levels must not be 'auto' in an elastic job with "
+                "horovod.tensorflow, where ranks come and go that have not tried what others "
+                "have; pass levels='standard' or 'two-hop'."
+            )
+        found = []
+        for way in ways(self.config, caller.process_set.size()):
+            one = None
+            if way.plan is not None:
+                levels, bits = way.plan.levels, way.plan.bits
+                one = replace(
+                    kernels,
+                    config=replace(self.config, levels=levels, bits=bits),
+                    parcel_count=parcel_count([x.shape.num_elements() for x in tensors], way.plan),
+                )
+            found.append(Alternative(one, caller.op))
+        return found
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -364,7 +398,10 @@ class GlobalQSGD(Compression):
         with _locks.setdefault(key, threading.Lock()):
             if key not in self._groups:
                 log.identify(hvd.rank(), hvd.size())
-                plan = self.config.plan(process_set.size())
+                fixed = self.config
+                if fixed.levels == "auto":
+                    fixed = replace(fixed, levels="standard")
+                plan = fixed.plan(process_set.size())
                 if ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = Group(plan, self.begin_log(process_set, plan))

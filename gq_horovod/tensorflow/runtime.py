@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from tensorflow.python.eager import execute
 
 from ..guards import watchdog
 from ..guards.stats import TensorStats
+from ..path import auto
 
 
 class Owner(Protocol):
@@ -33,6 +34,7 @@ class Owner(Protocol):
         """The newest figures of each tensor, by its name."""
 
 
+_making = threading.Lock()  # of what exists once
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 
 
@@ -46,6 +48,39 @@ def register(owner: Owner) -> str:
 def owner_of(key: str) -> Owner | None:
     """Who was registered; None in another process."""
     return _owners.get(key)
+
+
+class Trials:
+    """The trials of one instance in one process set, from the step in which they began."""
+
+    def __init__(self, trials: auto.Trials, ways: Sequence[auto.Way], first: int) -> None:
+        self._trials, self._ways, self._first = trials, ways, first
+
+    @property
+    def decision(self) -> auto.Way | None:
+        """What they have ended with."""
+        return self._trials.decision
+
+    def place(self, step: int) -> int:
+        """Which way a step has. Blocks where it is the first one after a trial."""
+        return self._ways.index(self._trials.way(step - self._first, sys.maxsize))
+
+
+_trials: dict[tuple[str, int, int], Trials] = {}
+
+
+def trials(owner: str, process_set_id: int, ranks: int, begin: Callable[[], Trials]) -> Trials:
+    """Those of an instance in a process set; the first reduction begins them."""
+    key = owner, process_set_id, ranks
+    with _making:
+        if key not in _trials:
+            _trials[key] = begin()
+        return _trials[key]
+
+
+def decisions(owner: str) -> dict[int, auto.Way | None]:
+    """What they have ended with, by process set; None while they go on."""
+    return {key[1]: own.decision for key, own in _trials.items() if key[0] == owner}
 
 
 class UnderWay:
@@ -85,7 +120,6 @@ class UnderWay:
 
 
 _under_way: dict[float, UnderWay] = {}
-_making = threading.Lock()
 
 
 def under_way(timeout: float, function: str) -> UnderWay:
