@@ -68,3 +68,17 @@ def test_both_send_the_same_bytes(
         assert np.array_equal(
             to_torch(result).view(torch.uint8).numpy(), expected.view(torch.uint8).numpy()
         )
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_both_have_the_same_statistics(levels: Any, name: str) -> None:
+    options: dict[str, Any] = {"levels": levels, "seed": 7, "min_elements": 0, "stats": 1}
+    ours = with_tensorflow.GlobalQSGD(**options)
+    theirs = with_torch.GlobalQSGD(**options)
+    for step in range(2):
+        x = gradient(hvd.rank(), 50_001, tag=40 + step)
+        with_tensorflow.allreduce(to_tf(x), name, compression=ours)
+        with_torch.allreduce(x, name, compression=theirs)
+        (found,), (expected,) = ours.stats.values(), theirs.stats.values()
+        assert found == expected
+        assert found.step == step
