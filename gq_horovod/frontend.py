@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops import wire
 from mpi_ops.kernels import host
-from mpi_ops.scheme import one_of
+from mpi_ops.scheme import Scheme, one_of
 
 from . import __version__, log
 from .guards import stats as statistics
@@ -214,7 +214,9 @@ class Compression(Frontend):
     Pass the class itself for the defaults, or an instance.
     """
 
-    TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)  # those that the framework's class has
+    # Those that the framework's class has.
+    TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
+    LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm per tensor."""
@@ -289,11 +291,16 @@ class Compression(Frontend):
             check_replicas=check_replicas,
         )
         interval = statistics.check(config.FUNCTION, stats)
-        if transport not in self.TRANSPORTS:
-            raise ValueError(
-                f"GlobalQSGD: transport must be {one_of(self.TRANSPORTS)} with "
-                f"{self.HVD.__name__}, got {transport!r}; leave it out."
-            )
+        limited: list[tuple[str, Any, tuple[Any, ...]]] = [
+            ("transport", transport, self.TRANSPORTS),
+            ("levels", levels, self.LEVELS),
+        ]
+        for argument, value, choices in limited:
+            if value not in choices:
+                raise ValueError(
+                    f"GlobalQSGD: {argument} must be {one_of(choices)} with {self.HVD.__name__}, "
+                    f"got {value!r}; leave it out."
+                )
         super().__init__(config, process_set)
         self.stats_interval = interval
 

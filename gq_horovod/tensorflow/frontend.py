@@ -23,7 +23,7 @@ from ..guards.stats import TensorStats, points
 from ..path import agreement
 from ..path.auto import Way
 from ..path.buckets import cut
-from ..path.config import Plan
+from ..path.config import Config, Plan
 from . import runtime
 from .caller import Caller, Step, find_caller
 from .graph import Alternative, Counter, Place, Reduction, around, aside, orders_effects, within
@@ -91,6 +91,7 @@ class GlobalQSGD(Compression):
     """
 
     HVD = hvd
+    LEVELS = Config.LEVELS
     FORMAT = "tensorflow 1"
 
     @cached_property

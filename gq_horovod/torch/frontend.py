@@ -21,7 +21,7 @@ from ..guards import replicas, watchdog
 from ..guards.stats import Sample
 from ..path import agreement, buckets, token
 from ..path.auto import Trials, Way
-from ..path.config import ConfigMismatchError, Plan
+from ..path.config import Config, ConfigMismatchError, Plan
 from ..path.pipeline import Method, Pipeline
 from . import numbering, tensors
 from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together, describe
@@ -602,6 +602,7 @@ class GlobalQSGD(TorchFrontend, Compression):
     """
 
     TRANSPORTS = ("horovod", "mpi")
+    LEVELS = Config.LEVELS
 
     def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
         if not self.stats_interval or step % self.stats_interval:
