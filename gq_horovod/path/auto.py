@@ -61,18 +61,13 @@ class Way:
 NONE = Way("none")
 
 
-def settings(
-    config: Config, world_size: int, factors: Sequence[int] = THRESHOLD_FACTORS
-) -> list[Way]:
-    """What is tried for `config` (whose levels are "auto"), the gentlest first.
-
-    `factors` are those of `min_elements` from which on a quantizing way is tried.
-    """
+def settings(config: Config, world_size: int) -> list[Way]:
+    """What is tried for `config` (whose levels are "auto"), the gentlest first."""
     least = max(config.min_elements, 1)
     quantizing = [
         Way(levels, replace(config, levels=levels).plan(world_size), min_elements=factor * least)
         for levels in ("standard", "two-hop")
-        for factor in factors
+        for factor in THRESHOLD_FACTORS
     ]
     # As many bytes as float16, whose range is too small for the gradients of some models.
     wide = replace(config, levels="standard", bits=16).plan(world_size)
@@ -114,7 +109,6 @@ class Trials:
         agree: Callable[[NDArray[np.int32], str], NDArray[np.int32]],
         clock: Callable[[], float] = time.perf_counter,
         speaks: bool = True,
-        ways: Sequence[Way] | None = None,
     ) -> None:
         """Begin.
 
@@ -124,7 +118,6 @@ class Trials:
             agree: the element-wise maximum over ranks of an int32 array, under a name; blocks.
             clock: seconds.
             speaks: whether to log what all ranks decide; one of them does.
-            ways: those that are tried; None: all `settings`.
         """
         self.decision: Way | None = None
         self.seconds: dict[str, float] = {}  # of a step in the last trial, on the slowest rank
@@ -133,7 +126,7 @@ class Trials:
         self._speaks = speaks
         self._began: dict[int, float] = {}
         self._latest = -1
-        self._trials = [_Trial(WARM_UP_STEPS, STEPS[0], ways or settings(config, world_size))]
+        self._trials = [_Trial(WARM_UP_STEPS, STEPS[0], settings(config, world_size))]
         self._lock = threading.RLock()
 
     def way(self, step: int, size: int) -> Way:

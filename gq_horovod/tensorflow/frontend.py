@@ -7,7 +7,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,13 +20,12 @@ from .. import log
 from ..frontend import ClassOrInstance, Compression
 from ..guards.stats import TensorStats, points
 from ..path import agreement
-from ..path.auto import Way
 from ..path.buckets import cut
-from ..path.config import Config, Plan
+from ..path.config import Plan
 from . import runtime
 from .caller import Caller, Step, find_caller
-from .graph import Alternative, Counter, Place, Reduction, around, aside, orders_effects, within
-from .kernels import Kernels, parcel_count, ways
+from .graph import Counter, Place, Reduction, around, aside, orders_effects, within
+from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
 
 DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
@@ -51,7 +49,7 @@ class Call(NamedTuple):
     """A call of Horovod's for a list of tensors, which come to compress() one after the other."""
 
     listed: Any  # the list in which Horovod has them
-    coming: set[int]  # the places of those that have still to come
+    coming: list[int]  # the places of those that have still to come, in their order
     members: dict[int, Context]  # by place, of those that belong to a reduction already
 
     def place_of(self, tensor: Any, caller: Caller) -> int | None:
@@ -61,7 +59,7 @@ class Call(NamedTuple):
         """
         if self.listed is not caller.listed:
             return None
-        places = (own for own in sorted(self.coming) if caller.siblings[own] is tensor)
+        places = (own for own in self.coming if caller.siblings[own] is tensor)
         return next(places, None)
 
 
@@ -91,7 +89,6 @@ class GlobalQSGD(Compression):
     """
 
     HVD = hvd
-    LEVELS = Config.LEVELS
     FORMAT = "tensorflow 1"
 
     @cached_property
@@ -103,11 +100,6 @@ class GlobalQSGD(Compression):
     def _key(self) -> str:
         """By which graphs name this instance."""
         return runtime.register(self)
-
-    @property
-    def decisions(self) -> dict[int, Way | None]:
-        """What levels="auto" has decided, by process_set_id; None: not yet."""
-        return runtime.decisions(self._key)
 
     @cached_property
     def _counters(self) -> dict[str, Counter]:
@@ -159,8 +151,7 @@ class GlobalQSGD(Compression):
         if place not in call.members:
             places = [place]
             if caller.fused:  # all that have its dtype, as in Horovod's own groups
-                coming = sorted(call.coming)
-                places = [own for own in coming if siblings[own].dtype == tensor.dtype]
+                places = [own for own in call.coming if siblings[own].dtype == tensor.dtype]
             call.members.update(self._members(caller, plan, places))
         call.coming.remove(place)
         if not call.coming:
@@ -182,7 +173,7 @@ class GlobalQSGD(Compression):
             and own.dtype in DTYPES
             and (caller.fused or self._eligible(own))
         ]
-        call = Call(caller.listed, set(coming), {})
+        call = Call(caller.listed, list(coming), {})
         graph = None if caller.fused else around(caller.process_set)
         if graph is None:
             return call
@@ -255,33 +246,7 @@ class GlobalQSGD(Compression):
             self._counters_of(kernels.names),
             self._compared(caller.step, own),
             Place(graph, caller.device, first),
-            self._alternatives(kernels, tensors, caller),
         )
-
-    def _alternatives(
-        self, kernels: Kernels, tensors: Sequence[Any], caller: Caller
-    ) -> list[Alternative]:
-        """The ways of levels="auto", for these tensors; none with other levels."""
-        if self.config.levels != "auto":
-            return []
-        if elastic():
-            raise ValueError(
-                "GlobalQSGD: levels must not be 'auto' in an elastic job with "
-                "horovod.tensorflow, where ranks come and go that have not tried what others "
-                "have; pass levels='standard' or 'two-hop'."
-            )
-        found = []
-        for way in ways(self.config, caller.process_set.size()):
-            one = None
-            if way.plan is not None:
-                levels, bits = way.plan.levels, way.plan.bits
-                one = replace(
-                    kernels,
-                    config=replace(self.config, levels=levels, bits=bits),
-                    parcel_count=parcel_count([x.shape.num_elements() for x in tensors], way.plan),
-                )
-            found.append(Alternative(one, caller.op))
-        return found
 
     @tf.autograph.experimental.do_not_convert
     def _decompress(self, tensor: Any, ctx: Any) -> Any:
@@ -398,10 +363,7 @@ class GlobalQSGD(Compression):
         with _locks.setdefault(key, threading.Lock()):
             if key not in self._groups:
                 log.identify(hvd.rank(), hvd.size())
-                fixed = self.config
-                if fixed.levels == "auto":
-                    fixed = replace(fixed, levels="standard")
-                plan = fixed.plan(process_set.size())
+                plan = self.config.plan(process_set.size())
                 if ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = Group(plan, self.begin_log(process_set, plan))

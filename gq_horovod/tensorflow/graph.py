@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -76,13 +75,6 @@ class Place(NamedTuple):
     first: Reduction | None
 
 
-class Alternative(NamedTuple):
-    """One of the ways in which levels="auto" may reduce a step."""
-
-    kernels: Kernels | None  # None: Horovod itself
-    op: int  # of Horovod's, for that
-
-
 class Reduction:
     """The way of tensors that are reduced together through the graph, as vectors."""
 
@@ -94,7 +86,6 @@ class Reduction:
         counters: Sequence[Counter],
         variables: Sequence[Any],
         at: Place,
-        alternatives: Sequence[Alternative] = (),
     ) -> None:
         """Of the user's `tensors`.
 
@@ -102,9 +93,7 @@ class Reduction:
             counters: count their reductions.
             variables: to be compared between ranks, every `check_replicas` steps.
             at: where it stands.
-            alternatives: with levels="auto", the ways of which each step takes one.
         """
-        self._alternatives = alternatives
         self.kernels, self.ignore_name_scope, self.counters = kernels, ignore_name_scope, counters
         self._variables, self._first = variables, at.first
         self._agreed: Any = None  # what is there when the ranks have found that they agree
@@ -124,7 +113,8 @@ class Reduction:
                 marks = tf.constant(kernels.marks(np.array(self._shapes)))
                 kernels.waits(kernels.name)
             else:
-                marks, self._results = self._begin()
+                shared, marks = self._measure()
+                self._results = self._reduce(shared)
             with aside():
                 self.marks = tf.split(marks, len(tensors)) if len(tensors) > 1 else [marks]
         for mark in self.marks:
@@ -146,80 +136,32 @@ class Reduction:
         try:
             self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
             if self._results is None:
-                _, self._results = self._begin()
+                shared, _ = self._measure()
+                self._results = self._reduce(shared)
         except BaseException:
             self.kernels.waits(None)
             raise
 
-    def _begin(self) -> tuple[Any, Sequence[Any]]:
-        """The tokens, one behind the other, and the results."""
-        with aside():
-            number = self._next_step()
-            previous = number - 1
-            if self._runs is not None and not tf.executing_eagerly():
-                previous = self._runs.last()
-        if self._alternatives:
-            return self._choose(number, previous)
-        shared, marks = self._measure(number, previous)
-        with aside(), tf.control_dependencies(self._set_step(shared[-TAIL])):
-            shared = tf.identity(shared)
-        return marks, self._reduce(shared)
-
-    def _choose(self, number: Any, previous: Any) -> tuple[Any, Sequence[Any]]:
-        """As `_begin`, in the way that it is the turn of.
-
-        Ranks have the same numbers here: where they may not, after hvd.join() or in an elastic job,
-        levels="auto" is refused.
-        """
-
-        def branch(chosen: Alternative) -> Callable[[], list[Any]]:
-            def reduce() -> list[Any]:
-                if chosen.kernels is None:
-                    return [*self._plain(chosen.op), tf.cast(number, tf.int32)]
-                one = copy.copy(self)
-                one.kernels = chosen.kernels
-                shared, _ = one._measure(number, previous)
-                results = one._reduce(shared)
-                with tf.control_dependencies([one._agreed]):
-                    return [*results, tf.identity(shared[-TAIL])]
-
-            return reduce
-
-        (marks,) = self._call("marks", (), [self._shapes], tf.float64)
-        (way,) = self._call("way", (), [number], tf.int32)
-        branches = list(map(branch, self._alternatives))
-        with aside():
-            if tf.executing_eagerly():
-                *results, step = branches[int(way)]()
-            else:
-                *results, step = tf.switch_case(tf.reshape(way, []), branches)
-            self._agreed = step
-            with tf.control_dependencies(self._set_step(step)):
-                return marks, list(map(tf.identity, results))
-
-    def _plain(self, op: int) -> list[Any]:
-        """What Horovod makes of the tensors by itself."""
-        results = []
-        for place, x in enumerate(self._xs):
-            wide = tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x  # which it does not know
-            options = {**self._named(f"plain.{place}"), "postscale_factor": self.kernels.scaling}
-            results.append(tf.cast(hvd_ops._allreduce(wide, op=op, **options), x.dtype))
-        return results
-
-    def _measure(self, number: Any, previous: Any) -> tuple[Any, Any]:
+    def _measure(self) -> tuple[Any, Any]:
         """What the ranks share before they quantize; and the tokens.
 
         They take the largest step of any rank, and go on from there: where one has joined or been
         lost, no dither of a step that was is used again.
         """
         with aside():
+            number = self._next_step()
+            previous = number - 1
+            if self._runs is not None and not tf.executing_eagerly():
+                previous = self._runs.last()
             inputs = [self._shapes, tf.stack([number, previous]), *self._xs]
         own, marks = self._call("measure", (), inputs, tf.int32, tf.float64)
         marks.set_shape([token.NUMBERS * len(self._xs)])
         if self._first is not None:
             with aside(), tf.control_dependencies([self._first._agreed]):
                 own = tf.identity(own)
-        return self._allreduce(own, stages.NORM, hvd.Max), marks
+        shared = self._allreduce(own, stages.NORM, hvd.Max)
+        with aside(), tf.control_dependencies(self._set_step(shared[-TAIL])):
+            return tf.identity(shared), marks
 
     def _next_step(self) -> Any:
         """The number of the reduction that begins here, as a tensor; the first is 0."""

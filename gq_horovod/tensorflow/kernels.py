@@ -24,10 +24,8 @@ from .. import __version__
 from ..guards import replicas
 from ..guards.stats import Sample
 from ..path import agreement, pipeline, token
-from ..path.auto import Trials, Way, settings
 from ..path.config import Config, ConfigMismatchError, Plan
 from . import runtime
-from .ranks import largest
 
 Array = NDArray[Any]
 
@@ -123,31 +121,6 @@ class Kernels:
             watched.end(self.key)
         else:
             watched.move(self.key, operation)
-
-    def way(self, number: Array) -> Array:
-        """The place among `ways` of how the step is reduced; levels="auto".
-
-        Raises ValueError after hvd.join(), since when ranks may have reduced unequally often.
-        """
-        if hvd_ops.MPI_LIB.joined:
-            raise ValueError(
-                "GlobalQSGD: levels must not be 'auto' where ranks call hvd.join() with "
-                "horovod.tensorflow; pass levels='standard', or give every rank equally many "
-                "batches."
-            )
-        step, process_set = int(number), self.process_set
-        ranks = process_set.size()
-
-        def agree(own: NDArray[np.int32], name: str) -> NDArray[np.int32]:
-            return largest(own, name, process_set)
-
-        def begin() -> runtime.Trials:
-            speaks, tried = process_set.rank() == 0, ways(self.config, ranks)
-            trials = Trials(self.config, ranks, agree, speaks=speaks, ways=tried)
-            return runtime.Trials(trials, tried, first=step)
-
-        place = runtime.trials(self.owner, self.process_set_id, ranks, begin).place(step)
-        return np.array(place, dtype=np.int32)
 
     def marks(self, shapes: Array) -> Array:
         """The tokens, one after the other; they are what a reduction begins with."""
@@ -351,12 +324,6 @@ def _shapes(shapes: Array) -> list[tuple[int, ...]]:
     for rank in numbers:
         found.append(tuple(next(numbers) for _ in range(rank)))
     return found
-
-
-@cache
-def ways(config: Config, world_size: int) -> list[Way]:
-    """What levels="auto" chooses from: a graph has all of them."""
-    return settings(config, world_size, factors=(1,))
 
 
 @cache

@@ -30,10 +30,7 @@ def largest(own: NDArray[np.int32], name: str, process_set: Any) -> NDArray[np.i
     or not TensorFlow executes eagerly.
     """
     options = {"name": name, "ignore_name_scope": True, "process_set": process_set}
-    # With threads of its own: those of a graph may all wait for this.
-    settings = tf.compat.v1.ConfigProto(
-        device_count={"GPU": 0}, use_per_session_threads=True, inter_op_parallelism_threads=1
-    )
+    settings = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
     with tf.Graph().as_default(), tf.compat.v1.Session(config=settings) as session:
         shared: NDArray[np.int32] = session.run(
             hvd_ops._allreduce(tf.constant(own), op=hvd.Max, **options)

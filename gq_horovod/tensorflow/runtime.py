@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from tensorflow.python.eager import execute
 
 from ..guards import watchdog
 from ..guards.stats import TensorStats
-from ..path import auto
 
 
 class Owner(Protocol):
@@ -34,7 +33,6 @@ class Owner(Protocol):
         """The newest figures of each tensor, by its name."""
 
 
-_making = threading.Lock()  # of what exists once
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 
 
@@ -50,39 +48,6 @@ def owner_of(key: str) -> Owner | None:
     return _owners.get(key)
 
 
-class Trials:
-    """The trials of one instance in one process set, from the step in which they began."""
-
-    def __init__(self, trials: auto.Trials, ways: Sequence[auto.Way], first: int) -> None:
-        self._trials, self._ways, self._first = trials, ways, first
-
-    @property
-    def decision(self) -> auto.Way | None:
-        """What they have ended with."""
-        return self._trials.decision
-
-    def place(self, step: int) -> int:
-        """Which way a step has. Blocks where it is the first one after a trial."""
-        return self._ways.index(self._trials.way(step - self._first, sys.maxsize))
-
-
-_trials: dict[tuple[str, int, int], Trials] = {}
-
-
-def trials(owner: str, process_set_id: int, ranks: int, begin: Callable[[], Trials]) -> Trials:
-    """Those of an instance in a process set; the first reduction begins them."""
-    key = owner, process_set_id, ranks
-    with _making:
-        if key not in _trials:
-            _trials[key] = begin()
-        return _trials[key]
-
-
-def decisions(owner: str) -> dict[int, auto.Way | None]:
-    """What they have ended with, by process set; None while they go on."""
-    return {key[1]: own.decision for key, own in _trials.items() if key[0] == owner}
-
-
 class UnderWay:
     """Reductions under way with one time limit, for the thread that looks at them."""
 
@@ -93,33 +58,41 @@ class UnderWay:
         # Those of the last look, with what executed TensorFlow when each was seen for the first
         # time. A step that fails ends without a word to us. Then that has returned.
         self._seen: dict[tuple[str, int], list[FrameType]] = {}
+        self._lock = threading.Lock()
         watchdog.start(timeout, hvd.rank, function, self._look)
 
     def move(self, reduction: str, operation: str) -> None:
         """It goes on, and waits for an operation of Horovod's."""
-        self._moves += 1
-        self._waiting[reduction] = operation, self._moves
+        with self._lock:
+            self._moves += 1
+            self._waiting[reduction] = operation, self._moves
 
     def end(self, reduction: str) -> None:
         """It waits for nothing any more."""
-        self._waiting.pop(reduction, None)
+        with self._lock:
+            self._waiting.pop(reduction, None)
 
     def _look(self) -> watchdog.Waiting:
         executing = _executing()
         seen: dict[tuple[str, int], list[FrameType]] = {}
         waiting: dict[Hashable, str] = {}
-        for reduction, (operation, moves) in list(self._waiting.items()):
-            key = reduction, moves
-            still = [own for own in self._seen.get(key, executing) if own in executing]
-            if still:
-                seen[key], waiting[key] = still, operation
-            elif self._waiting.get(reduction) == (operation, moves):
-                self.end(reduction)
+        with self._lock:
+            for reduction, (operation, moves) in list(self._waiting.items()):
+                key = reduction, moves
+                known = self._seen.get(key)
+                still = [own for own in known if own in executing] if known else executing
+                if still:
+                    seen[key], waiting[key] = still, operation
+                elif known is None:
+                    seen[key] = []  # it may have begun since that look at the stacks
+                else:
+                    del self._waiting[reduction]
         self._seen = seen
         return waiting
 
 
 _under_way: dict[float, UnderWay] = {}
+_making = threading.Lock()
 
 
 def under_way(timeout: float, function: str) -> UnderWay:
