@@ -92,9 +92,9 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             step = Step(tuple(own for _, own in dense), tuple(trained))
             if fused:
                 place_of: dict[int, int] = {}
-                for i, own in dense:
+                for i, own in enumerate(gradients):
                     place_of.setdefault(id(own), i)
-                positions = [place_of.get(id(member), 0) for member in siblings]
+                positions = [place_of[id(member)] for member in siblings]
             else:
                 listed, siblings = gradients, step.gradients
                 positions = [i for i, _ in dense]

@@ -173,7 +173,7 @@ class GlobalQSGD(Compression):
             and own.dtype in DTYPES
             and (caller.fused or self._eligible(own))
         ]
-        call = Call(caller.listed, list(coming), {})
+        call = Call(caller.listed, coming, {})
         graph = None if caller.fused else around(caller.process_set)
         if graph is None:
             return call

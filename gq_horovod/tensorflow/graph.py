@@ -195,8 +195,8 @@ class Reduction:
             values = [tf.convert_to_tensor(own) for own in self._variables]
             (own,) = self._call("digests", (), values, tf.int32)
             found = self._allreduce(own, f"replicas.{names[0]}", hvd.Max)
-            compared = self._call("compare", (json.dumps(names),), [step, found], tf.int32)[0]
-            return tf.reshape(compared, [])
+            inputs = [tf.constant(json.dumps(names)), step, found]
+            return tf.reshape(self._call("compare", (), inputs, tf.int32)[0], [])
 
         every = self.kernels.config.check_replicas
         with aside():
@@ -243,16 +243,14 @@ class Reduction:
     def _name(self, part: str) -> str:
         return self.kernels.operation(hvd_ops._normalize_name(part))
 
-    def _call(
-        self, stage: str, index: tuple[int | str, ...], inputs: list[Any], *dtypes: Any
-    ) -> Any:
+    def _call(self, stage: str, index: tuple[int, ...], inputs: list[Any], *dtypes: Any) -> Any:
         """Insert a call of a kernel; all of its results are vectors."""
         if tf.executing_eagerly():
             results = self.kernels.run(stage, index, *(np.array(x) for x in inputs))
             return [tf.convert_to_tensor(x) for x in (results if len(dtypes) > 1 else [results])]
         with aside():
             inputs = [tf.constant(self.kernels.encode(stage, *index)), *inputs]
-        part = ".".join([stage, *(str(own) for own in index if isinstance(own, int))])
+        part = ".".join([stage, *map(str, index)])
         results = tf.raw_ops.PyFuncStateless(
             input=inputs, token=KEY, Tout=dtypes, name=self._name(part)
         )

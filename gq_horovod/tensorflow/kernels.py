@@ -88,7 +88,7 @@ class Kernels:
     key: str  # of the reduction, in this process
     observed: bool  # whether statistics may be asked for
 
-    def encode(self, stage: str, *index: int | str) -> bytes:
+    def encode(self, stage: str, *index: int) -> bytes:
         """A call of one of the methods below, for `run`."""
         fields = {**vars(self), "config": self.config.describe()}
         return json.dumps([stage, index, fields]).encode()
@@ -127,7 +127,7 @@ class Kernels:
         own = zip(self.names, _shapes(shapes), strict=True)
         return np.concatenate([token.make(name, shape, self.dtype) for name, shape in own])
 
-    def run(self, stage: str, index: Sequence[int | str], *inputs: Any) -> Any:
+    def run(self, stage: str, index: Sequence[int], *inputs: Any) -> Any:
         """Call one of the methods below."""
         try:
             return getattr(self, stage)(*index, *inputs)
@@ -230,8 +230,8 @@ class Kernels:
         own = [replicas.digest(_bytes(variable)) for variable in variables]
         return replicas.table(own, self.process_set.rank(), self.process_set.size())
 
-    def compare(self, names: str, step: Array, found: Array) -> Array:
-        """Raise ReplicaMismatchError, on all ranks, where variables of these names differ."""
+    def compare(self, names: bytes, step: Array, found: Array) -> Array:
+        """Raise ReplicaMismatchError, on all ranks, where variables differ; `names` are JSON."""
         listed = json.loads(names)
         ranks = hvd_ops._basics._get_process_set_ids_and_ranks()[self.process_set_id]
         shape = len(ranks), len(listed), -1
@@ -333,7 +333,7 @@ def _settings(config: Config) -> int:
 
 
 @lru_cache(maxsize=16384)  # of a large model's stages; graphs that are traced again have others
-def _decode(call: bytes) -> tuple[str, list[Any], Kernels]:
+def _decode(call: bytes) -> tuple[str, list[int], Kernels]:
     stage, index, fields = json.loads(call)
     fields = {**fields, "names": tuple(fields["names"]), "config": Config(**fields["config"])}
     try:

@@ -97,13 +97,10 @@ _making = threading.Lock()
 
 def under_way(timeout: float, function: str) -> UnderWay:
     """What is under way with this time limit; the first one starts the thread."""
-    found = _under_way.get(timeout)
-    if found is None:
-        with _making:
-            if timeout not in _under_way:
-                _under_way[timeout] = UnderWay(timeout, function)
-            found = _under_way[timeout]
-    return found
+    with _making:
+        if timeout not in _under_way:
+            _under_way[timeout] = UnderWay(timeout, function)
+        return _under_way[timeout]
 
 
 def _executing() -> list[FrameType]:

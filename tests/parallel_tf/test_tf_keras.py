@@ -14,13 +14,17 @@ import pytest
 import tensorflow as tf
 from horovod.keras import PartialDistributedOptimizer  # horovod.tensorflow.keras has none
 from tf_helpers import (
+    BATCH,
+    SAMPLES,
     SHAPES,
     all_bytes,
     check_all,
     check_replicas,
     compressor,
     locals_of,
+    model_of,
     own,
+    problem,
 )
 
 from gq_horovod.tensorflow.keras import (
@@ -34,22 +38,6 @@ keras = tf.keras
 pytestmark = pytest.mark.skipif(
     os.environ.get("TF_USE_LEGACY_KERAS") != "1", reason="needs Keras 2: TF_USE_LEGACY_KERAS=1"
 )
-
-FEATURES, SAMPLES, BATCH = 32, 512, 64
-
-
-def problem(rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's samples of a linear problem that a network learns quickly."""
-    weights = np.random.default_rng(0).normal(size=(FEATURES, 1))
-    x = np.random.default_rng(1 + rank).normal(size=(SAMPLES, FEATURES))
-    return x.astype(np.float32), (x @ weights).astype(np.float32)
-
-
-def model_of(seed: int, hidden: int = 1) -> Any:
-    keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(128, activation="relu") for _ in range(hidden)]
-    return keras.Sequential([keras.Input((FEATURES,)), *layers, keras.layers.Dense(1)])
-
 
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),

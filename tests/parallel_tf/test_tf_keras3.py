@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tf_helpers import (
+    BATCH,
+    FEATURES,
+    SAMPLES,
     SHAPES,
     all_bytes,
     check_all,
     check_replicas,
     compressor,
     locals_of,
+    model_of,
     own,
+    problem,
 )
 
 from gq_horovod.tensorflow.keras import (
@@ -34,21 +39,6 @@ from gq_horovod.tensorflow.keras import (
 pytestmark = pytest.mark.skipif(
     os.environ.get("TF_USE_LEGACY_KERAS") == "1", reason="TensorFlow is told to take Keras 2"
 )
-
-FEATURES, SAMPLES, BATCH = 32, 512, 64
-
-
-def problem(rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's samples of a linear problem that a network learns quickly."""
-    weights = np.random.default_rng(0).normal(size=(FEATURES, 1))
-    x = np.random.default_rng(1 + rank).normal(size=(SAMPLES, FEATURES))
-    return x.astype(np.float32), (x @ weights).astype(np.float32)
-
-
-def model_of(seed: int) -> Any:
-    keras.utils.set_random_seed(seed)
-    hidden = keras.layers.Dense(128, activation="relu")
-    return keras.Sequential([keras.Input((FEATURES,)), hidden, keras.layers.Dense(1)])
 
 
 def weights_of(model: Any) -> np.ndarray:

@@ -84,6 +84,25 @@ def check_all(
     check_replicas(*results)
 
 
+# ------------------------------------------------------------------------------------------- Keras
+
+FEATURES, SAMPLES, BATCH = 32, 512, 64
+
+
+def problem(rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A rank's samples of a linear problem that a network learns quickly."""
+    weights = np.random.default_rng(0).normal(size=(FEATURES, 1))
+    x = np.random.default_rng(1 + rank).normal(size=(SAMPLES, FEATURES))
+    return x.astype(np.float32), (x @ weights).astype(np.float32)
+
+
+def model_of(seed: int, hidden: int = 1) -> Any:
+    """A network for it, of the Keras that TensorFlow has."""
+    tf.keras.utils.set_random_seed(seed)
+    layers = [tf.keras.layers.Dense(128, activation="relu") for _ in range(hidden)]
+    return tf.keras.Sequential([tf.keras.Input((FEATURES,)), *layers, tf.keras.layers.Dense(1)])
+
+
 # ---------------------------------------------------------------------------------------- replicas
 
 
