@@ -250,8 +250,8 @@ class Compression(Frontend):
                 evenly spaced numbers, by Alltoall and Allgather; the most accurate at its width for
                 any number of ranks. From 9 bits on levels are evenly spaced, and with 9 no better
                 than with 8). "auto" tries standard and two-hop levels, standard ones of 16 bits and
-                no compression on the first 99 steps, and then stays with what was fastest (PyTorch
-                only; see gq_horovod.path.auto).
+                no compression on the first 99 steps (TensorFlow: 75), and then stays with what was
+                fastest (see gq_horovod.path.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;

@@ -10,7 +10,8 @@ used. None of them turns a finite gradient into Inf, as float16 would.
 
 Ranks agree on the slowest rank's times, so all take the same decision. Which setting a tensor has
 is a function of its name's number of reductions, so ranks whose hooks fire in different orders
-agree on that too.
+agree on that too. With `Trials` they agree once, at the end of each trial, and have to have reduced
+equally often. With `SharedTrials` they agree before every reduction.
 
 It knows no framework.
 """
@@ -61,17 +62,32 @@ class Way:
 NONE = Way("none")
 
 
-def settings(config: Config, world_size: int) -> list[Way]:
-    """What is tried for `config` (whose levels are "auto"), the gentlest first."""
+def quantizing(config: Config) -> dict[str, Config]:
+    """What is tried for `config` (whose levels are "auto") beside no compression, by name."""
+    return {
+        # As many bytes as float16, whose range is too small for the gradients of some models.
+        "16 bits": replace(config, levels="standard", bits=16),
+        "standard": replace(config, levels="standard"),
+        "two-hop": replace(config, levels="two-hop"),
+    }
+
+
+def settings(
+    config: Config, world_size: int, factors: Sequence[int] = THRESHOLD_FACTORS
+) -> list[Way]:
+    """What is tried for `config` (whose levels are "auto"), the gentlest first.
+
+    `factors` are those of `min_elements` from which on a quantizing way is tried.
+    """
     least = max(config.min_elements, 1)
-    quantizing = [
-        Way(levels, replace(config, levels=levels).plan(world_size), min_elements=factor * least)
-        for levels in ("standard", "two-hop")
-        for factor in THRESHOLD_FACTORS
+    return [
+        NONE,
+        *(
+            Way(name, own.plan(world_size), min_elements=factor * least)
+            for name, own in quantizing(config).items()
+            for factor in (factors if own.bits is None else (1,))
+        ),
     ]
-    # As many bytes as float16, whose range is too small for the gradients of some models.
-    wide = replace(config, levels="standard", bits=16).plan(world_size)
-    return [NONE, Way("16 bits", wide, min_elements=least), *quantizing]
 
 
 class _Trial:
@@ -126,7 +142,7 @@ class Trials:
         self._speaks = speaks
         self._began: dict[int, float] = {}
         self._latest = -1
-        self._trials = [_Trial(WARM_UP_STEPS, STEPS[0], settings(config, world_size))]
+        self._trials = [_first(settings(config, world_size))]
         self._lock = threading.RLock()
 
     def way(self, step: int, size: int) -> Way:
@@ -202,35 +218,152 @@ class Trials:
     def _conclude(self) -> None:
         """Settle the trial that has ended: begin the next, or decide."""
         trial = self._trials[-1]
-        longest = np.iinfo(np.int32).max
-        # A rank that was away (hvd.join()) has no times of some settings, and says nothing of them.
-        known = [own if own < float("inf") else 0.0 for own in trial.medians(self._began)]
-        micros = [min(1e6 * own, longest) for own in known]
-        agreed = self._agree(np.array(micros, dtype=np.int32), f"gq.auto.{len(self._trials)}")
-        seconds = [float(own) / 1e6 if own else float("inf") for own in agreed]
+        micros = np.array(_micros(trial.medians(self._began)), dtype=np.int32)
+        seconds = _seconds(self._agree(micros, f"gq.auto.{len(self._trials)}").tolist())
         self.seconds = dict(zip(map(str, trial.settings), seconds, strict=True))
         if len(self._trials) < len(STEPS):
-            self._say("trial")
-            others = sorted(range(1, len(seconds)), key=seconds.__getitem__)[:FINALISTS]
-            finalists = [trial.settings[place] for place in (0, *sorted(others))]
+            finalists = [trial.settings[place] for place in finalists_of(seconds)]
             self._trials.append(_Trial(trial.end, STEPS[len(self._trials)], finalists))
         else:
             self.decision = trial.settings[first_of_the_fastest(seconds)]
             self._began.clear()
-            self._say("decision", f"; decided: {self.decision}")
+        if self._speaks:
+            _say(self.seconds, self.decision)
 
-    def _say(self, event: str, outcome: str = "") -> None:
-        """Log what a trial measured."""
-        if not self._speaks:
-            return
-        listed = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in self.seconds.items())
-        _log.say(
-            logging.INFO,
-            event,
-            f"GlobalQSGD: a step took, with {listed}{outcome}",
-            seconds=self.seconds,
-            decision=None if self.decision is None else str(self.decision),
-        )
+
+class SharedTrials:
+    """Trials of ranks that share some numbers before each reduction, as graphs of TensorFlow do.
+
+    The maximum over ranks of these numbers alone says how tensors are reduced. So ranks take the
+    same way whatever each of them has seen before: one may have been away, have just begun, or have
+    loaded a state. What has been decided reaches them with the numbers.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[Way],
+        clock: Callable[[], float] = time.perf_counter,
+        speaks: bool = True,
+    ) -> None:
+        """Begin.
+
+        Arguments:
+            settings: what is tried, the gentlest first.
+            clock: seconds.
+            speaks: whether to log what all ranks decide; one of them does.
+        """
+        self._settings = settings
+        self._first = _first(settings)
+        self._clock = clock
+        self._speaks = speaks
+        self._last: _Trial | None = None  # that of the finalists
+        self._decision: int | None = None
+        self._steps: dict[str, int] = {}  # how often tensors were reduced before, by their name
+        self._began: dict[int, float] = {}
+        self._latest = -1
+        self._lock = threading.Lock()
+
+    @property
+    def decision(self) -> Way | None:
+        """What the trials have ended with."""
+        return None if self._decision is None else self._settings[self._decision]
+
+    def decide(self, name: str) -> None:
+        """End the trials with the setting of this name."""
+        with self._lock:
+            self._decision = [own.name for own in self._settings].index(name)
+
+    def propose(self, name: str) -> list[int]:
+        """What this rank knows before tensors under a name are reduced.
+
+        How often they were reduced before; the decision's place from 1 on, 0 for none yet; a bit
+        for each finalist; and for both trials the microseconds of a step of each setting, 0 where
+        they are not known.
+        """
+        with self._lock:
+            step = self._steps.get(name, -1) + 1
+            if step > self._latest:
+                self._latest = step
+                if self._decision is None:
+                    self._began[step] = self._clock()
+            decision = 0 if self._decision is None else self._decision + 1
+            finalists = () if self._last is None else self._last.settings
+            bits = sum(1 << self._settings.index(own) for own in finalists)
+            return [step, decision, bits, *self._micros(self._first), *self._micros(self._last)]
+
+    def choose(self, name: str, agreed: Sequence[int]) -> int:
+        """The place among the settings of how they are reduced, from the maximum over ranks."""
+        step, decision, bits, *micros = agreed
+        every = self._settings
+        first, last = (_seconds(micros[at : at + len(every)]) for at in (0, len(every)))
+        trial, place, known = self._first, 0, first
+        if decision:
+            place = decision - 1
+        elif step >= trial.end:
+            finalists = [place for place in range(len(every)) if bits >> place & 1]
+            finalists = finalists or finalists_of(first)
+            trial = _Trial(trial.end, STEPS[1], [every[place] for place in finalists])
+            known = [last[place] for place in finalists]
+            ended = step >= trial.end
+            place = finalists[first_of_the_fastest(known) if ended else trial.place(step)]
+            decision = place + 1 if ended else 0
+        elif step >= trial.begin:
+            place = trial.place(step)
+        with self._lock:
+            self._steps[name] = step
+            self._latest = max(step, self._latest)
+            new = self._decision is None and decision > 0
+            if new:
+                self._decision = decision - 1
+                self._began.clear()
+            elif trial is not self._first and self._last is None:
+                self._last, trial, known, new = trial, self._first, first, True
+            if new and self._speaks:
+                _say(dict(zip(map(str, trial.settings), known, strict=True)), self.decision)
+        return place
+
+    def _micros(self, trial: _Trial | None) -> list[int]:
+        """Of a step of each setting on this rank, 0 where it is not known."""
+        if trial is None:
+            return [0] * len(self._settings)
+        own = dict(zip(trial.settings, _micros(trial.medians(self._began)), strict=True))
+        return [own.get(setting, 0) for setting in self._settings]
+
+
+def _first(settings: Sequence[Way]) -> _Trial:
+    return _Trial(WARM_UP_STEPS, STEPS[0], settings)
+
+
+def _micros(seconds: Sequence[float]) -> list[int]:
+    """As int32; 0 for what is not known.
+
+    A rank that was away (hvd.join()) has no times of some settings, and says nothing of them.
+    """
+    longest = np.iinfo(np.int32).max
+    return [int(min(1e6 * own, longest)) if own < float("inf") else 0 for own in seconds]
+
+
+def _seconds(micros: Sequence[int]) -> list[float]:
+    return [own / 1e6 if own else float("inf") for own in micros]
+
+
+def _say(seconds: dict[str, float], decision: Way | None) -> None:
+    """Log what a trial measured, and what was decided."""
+    listed = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in seconds.items())
+    outcome = "" if decision is None else f"; decided: {decision}"
+    _log.say(
+        logging.INFO,
+        "trial" if decision is None else "decision",
+        f"GlobalQSGD: a step took, with {listed}{outcome}",
+        seconds=seconds,
+        decision=None if decision is None else str(decision),
+    )
+
+
+def finalists_of(seconds: Sequence[float]) -> list[int]:
+    """The places of what is tried for longer: no compression, and the fastest of the others."""
+    others = sorted(range(1, len(seconds)), key=seconds.__getitem__)[:FINALISTS]
+    return [0, *sorted(others)]
 
 
 def first_of_the_fastest(seconds: Sequence[float]) -> int:

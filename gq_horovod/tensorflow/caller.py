@@ -29,6 +29,8 @@ class Caller(NamedTuple):
     process_set: Any
     ignore_name_scope: bool  # of the names of Horovod's operations
     scaling: float  # of the result, beside what op does
+    prescale: float  # what Horovod multiplies by before it sums, and after it
+    postscale: float
     device: str  # where Horovod reduces; "": where TensorFlow wants
     siblings: tuple[Any, ...]  # what Horovod has beside it in a list, itself among them
     listed: Any  # that list; None of a single tensor
@@ -76,7 +78,8 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
     if fused:
         listed = variables["tensors"]
     op = variables["op"]  # Horovod has put there what `average` says
-    scaling = variables["prescale_factor"] * variables["postscale_factor"]
+    prescale, postscale = variables["prescale_factor"], variables["postscale_factor"]
+    scaling = prescale * postscale
     siblings: tuple[Any, ...] = (tensor,) if listed is None else tuple(listed)
     names = [name]
     if fused:
@@ -112,6 +115,8 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
         process_set=variables["process_set"],
         ignore_name_scope=variables["ignore_name_scope"],
         scaling=scaling,
+        prescale=prescale,
+        postscale=postscale,
         device=variables["device_dense"],
         siblings=siblings,
         listed=listed,

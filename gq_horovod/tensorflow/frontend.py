@@ -7,6 +7,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ from .. import log
 from ..frontend import ClassOrInstance, Compression
 from ..guards.stats import TensorStats, points
 from ..path import agreement
+from ..path.auto import Way, quantizing
 from ..path.buckets import cut
-from ..path.config import Plan
+from ..path.config import Config, Plan
 from . import runtime
 from .caller import Caller, Step, find_caller
-from .graph import Counter, Place, Reduction, around, aside, orders_effects, within
+from .graph import Counter, Place, Reduction, Ways, around, aside, orders_effects, within
 from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
 
@@ -89,7 +91,8 @@ class GlobalQSGD(Compression):
     """
 
     HVD = hvd
-    FORMAT = "tensorflow 1"
+    LEVELS = Config.LEVELS
+    FORMAT = "tensorflow 2"
 
     @cached_property
     def _groups(self) -> dict[Any, Group]:
@@ -100,6 +103,11 @@ class GlobalQSGD(Compression):
     def _key(self) -> str:
         """By which graphs name this instance."""
         return runtime.register(self)
+
+    @property
+    def decisions(self) -> dict[int, Way | None]:
+        """With levels="auto": what was decided for each process set, by its id; None before."""
+        return {number: own for (number, _), own in runtime.decisions(self._key).items()}
 
     @cached_property
     def _counters(self) -> dict[str, Counter]:
@@ -225,6 +233,7 @@ class GlobalQSGD(Compression):
         own = [caller.siblings[place] for place in places]
         with within(graph), aside():
             tensors = list(map(tf.convert_to_tensor, own))
+        counts = [own.shape.num_elements() for own in tensors]
         kernels = Kernels(
             names=tuple(caller.names[place] for place in places),
             dtype=tensors[0].dtype.name,
@@ -232,7 +241,7 @@ class GlobalQSGD(Compression):
             sums=caller.op == hvd.Sum,
             config=self.config,
             process_set_id=caller.process_set.process_set_id,
-            parcel_count=parcel_count([own.shape.num_elements() for own in tensors], plan),
+            parcel_count=parcel_count(counts, plan),
             step=agreement.checksum(beside),
             others=max(len(beside), len(places)) - 1,
             owner=self._key,
@@ -246,6 +255,22 @@ class GlobalQSGD(Compression):
             self._counters_of(kernels.names),
             self._compared(caller.step, own),
             Place(graph, caller.device, first),
+            self._ways(kernels, counts, caller),
+        )
+
+    def _ways(self, kernels: Kernels, counts: Sequence[int | None], caller: Caller) -> Ways | None:
+        """The ways of levels="auto" for the tensors of these kernels; None with other levels."""
+        if self.config.levels != "auto":
+            return None
+        ranks = caller.process_set.size()
+        return Ways(
+            caller.op,
+            caller.prescale,
+            caller.postscale,
+            [
+                replace(kernels, config=own, parcel_count=parcel_count(counts, own.plan(ranks)))
+                for own in quantizing(self.config).values()
+            ],
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -289,8 +314,9 @@ class GlobalQSGD(Compression):
     def _state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know to go on as this one would, bit for bit.
 
-        That is how often each tensor was reduced, which the dither depends on. It is the same on
-        all ranks: one may save it, and all load it. Returns plain numbers, texts, lists and
+        That is how often each tensor was reduced, which the dither depends on, and what
+        levels="auto" has decided; trials that have not ended begin again. It is the same on all
+        ranks: one may save it, and all load it. Returns plain numbers, texts, lists and
         dictionaries. Raises RuntimeError within a graph, or where TensorFlow executes nothing
         eagerly.
         """
@@ -301,7 +327,12 @@ class GlobalQSGD(Compression):
         reduced = [
             {"tensors": names, "last": int(counter.last())} for counter, names in shared.items()
         ]
-        return {**self.describe_state(), "reduced": reduced}
+        decided = [
+            {"ranks": list(ranks), "way": own.name}
+            for (_, ranks), own in runtime.decisions(self._key).items()
+            if own is not None
+        ]
+        return {**self.describe_state(), "reduced": reduced, "decided": decided}
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what state_dict() returned, before the first step or between two.
@@ -315,6 +346,8 @@ class GlobalQSGD(Compression):
         for own in state["reduced"]:
             for counter in self._counters_of(own["tensors"]):
                 last[counter] = max(own["last"], last.get(counter, -1))
+        for own in state["decided"]:
+            runtime.decide(self._key, tuple(own["ranks"]), own["way"])
         for counter, number in last.items():
             counter.set(tf.constant(number, tf.int64))
 
@@ -363,11 +396,18 @@ class GlobalQSGD(Compression):
         with _locks.setdefault(key, threading.Lock()):
             if key not in self._groups:
                 log.identify(hvd.rank(), hvd.size())
-                plan = self.config.plan(process_set.size())
+                plan = self._any_plan(process_set.size())
                 if ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = Group(plan, self.begin_log(process_set, plan))
         return self._groups[key]
+
+    def _any_plan(self, world_size: int) -> Plan:
+        """The settings; with levels="auto" some of those that are tried."""
+        config = self.config
+        if config.levels == "auto":
+            config = quantizing(config)["standard"]
+        return config.plan(world_size)
 
     def _agree(self, process_set: Any) -> None:
         """Raise ConfigMismatchError, on all ranks that take part, where settings differ."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -75,6 +76,15 @@ class Place(NamedTuple):
     first: Reduction | None
 
 
+class Ways(NamedTuple):
+    """Those in which levels="auto" may reduce tensors: by Horovod itself, or with these kernels."""
+
+    op: int
+    prescale: float
+    postscale: float
+    quantizing: Sequence[Kernels]
+
+
 class Reduction:
     """The way of tensors that are reduced together through the graph, as vectors."""
 
@@ -86,6 +96,7 @@ class Reduction:
         counters: Sequence[Counter],
         variables: Sequence[Any],
         at: Place,
+        ways: Ways | None = None,
     ) -> None:
         """Of the user's `tensors`.
 
@@ -93,16 +104,22 @@ class Reduction:
             counters: count their reductions.
             variables: to be compared between ranks, every `check_replicas` steps.
             at: where it stands.
+            ways: from which each step takes one; None: there is one way.
         """
         self.kernels, self.ignore_name_scope, self.counters = kernels, ignore_name_scope, counters
-        self._variables, self._first = variables, at.first
-        self._agreed: Any = None  # what is there when the ranks have found that they agree
+        self._variables, self._first, self._ways = variables, at.first, ways
+        # What is there when the ranks have found that they agree: with `ways` which of them it is.
+        self._agreed: Any = None
         # How many of the steps that were counted were of this very reduction: several graphs may
         # share the counters of their tensors.
         self._runs = Counter() if variables or kernels.observed else None
         self.tensors = tensors
         self._results: Sequence[Any] | None = None
         with within(at.graph, at.device):
+            # In front of the names of operations in a branch, of which TensorFlow counts the scopes
+            # as they come: ranks would have different ones.
+            self._scope = "" if ignore_name_scope else _name_scope()
+            self._inside = False
             with aside():
                 self._xs = [tf.reshape(x, [-1]) for x in tensors]
                 self._shapes = shapes_of(tensors)
@@ -113,8 +130,7 @@ class Reduction:
                 marks = tf.constant(kernels.marks(np.array(self._shapes)))
                 kernels.waits(kernels.name)
             else:
-                shared, marks = self._measure()
-                self._results = self._reduce(shared)
+                marks, self._results = self._begin()
             with aside():
                 self.marks = tf.split(marks, len(tensors)) if len(tensors) > 1 else [marks]
         for mark in self.marks:
@@ -136,32 +152,101 @@ class Reduction:
         try:
             self.kernels.check(reduced.numpy(), place, self.marks[place].numpy())
             if self._results is None:
-                shared, _ = self._measure()
-                self._results = self._reduce(shared)
+                _, self._results = self._begin()
         except BaseException:
             self.kernels.waits(None)
             raise
 
-    def _measure(self) -> tuple[Any, Any]:
+    def _begin(self) -> tuple[Any, Sequence[Any]]:
+        """The tokens, one behind the other, and the results."""
+        with aside():
+            number = self._next_step()
+            previous = number - 1
+            if self._runs is not None and not tf.executing_eagerly():
+                previous = self._runs.last()
+        if self._ways is not None:
+            return self._in_one_of(self._ways, number, previous)
+        shared, marks = self._measure(number, previous)
+        with aside(), tf.control_dependencies(self._set_step(shared[-TAIL])):
+            shared = tf.identity(shared)
+        return marks, self._reduce(shared)
+
+    def _in_one_of(self, ways: Ways, number: Any, previous: Any) -> tuple[Any, Sequence[Any]]:
+        """As `_begin`, in the way that the ranks have agreed on for this step.
+
+        Of reductions that begin together, the first one asks for all of them.
+        """
+        (marks,) = self._call("marks", (), [self._shapes], tf.float64)
+        if self._first is None:
+            self._agreed, number = self._agree(number, previous)
+        else:
+            self._agreed = self._first._agreed
+
+        inside = copy.copy(self)
+        inside._inside, inside._ways, inside._first, inside._variables = True, None, None, ()
+
+        def by_horovod() -> list[Any]:
+            results = inside._plain(ways)
+            with tf.control_dependencies(results):
+                return [*results, *inside._call("arrive", (), [number], tf.int64)]
+
+        def by_kernels(kernels: Kernels) -> list[Any]:
+            own = copy.copy(inside)
+            own.kernels = kernels
+            shared, _ = own._measure(number, previous)
+            return [*own._reduce(shared), tf.cast(shared[-TAIL], tf.int64)]
+
+        branches: list[Callable[[], list[Any]]] = [by_horovod]
+        branches += [functools.partial(by_kernels, kernels) for kernels in ways.quantizing]
+        with aside():
+            if tf.executing_eagerly():
+                *results, step = branches[int(self._agreed)]()
+            else:
+                *results, step = tf.switch_case(self._agreed, branches)
+            with tf.control_dependencies(self._set_step(tf.reshape(step, []))):
+                return marks, list(map(tf.identity, results))
+
+    def _agree(self, number: Any, previous: Any) -> tuple[Any, Any]:
+        """The way of this step, and its number; as soon as the gradients are there."""
+        with aside(), tf.control_dependencies(self._xs):
+            steps = tf.stack([number, previous])
+        (own,) = self._call("propose", (), [self._shapes, steps], tf.int32)
+        shared = self._allreduce(own, stages.CHOICE, hvd.Max)
+        (way,) = self._call("choose", (), [self._shapes, shared], tf.int32)
+        with aside():
+            found = [self._compare_replicas(shared)] if self._variables else []
+            with tf.control_dependencies(found):
+                return tf.reshape(way, []), tf.cast(shared[-TAIL], tf.int64)
+
+    def _plain(self, ways: Ways) -> list[Any]:
+        """What Horovod makes of the tensors by itself."""
+        results = []
+        for place, x in enumerate(self._xs):
+            wide = tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x  # which it does not know
+            result = hvd_ops._allreduce(
+                wide,
+                op=ways.op,
+                prescale_factor=ways.prescale,
+                postscale_factor=ways.postscale,
+                **self._named(f"plain.{place}"),
+            )
+            results.append(tf.cast(result, x.dtype))
+        return results
+
+    def _measure(self, number: Any, previous: Any) -> tuple[Any, Any]:
         """What the ranks share before they quantize; and the tokens.
 
         They take the largest step of any rank, and go on from there: where one has joined or been
         lost, no dither of a step that was is used again.
         """
         with aside():
-            number = self._next_step()
-            previous = number - 1
-            if self._runs is not None and not tf.executing_eagerly():
-                previous = self._runs.last()
             inputs = [self._shapes, tf.stack([number, previous]), *self._xs]
         own, marks = self._call("measure", (), inputs, tf.int32, tf.float64)
         marks.set_shape([token.NUMBERS * len(self._xs)])
         if self._first is not None:
             with aside(), tf.control_dependencies([self._first._agreed]):
                 own = tf.identity(own)
-        shared = self._allreduce(own, stages.NORM, hvd.Max)
-        with aside(), tf.control_dependencies(self._set_step(shared[-TAIL])):
-            return tf.identity(shared), marks
+        return self._allreduce(own, stages.NORM, hvd.Max), marks
 
     def _next_step(self) -> Any:
         """The number of the reduction that begins here, as a tensor; the first is 0."""
@@ -234,9 +319,12 @@ class Reduction:
         return hvd_ops._allreduce(array, op=op, **self._named(part))
 
     def _named(self, part: str) -> dict[str, Any]:
+        name, ignored = self._name(part), self.ignore_name_scope
+        if self._inside:
+            name, ignored = self._scope + name, True
         return {
-            "name": f"{LOSS}.{self._name(part)}" if elastic() else self._name(part),
-            "ignore_name_scope": self.ignore_name_scope,
+            "name": f"{LOSS}.{name}" if elastic() else name,
+            "ignore_name_scope": ignored,
             "process_set": self.kernels.process_set,
         }
 
@@ -257,6 +345,14 @@ class Reduction:
         for result in results:
             result.set_shape([None])
         return results
+
+
+def _name_scope() -> str:
+    """The scope in which operations are made now, in front of names that have none."""
+    if tf.executing_eagerly():
+        return ""
+    scope = tf.compat.v1.get_default_graph().get_name_scope()
+    return hvd_ops._normalize_name(f"{scope}/") if scope else ""
 
 
 def _set(counters: Sequence[Counter], number: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from .. import __version__
 from ..guards import replicas
 from ..guards.stats import Sample
 from ..path import agreement, pipeline, token
+from ..path.auto import SharedTrials, Way, settings
 from ..path.config import Config, ConfigMismatchError, Plan
 from . import runtime
 
@@ -122,6 +123,39 @@ class Kernels:
         else:
             watched.move(self.key, operation)
 
+    def propose(self, shapes: Array, steps: Array) -> Array:
+        """This rank's part of what `choose` chooses by: of levels="auto", and `_tail`."""
+        step, previous = steps.tolist()
+        self.waits(self.operation(stages.CHOICE))
+        own = np.array(self._trials().propose(self.name), dtype=np.int32)
+        return np.concatenate([own, self._tail(shapes, step, previous)])
+
+    def choose(self, shapes: Array, shared: Array) -> Array:
+        """The place among `settings` of how this step is reduced; 0 is no compression.
+
+        Raises ConfigMismatchError where a rank has other settings, or other tensors.
+        """
+        self._check(shared, shapes)
+        place = self._trials().choose(self.name, shared[:-TAIL].tolist())
+        present = bool(shared[-1])  # all ranks; only an Allreduce is for those that have joined too
+        self.waits(self.operation(stages.CHOICE))
+        return np.array(place if present else 0, dtype=np.int32)
+
+    def arrive(self, step: Array) -> Array:
+        """Where Horovod has reduced the tensors itself; the step."""
+        self.waits(None)
+        return step
+
+    def _trials(self) -> SharedTrials:
+        """Those of this instance in its process set; the first reduction begins them."""
+        process_set = self.process_set
+        ranks = runtime.ranks_of(process_set)
+
+        def begin() -> SharedTrials:
+            return SharedTrials(tried(self.config, len(ranks)), speaks=process_set.rank() == 0)
+
+        return runtime.trials(self.owner, self.process_set_id, ranks, begin)
+
     def marks(self, shapes: Array) -> Array:
         """The tokens, one after the other; they are what a reduction begins with."""
         own = zip(self.names, _shapes(shapes), strict=True)
@@ -156,7 +190,14 @@ class Kernels:
 
         Raises ConfigMismatchError where a rank has other settings, or other tensors.
         """
-        self._check(shared, shapes, self.plan)
+        self._check(shared, shapes)
+        if shared[-1] == 0 and not self.plan.in_flight:
+            raise ValueError(
+                f"GlobalQSGD: levels must be 'standard' where ranks call hvd.join(), got "
+                f"{self.config.levels!r}, and a rank had joined when tensor {self.name!r} was "
+                "reduced: Horovod has no Alltoall for ranks that have joined. Pass "
+                "levels='standard', or give every rank equally many batches."
+            )
         own = self._stages(shapes)
         if not own.layout.parcels:
             return _aligned(0, codec.payload_dtype(own.plan))
@@ -257,7 +298,7 @@ class Kernels:
         numbers = [step & agreement.LARGEST, *pairs, previous, pipeline.PRESENT]
         return np.array(numbers, dtype=np.int32)
 
-    def _check(self, shared: Array, shapes: Array, plan: Plan) -> None:
+    def _check(self, shared: Array, shapes: Array) -> None:
         """Raise an error, on every rank alike, where their codes would not belong together."""
         expected = self._tail(shapes, 0, 0)
         if not np.array_equal(shared[-TAIL:][1:3], expected[1:3]):
@@ -273,13 +314,6 @@ class Kernels:
                 f"GlobalQSGD: the ranks disagree about tensor {self.name!r}{behind}: this one's "
                 f"has shape {first} and dtype {self.dtype}. Every rank has to reduce a tensor of "
                 "the same name, shape and dtype."
-            )
-        if shared[-1] == 0 and not plan.in_flight:
-            raise ValueError(
-                f"GlobalQSGD: levels must be 'standard' where ranks call hvd.join(), got "
-                f"{self.config.levels!r}, and a rank had joined when tensor {self.name!r} was "
-                "reduced: Horovod has no Alltoall for ranks that have joined. Pass "
-                "levels='standard', or give every rank equally many batches."
             )
 
     def _stages(self, shapes: Array) -> Stages:
@@ -324,6 +358,12 @@ def _shapes(shapes: Array) -> list[tuple[int, ...]]:
     for rank in numbers:
         found.append(tuple(next(numbers) for _ in range(rank)))
     return found
+
+
+@cache
+def tried(config: Config, world_size: int) -> list[Way]:
+    """The ways of levels="auto": a graph has all of them. Buckets are not split by size."""
+    return settings(config, world_size, factors=(1,))
 
 
 @cache

@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from tensorflow.python.eager import execute
 
 from ..guards import watchdog
 from ..guards.stats import TensorStats
+from ..path.auto import SharedTrials, Way
 
 
 class Owner(Protocol):
@@ -33,6 +34,7 @@ class Owner(Protocol):
         """The newest figures of each tensor, by its name."""
 
 
+_making = threading.Lock()  # of what exists once
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 
 
@@ -40,12 +42,67 @@ def register(owner: Owner) -> str:
     """A key by which `owner_of` finds it, as long as it lives."""
     key = str(uuid.uuid4())
     _owners[key] = owner
+    weakref.finalize(owner, _forget, key)
     return key
+
+
+def _forget(key: str) -> None:
+    """What has been found out for an instance that is gone."""
+    with _making:
+        for tried in [own for own in _trials if own[0] == key]:
+            del _trials[tried]
+        for decided in [own for own in _decided if own[0] == key]:
+            del _decided[decided]
 
 
 def owner_of(key: str) -> Owner | None:
     """Who was registered; None in another process."""
     return _owners.get(key)
+
+
+def ranks_of(process_set: Any) -> tuple[int, ...]:
+    """The ranks of a process set that Horovod knows now; its number may have been another's."""
+    number = process_set.process_set_id
+    if number == 0:
+        return tuple(range(process_set.size()))
+    return tuple(hvd_ops._basics._get_process_set_ids_and_ranks()[number])
+
+
+# What levels="auto" has found out, by whose it is, the process set and its ranks; the last used
+# last. In an elastic job a process set has other ranks from time to time.
+_trials: dict[tuple[str, int, tuple[int, ...]], SharedTrials] = {}
+# What has been decided in a run before, by whose it is and the ranks.
+_decided: dict[tuple[str, tuple[int, ...]], str] = {}
+
+
+def trials(
+    owner: str, process_set_id: int, ranks: tuple[int, ...], begin: Callable[[], SharedTrials]
+) -> SharedTrials:
+    """Those of an instance in a process set; the first reduction begins them."""
+    key = owner, process_set_id, ranks
+    with _making:
+        own = _trials.pop(key, None)
+        if own is None:
+            own = begin()
+            if (owner, ranks) in _decided:
+                own.decide(_decided[owner, ranks])
+        _trials[key] = own
+        return own
+
+
+def decide(owner: str, ranks: tuple[int, ...], way: str) -> None:
+    """Take over what these ranks have decided in a run before."""
+    with _making:
+        _decided[owner, ranks] = way
+        for key, own in _trials.items():
+            if key[::2] == (owner, ranks):
+                own.decide(way)
+
+
+def decisions(owner: str) -> dict[tuple[int, tuple[int, ...]], Way | None]:
+    """What an instance has decided, by process set and its ranks, the last used last."""
+    with _making:
+        return {key[1:]: own.decision for key, own in _trials.items() if key[0] == owner}
 
 
 class UnderWay:
@@ -92,7 +149,6 @@ class UnderWay:
 
 
 _under_way: dict[float, UnderWay] = {}
-_making = threading.Lock()
 
 
 def under_way(timeout: float, function: str) -> UnderWay:

@@ -98,7 +98,8 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     story.begin(hvd)
     model = linear()
-    compression = GlobalQSGD(levels=options.levels, bits=8, min_elements=1024)
+    bits = None if options.levels == "auto" else 8
+    compression = GlobalQSGD(levels=options.levels, bits=bits, min_elements=1024)
     optimizer, step = make_step(options.way, model, compression)
     levels = note_levels()
 
@@ -122,7 +123,8 @@ def main() -> None:
     train(State(model, optimizer, step=0))
     inputs, targets = story.batch()
     final = float(np.square(inputs @ np.concatenate(model.get_weights()) - targets).sum())
-    say("DONE", final, digest(trained(model, optimizer)), None)
+    decision = compression.decisions.get(0) if options.levels == "auto" else None
+    say("DONE", final, digest(trained(model, optimizer)), decision)
 
 
 if __name__ == "__main__":

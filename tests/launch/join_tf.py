@@ -56,7 +56,7 @@ def main(mode: str, levels: str, steps: int) -> None:
         check(reduce(), hvd.size())
     if not joins:
         for _ in range(3):
-            if levels == "standard":
+            if levels in ("standard", "auto"):
                 check(reduce(), hvd.size() - 1)
             else:
                 say("refused", message_of(reduce))

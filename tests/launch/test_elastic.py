@@ -89,7 +89,7 @@ LENGTHS = {"standard": STEPS, "two-hop": STEPS, "exponential": STEPS, "auto": 14
 JOBS = [
     *(("torch", "levels", levels) for levels in LENGTHS),
     *(("tensorflow", "way", way) for way in ("tape", "eager", "keras")),
-    *(("tensorflow", "levels", levels) for levels in ("two-hop", "exponential")),
+    *(("tensorflow", "levels", levels) for levels in ("two-hop", "exponential", "auto")),
 ]
 
 

@@ -49,7 +49,7 @@ def loaded(directory: Path, keras: int, module: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("keras", "levels"),
-    [(2, "two-hop"), (3, "standard"), rare(2, "standard"), rare(3, "two-hop")],
+    [(2, "two-hop"), (3, "standard"), rare(2, "standard"), rare(3, "two-hop"), rare(2, "auto")],
 )
 def test_what_loads_without_compression_loads_with_it(
     keras: int, levels: str, tmp_path: Path

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gq_horovod.path import auto
-from gq_horovod.path.auto import NONE, Trials, Way
+from gq_horovod.path.auto import NONE, SharedTrials, Trials, Way
 from gq_horovod.path.config import AUTO, Config
 
 SIZES = (10, 5_000, 100_000, 2_000_000)  # elements of the tensors of a model
@@ -195,3 +195,90 @@ def _numbers(values: dict[str, Any]) -> dict[Any, Any]:
 def test_levels_have_to_be_chosen_for_a_plan() -> None:
     with pytest.raises(ValueError, match="or 'two-hop' for a plan"):
         AUTO.plan(4)
+
+
+# ------------------------------------------------------- ranks that share numbers before each step
+
+
+class Cluster:
+    """Ranks whose steps are one step: before each, they take the maximum of what they propose."""
+
+    def __init__(self, seconds: dict[str, float], ranks: int = 2) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+        self.settings = auto.settings(AUTO, ranks, factors=(1,))
+        self.ranks = [self.newcomer() for _ in range(ranks)]
+
+    def newcomer(self) -> SharedTrials:
+        return SharedTrials(self.settings, clock=lambda: self.now)
+
+    def step(self, *absent: int, name: str = "x") -> str:
+        """The way that all ranks which are there take."""
+        there = [own for rank, own in enumerate(self.ranks) if rank not in absent]
+        agreed = np.max([own.propose(name) for own in there], axis=0).tolist()
+        (place,) = {own.choose(name, agreed) for own in there}
+        way = self.settings[place].name
+        self.now += self.seconds[way]
+        return way
+
+
+SHARED_LAST = 75  # step before which a decision is there, as the documentation says
+
+
+@pytest.mark.parametrize("fastest", ALL)
+def test_ranks_that_share_numbers_decide(fastest: str) -> None:
+    cluster = Cluster({**ALL, fastest: 0.5})
+    seen = [cluster.step() for _ in range(SHARED_LAST)]
+    assert set(seen) == set(ALL)
+    assert all(own.decision is None for own in cluster.ranks)
+    assert {cluster.step() for _ in range(5)} == {fastest}
+    assert [own.decision.name for own in cluster.ranks if own.decision] == [fastest] * 2
+
+
+@pytest.mark.parametrize("begin", [1, 10, 40, SHARED_LAST - 1, SHARED_LAST + 5])
+def test_who_comes_later_takes_over_what_is_known(begin: int) -> None:
+    cluster = Cluster({**ALL, "standard": 0.5})
+    for _ in range(begin):
+        cluster.step()
+    cluster.ranks[1] = cluster.newcomer()
+    for _ in range(begin, SHARED_LAST + 8):
+        cluster.step()
+    assert [own.decision.name for own in cluster.ranks if own.decision] == ["standard"] * 2
+
+
+@pytest.mark.parametrize("away", [range(5), range(5, 30), range(20, 60), range(70, 80)], ids=str)
+def test_who_was_away_takes_over_what_is_known(away: range) -> None:
+    cluster = Cluster({**ALL, "two-hop": 0.5}, ranks=3)
+    for step in range(SHARED_LAST + 10):
+        cluster.step(*([2] if step in away else []))
+    assert [own.decision.name for own in cluster.ranks if own.decision] == ["two-hop"] * 3
+
+
+def test_numbers_alone_say_which_way() -> None:
+    """A rank that already knows more takes the way of the others for what is behind."""
+    cluster = Cluster({**ALL, "two-hop": 0.5})
+    proposed = [own.propose("late") for own in cluster.ranks]
+    for _ in range(SHARED_LAST + 1):
+        cluster.step()
+    first, second = cluster.ranks
+    assert first.decision is not None
+    agreed = np.max(proposed, axis=0).tolist()
+    newcomer = cluster.newcomer()
+    assert {own.choose("late", agreed) for own in (first, second, newcomer)} == {0}
+    assert newcomer.decision is None
+
+
+def test_a_decision_that_one_rank_has_loaded() -> None:
+    cluster = Cluster(dict(ALL), ranks=3)
+    cluster.ranks[1].decide("two-hop")
+    assert {cluster.step() for _ in range(3)} == {"two-hop"}
+    assert [own.decision.name for own in cluster.ranks if own.decision] == ["two-hop"] * 3
+
+
+def test_numbers_fit_their_messages() -> None:
+    """They travel as int32, however long a step takes."""
+    cluster = Cluster({**dict.fromkeys(ALL, 1e7), "standard": 5e6})
+    for _ in range(SHARED_LAST + 1):
+        proposed = cluster.ranks[0].propose("x")
+        assert all(0 <= number < 2**31 for number in proposed)
+        cluster.step()
