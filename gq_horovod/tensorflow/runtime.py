@@ -10,6 +10,7 @@ import sys
 import threading
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Any, Protocol
@@ -42,13 +43,18 @@ def register(owner: Owner) -> str:
     """A key by which `owner_of` finds it, as long as it lives."""
     key = str(uuid.uuid4())
     _owners[key] = owner
-    weakref.finalize(owner, _forget, key)
+    # Not more than that: instances may be collected at any moment, within a lock too.
+    weakref.finalize(owner, _gone.append, key)
     return key
 
 
-def _forget(key: str) -> None:
-    """What has been found out for an instance that is gone."""
-    with _making:
+_gone: deque[str] = deque()  # keys of instances that are gone
+
+
+def _forget() -> None:
+    """Drop what has been found out for instances that are gone; the lock is held."""
+    while _gone:
+        key = _gone.popleft()
         for tried in [own for own in _trials if own[0] == key]:
             del _trials[tried]
         for decided in [own for own in _decided if own[0] == key]:
@@ -83,6 +89,7 @@ def trials(
     with _making:
         own = _trials.pop(key, None)
         if own is None:
+            _forget()
             own = begin()
             if (owner, ranks) in _decided:
                 own.decide(_decided[owner, ranks])
