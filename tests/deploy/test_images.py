@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 LAUNCH = DOCKER / "gq-launch"
 JOB = yaml.safe_load((ROOT / "k8s" / "base" / "mpijob.yaml").read_text())
 WORKER = JOB["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]
+DRIVER = "/usr/local/nvidia/lib64"  # where GKE mounts the libraries of the node's driver
 
 
 def lint(program: str, *arguments: object) -> str:
@@ -209,10 +213,80 @@ def image_environment() -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.replace("\\\n", " ").split())
 
 
+def test_the_manifests_pass_the_folder_of_the_driver_on() -> None:
+    """Where another image's sshd does not say it, mpirun does."""
+    assert image_environment()["LD_LIBRARY_PATH"] == DRIVER
+    (launcher,) = JOB["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    passed = [name for option, name in pairwise(launcher["args"]) if option == "-x"]
+    assert "LD_LIBRARY_PATH" in passed
+    config = yaml.safe_load((ROOT / "k8s" / "base" / "config.yaml").read_text())
+    assert config["data"]["LD_LIBRARY_PATH"] == DRIVER
+
+
+@pytest.fixture
+def over_ssh(tmp_path: Path) -> Iterator[Callable[[str, str], subprocess.CompletedProcess[str]]]:
+    """Run a command through a real sshd that has a given configuration, but for port and keys."""
+    sshd = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"])
+    if sshd is None or shutil.which("ssh") is None:
+        pytest.skip("sshd or ssh is not installed")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd asks for it
+    key = tmp_path / "id_rsa"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", key], check=True)
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def run(config: str, command: str) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for setting, value in {
+            "Port 2222": f"Port {port}\nListenAddress 127.0.0.1",
+            "HostKey /home/mpiuser/.ssh/id_rsa": f"HostKey {key}",
+            "AuthorizedKeysFile .ssh/authorized_keys": f"AuthorizedKeysFile {key}.pub",
+        }.items():
+            config = changed(config, setting, value)
+        (tmp_path / "sshd_config").write_text(config)
+        servers.append(subprocess.Popen([sshd, "-De", "-f", tmp_path / "sshd_config"]))
+        options = ["-F", DOCKER / "ssh_config", "-i", key, "-p", port]
+        options += ["-o", "ConnectionAttempts=20"]
+        # The variable of whoever runs the tests must not reach the session by another way.
+        env = {name: own for name, own in os.environ.items() if name != "LD_LIBRARY_PATH"}
+        return subprocess.run(
+            ["ssh", *map(str, options), "127.0.0.1", command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=env,
+        )
+
+    yield run
+    for server in servers:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+def test_a_session_over_ssh_finds_the_driver(over_ssh, tmp_path: Path) -> None:
+    """As mpirun starts a rank: with a library in the place of the driver's, and a real sshd."""
+    folder = tmp_path / "nvidia"
+    folder.mkdir()
+    name = "libgq_driver_of_a_test.so.1"
+    (tmp_path / "driver.cpp").write_text("int nothing;\n")
+    compiler = shutil.which("g++") or pytest.skip("no compiler")
+    build = [compiler, "-shared", "-o", folder / name, tmp_path / "driver.cpp"]
+    subprocess.run(build, check=True)
+    command = f'{sys.executable} -c \'import ctypes; ctypes.CDLL("{name}"); print("found")\''
+    config = (DOCKER / "sshd_config").read_text()
+    found = over_ssh(changed(config, f"={DRIVER} ", f"={folder} "), command)
+    assert (found.returncode, found.stdout) == (0, "found\n"), found.stderr
+    missed = over_ssh(changed(config, f"LD_LIBRARY_PATH={DRIVER} ", ""), command)
+    assert missed.returncode == 1
+    assert name in missed.stderr
+
+
 def test_caches_of_libraries_lie_in_a_volume_of_every_pod() -> None:
     """Their usual places are in the home, which is on the read-only root file system."""
     environment = image_environment()
-    no_paths = ("PATH", "HOROVOD_CACHE_CAPACITY")
+    no_paths = ("PATH", "LD_LIBRARY_PATH", "HOROVOD_CACHE_CAPACITY")
     caches = {name: path for name, path in environment.items() if name not in no_paths}
     assert {"XDG_CACHE_HOME", "MPLCONFIGDIR", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH"} == set(caches)
     for pod in pods(JOB).values():
