@@ -7,6 +7,7 @@ Frameworks, MPI and Horovod are imported when they are looked at.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import glob
 import importlib
 import os
@@ -40,6 +41,11 @@ _SECRETS = re.compile(r"SECRET|KEY|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
 # What has to be the same on all ranks.
 COMPARED = ("gq-horovod", "kernels", "python", "numpy", "horovod", "torch", "tensorflow", "mpi")
 _TOOL_SECONDS = 20
+_DRIVER = "libcuda.so.1"
+# Folders that a container gets the NVIDIA driver's libraries in, where no ld.so.cache names them.
+_MOUNTED_DRIVERS = ("/usr/local/nvidia/lib64",)  # GKE
+# The first version of the driver for a major version of CUDA (NVIDIA's CUDA Compatibility guide).
+_OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ def facts() -> Facts:
         "horovod": _attempt(_horovod),  # first, as in training: it starts MPI with threads
         "mpi": _attempt(_mpi),
         "gpu": _attempt(_gpus),
+        "driver": _attempt(_driver),
         "cuda-aware MPI": _cuda_aware(),
         "variables": {
             name: value
@@ -166,6 +173,27 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
+def _driver() -> dict[str, str | None]:
+    """The CUDA that PyTorch is built for, the newest one that the NVIDIA driver can run, and a
+    folder with the driver's library where the loader does not look. None for what is not there."""
+    built_for = None
+    if _version("torch") is not None:
+        import torch
+
+        built_for = torch.version.cuda
+    mounted = [folder for folder in _MOUNTED_DRIVERS if Path(folder, _DRIVER).exists()]
+    found = {"built for": built_for, "cuda": None, "mounted": next(iter(mounted), None)}
+    try:
+        library = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return found
+    number = ctypes.c_int()
+    if status := library.cuDriverGetVersion(ctypes.byref(number)):
+        raise RuntimeError(f"cuDriverGetVersion returned {status}")
+    found["cuda"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    return found
+
+
 def _cuda_aware() -> bool | None:
     """Whether Open MPI takes pointers to device memory; None where it does not say."""
     path = shutil.which("ompi_info")
@@ -191,6 +219,7 @@ def diagnose(found: Facts) -> list[Finding]:
         *(_of_the_temporary_folder(found) or [*_of_horovod(found), *_of_mpi(found)]),
         *_of_frameworks(found),
         *_of_gpus(found),
+        *_of_the_driver(found),
     ]
 
 
@@ -330,6 +359,44 @@ def _of_gpus(found: Facts) -> list[Finding]:
         Finding("CUDA-aware MPI", "ok", f"{said} (not needed: codes travel from hosts)")
     )
     return findings
+
+
+def _of_the_driver(found: Facts) -> list[Finding]:
+    """Nothing, unless PyTorch is built for CUDA and cannot use a GPU: why it cannot."""
+    what = "NVIDIA driver"
+    driver = found["driver"]
+    if problem := _error(driver):
+        return [Finding(what, "wrong", problem, "check the driver with nvidia-smi")]
+    needed, has = driver["built for"], driver["cuda"]
+    if needed is None or _error(found["gpu"]):
+        return []
+    major = needed.partition(".")[0]
+    oldest = f"version {_OLDEST_DRIVERS[major]} or newer" if major in _OLDEST_DRIVERS else "newer"
+    if has is None and driver["mounted"]:
+        text = f"{_DRIVER} is in {driver['mounted']}, where the loader does not look"
+        remedy = (
+            f"set LD_LIBRARY_PATH={driver['mounted']} before the program starts, for ranks on "
+            "other hosts with mpirun's -x LD_LIBRARY_PATH or sshd's SetEnv"
+        )
+        return [Finding(what, "wrong", text, remedy)]
+    if has is None:
+        remedy = (
+            f"for GPUs install the driver, {oldest}, or start the container with it (docker: "
+            "`--gpus all`; Kubernetes: a limit of nvidia.com/gpu); without, tensors on the CPU work"
+        )
+        text = f"none (no {_DRIVER}), while PyTorch is built for CUDA {needed}"
+        return [Finding(what, "note", text, remedy)]
+    if int(has.partition(".")[0]) < int(major):
+        text = f"runs CUDA up to {has}, while PyTorch is built for CUDA {needed}"
+        remedy = f"install a driver of {oldest}, or a PyTorch for CUDA {has.partition('.')[0]}"
+        return [Finding(what, "wrong", text, remedy)]
+    if not found["gpu"]:
+        remedy = (
+            "check with nvidia-smi that there is one, and that CUDA_VISIBLE_DEVICES does not hide "
+            "it; without, tensors on the CPU work"
+        )
+        return [Finding(what, "note", f"for CUDA up to {has}, but no GPU is visible", remedy)]
+    return [Finding(what, "ok", f"for CUDA up to {has}")]
 
 
 # -------------------------------------------------------------------------------------- the cluster

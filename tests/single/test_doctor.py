@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ GOOD: Facts = {
     },
     "mpi": {"library": "Open MPI v4.1.8", "threads": "multiple"},
     "gpu": [],
+    "driver": {"built for": None, "cuda": None, "mounted": None},
     "cuda-aware MPI": None,
     "variables": {"HOROVOD_CACHE_CAPACITY": "8192"},
     "numpy": "2.0.2",
@@ -38,7 +41,8 @@ GOOD: Facts = {
     "keras": "2.15.0",
     "cupy": None,
 }
-GPU = {"gpu": ["H100"], "cupy": "14.2.0"}
+DRIVER = {"built for": "13.0", "cuda": "13.0", "mounted": None}
+GPU = {"gpu": ["H100"], "cupy": "14.2.0", "driver": DRIVER}
 
 
 def broken(changes: dict[str, Any]) -> Facts:
@@ -90,6 +94,14 @@ BREAKAGES = [
     ({"keras": "3.5.0"}, "Keras", "note", "TF_USE_LEGACY_KERAS=1"),
     ({"gpu": ERROR}, "GPU", "wrong", "nvidia-smi"),
     ({**GPU, "cupy": None}, "CuPy", "wrong", "pip install gq-horovod[cuda12]"),
+    ({"driver": ERROR}, "NVIDIA driver", "wrong", "nvidia-smi"),
+    ({"driver": {**DRIVER, "cuda": None}}, "NVIDIA driver", "note", "version 580 or newer"),
+    (
+        {"driver": {**DRIVER, "cuda": None, "mounted": "/usr/local/nvidia/lib64"}},
+        *("NVIDIA driver", "wrong", "LD_LIBRARY_PATH=/usr/local/nvidia/lib64"),
+    ),
+    ({"driver": {**DRIVER, "cuda": "12.8"}}, "NVIDIA driver", "wrong", "a PyTorch for CUDA 12"),
+    ({"driver": DRIVER}, "NVIDIA driver", "note", "CUDA_VISIBLE_DEVICES"),
 ]
 
 
@@ -99,6 +111,30 @@ def test_a_breakage(changes: dict[str, Any], what: str, status: str, remedy: str
     assert [finding.status for finding in findings] == [status]
     assert remedy in findings[0].remedy
     assert findings[0].found
+
+
+def test_without_a_gpu_the_driver_is_all_that_is_missing() -> None:
+    """Where everything is built for CUDA; an older driver of the same major version is enough."""
+    found = broken({"driver": {**DRIVER, "cuda": None}, "horovod.nccl": True, "cupy": "14.2.0"})
+    assert [each.what for each in diagnose(found) if each.status != "ok"] == ["NVIDIA driver"]
+    older = broken({**GPU, "driver": {**DRIVER, "built for": "12.8", "cuda": "12.2"}})
+    assert {finding.status for finding in diagnose(older)} == {"ok"}
+
+
+def test_the_driver_is_asked_where_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "driver.cpp"
+    source.write_text('extern "C" int cuDriverGetVersion(int* v) { *v = 12080; return 0; }\n')
+    compiler = shutil.which("g++") or pytest.skip("no compiler")
+    library = tmp_path / "libgq_driver_of_a_test.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setattr(doctor, "_MOUNTED_DRIVERS", (str(tmp_path / "none"), str(tmp_path)))
+    monkeypatch.setattr(doctor, "_DRIVER", library.name)
+    found = doctor._driver()
+    assert (found["cuda"], found["mounted"]) == (None, str(tmp_path))
+    monkeypatch.setattr(doctor, "_DRIVER", str(library))
+    assert doctor._driver()["cuda"] == "12.8"
 
 
 def test_whatever_is_not_right_has_a_remedy() -> None:
