@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write requirements.lock: the pins of requirements.txt with the hashes of their files.
+"""Write requirements.lock: the pins of requirements*.txt with the hashes of their files.
 
     .venv/bin/python tools/lock.py
 
-To be run where a pin was moved. pip resolves requirements.txt anew, which also finds what torch's
-CUDA wheel needs, and downloads nothing but metadata. The hashes are those that the package index
-has for all files of a version that Linux on x86-64 or arm64 can use; nothing is downloaded to make
-them. Needs the network; the index is the one that pip is configured for, and there must be no other
+To be run where a pin was moved. pip resolves the pins anew, which also finds what torch's CUDA
+wheel needs, and downloads nothing but metadata. The hashes are those that the package index has for
+all files of a version that Linux on x86-64 or arm64 can use; nothing is downloaded to make them.
+Needs the network; the index is the one that pip is configured for, and there must be no other
 (PIP_CONFIG_FILE=/dev/null, no PIP_EXTRA_INDEX_URL, no PIP_FIND_LINKS).
 """
 
@@ -70,14 +70,14 @@ def is_of(filename: str, name: str, version: str) -> bool:
 
 
 def resolve() -> dict[str, str]:
-    """Names and versions of all that requirements.txt brings, by pip."""
+    """Names and versions of all that the pins bring, by pip."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"),
                 *("--ignore-installed", "--use-feature=fast-deps", "--report", str(report)),
-                *("-r", str(setup_env.REQUIREMENTS)),
+                *("-r", str(setup_env.REQUIREMENTS), "-r", str(setup_env.CUDA_REQUIREMENTS)),
             ],
             check=True,
         )
@@ -129,14 +129,17 @@ def main() -> None:
 
     index = setting("index-url") or PyPI.simple_url
     pins = setup_env.pins(setup_env.REQUIREMENTS.read_text())
+    pins_of_cuda = setup_env.pins(setup_env.CUDA_REQUIREMENTS.read_text())
     resolved = {setup_env.normalized(name): (name, own) for name, own in resolve().items()}
-    parts: dict[bool, list[str]] = {True: [], False: []}
+    ours, of_cuda, of_torch = list[str](), list[str](), list[str]()
     for key in sorted(resolved):
-        name, version = resolved[key]
-        name, version = pins.get(key, (name, version))
-        parts[key in pins].append(entry(name, version, files(index, name, setting("cert") or True)))
+        name, version = (pins | pins_of_cuda).get(key, resolved[key])
+        part = ours if key in pins else of_cuda if key in pins_of_cuda else of_torch
+        part.append(entry(name, version, files(index, name, setting("cert") or True)))
         print(f"{name} {version}", flush=True)
-    text = HEADER + "".join(parts[True]) + f"\n{setup_env.OF_TORCH}\n" + "".join(parts[False])
+    text = HEADER + "".join(ours)
+    text += f"\n{setup_env.OF_TORCH}\n" + "".join(of_torch)
+    text += f"\n{setup_env.OF_CUDA}\n" + "".join(of_cuda)
     setup_env.write_atomically(setup_env.LOCK, text)
 
 

@@ -13,7 +13,9 @@ Environment variables (all optional):
     CXX                the C++ compiler
     GQ_HOROVOD_HASHES  0: take packages whose hashes are not those of requirements.lock
     HOROVOD_GPU_*, HOROVOD_CUDA_*, HOROVOD_NCCL_*
-                       Horovod's own build switches, such as HOROVOD_GPU_OPERATIONS=NCCL
+                       Horovod's own build switches, such as HOROVOD_GPU_OPERATIONS=NCCL. That one
+                       takes torch's CUDA wheel, and CUDA's compiler and NCCL from wheels too;
+                       HOROVOD_CUDA_HOME and HOROVOD_NCCL_HOME name others
 """
 
 from __future__ import annotations
@@ -35,14 +37,18 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements.txt"
+CUDA_REQUIREMENTS = ROOT / "requirements-cuda.txt"  # CUDA's compiler
 LOCK = ROOT / "requirements.lock"  # the same versions with hashes, by tools/lock.py
-# The line of LOCK before the packages that only torch's CUDA wheel needs.
+# The lines of LOCK before the packages that only torch's CUDA wheel needs, and before those of
+# CUDA_REQUIREMENTS.
 OF_TORCH = "# Only torch's CUDA wheel needs these."
+OF_CUDA = "# Only a build with HOROVOD_GPU_OPERATIONS needs these."
 STAMP = VENV / ".gq-horovod-setup"  # hash of the inputs of the last set-up that passed its checks
 INSTALLING = VENV / ".gq-horovod-installing"  # there while pip installs: a sign of a broken run
 HOROVOD_STAMP = VENV / ".gq-horovod-wheel"  # cache key of the Horovod wheel installed in .venv
@@ -81,6 +87,11 @@ HOROVOD_PATCH = (
         "if(NOT HAVE_CUDA)\n    set(Pytorch_CUDA FALSE)\nendif()\n",
     ),
 )
+# With CUDA also: torch has loaded NCCL and the CUDA runtime before Horovod, TensorFlow has not, so
+# the run-path has to name their folders. The driver's library is called libcuda.so.1 everywhere;
+# the name without a version is that of development packages.
+END_OF_RUN_PATH = "\\$ORIGIN/../../tensorflow"
+CUDA_PATCH = (("horovod/torch/cuda_util.cc", 'dlopen("libcuda.so", ', 'dlopen("libcuda.so.1", '),)
 HOROVOD_SWITCHES = {
     "HOROVOD_WITH_MPI": "1",
     "HOROVOD_WITH_GLOO": "1",
@@ -308,14 +319,16 @@ def check_python() -> None:
         # Started from the activated .venv, which may have to be removed.
         base = os.path.realpath(sys.executable)
         os.execv(base, [base, *sys.argv])
-    if sys.version_info[:2] == (3, 11):
+    if sys.version_info[:2] == (3, 11) and sys.version_info.releaselevel == "final":
         return
     other = shutil.which("python3.11")
     if other and not os.environ.get("GQ_HOROVOD_REEXEC"):
         os.environ["GQ_HOROVOD_REEXEC"] = "1"
         os.execv(other, [other, *sys.argv])
     raise SetupError(
-        f"Python 3.11 is needed; this is {platform.python_version()} ({sys.executable}).",
+        # Ubuntu 22.04's python3.11 is 3.11.0rc1, on which torch.jit crashes.
+        f"A released Python 3.11 is needed; this is {platform.python_version()} "
+        f"({sys.executable}).",
         "Install Python 3.11 (Debian 12: `apt-get install python3 python3-venv python3-dev`;\n"
         "without root: pyenv or conda), then run `make setup PYTHON=/path/to/python3.11`.",
     )
@@ -422,13 +435,19 @@ def importable(module: str) -> bool:
 
 def install_pins() -> None:
     install = [VENV_PYTHON, "-m", "pip", "install"]
-    others = other_sources(VENV_PYTHON)
     checked = hashes_are_checked()
+    # NCCL and the compiler below are those of the torch in the lock, so other builds do not count.
+    gpu = gpu_operations()
+    others = "" if gpu and checked else other_sources(VENV_PYTHON)
+    files = [REQUIREMENTS]
+    if gpu and not os.environ.get("HOROVOD_CUDA_HOME"):
+        files.append(CUDA_REQUIREMENTS)
     # Packages that pip was killed over can look complete to the next pip: hence the mark.
     INSTALLING.touch()
     if checked:
         listed = ROOT / "build" / "requirements.lock"
-        hashed = hashed_pins(REQUIREMENTS.read_text(), LOCK.read_text(), not others)
+        wanted = "".join(file.read_text() for file in files)
+        hashed = hashed_pins(wanted, LOCK.read_text(), not others)
         listed.write_text(hashed)
         run([*install, "--require-hashes", "-r", listed])
         say(f"      {len(pins(hashed))} packages, all with the hashes of requirements.lock")
@@ -438,7 +457,7 @@ def install_pins() -> None:
     elif not checked:
         say("      GQ_HOROVOD_HASHES=0: packages are not checked against requirements.lock")
     if others or not checked:
-        run([*install, "-r", REQUIREMENTS])
+        run([*install, *(argument for file in files for argument in ("-r", file))])
     INSTALLING.unlink()
 
 
@@ -465,7 +484,7 @@ def normalized(name: str) -> str:
 
 def pins(text: str) -> dict[str, tuple[str, str]]:
     """Names and versions in a requirements file, by normalized name."""
-    found = re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.M)
+    found = re.findall(r"^([\w.-]+)={2,3}([^\s;\\=]+)", text, re.M)
     return {normalized(name): (name, version) for name, version in found}
 
 
@@ -473,14 +492,17 @@ def hashed_pins(requirements: str, lock: str, torch: bool) -> str:
     """What pip shall install and check: the lock's entries for `requirements`, which may be a part.
 
     Without `torch` those of torch and of its CUDA packages are left out. PyTorch's other indexes
-    have other builds of the same version, and pip would not take them where it knows hashes.
+    have other builds of the same version, and pip would not take them where it knows hashes. With
+    `torch` the version is meant to the letter: pip prefers 2.13.0+cpu to 2.13.0 where it finds it.
     """
-    ours, _, of_torch = lock.partition(OF_TORCH)
+    ours, _, rest = lock.partition(OF_TORCH)
+    of_torch, _, of_cuda = rest.partition(OF_CUDA)
     wanted = pins(requirements)
     if not torch:
         wanted.pop("torch", None)
-    entries = re.findall(r"^[\w.-]+==(?:.*\\\n)*.*\n", ours, re.M)
+    entries = re.findall(r"^[\w.-]+==(?:.*\\\n)*.*\n", ours + of_cuda, re.M)
     chosen = [own for own in entries if pins(own).keys() & wanted.keys()]
+    chosen = [re.sub("^torch==", "torch===", own) for own in chosen]
     return "".join(chosen) + (of_torch if torch else "")
 
 
@@ -488,36 +510,123 @@ def hashed_pins(requirements: str, lock: str, torch: bool) -> str:
 
 
 def install_horovod(compiler: str) -> None:
-    inputs = horovod_build_inputs(compiler)
+    cuda = find_cuda() if gpu_operations() else None
+    inputs = horovod_build_inputs(compiler, cuda)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
     present = any(VENV.glob(f"lib/python*/site-packages/horovod-{HOROVOD}.dist-info"))
     if present and HOROVOD_STAMP.is_file() and HOROVOD_STAMP.read_text().strip() == key:
         say("      already installed")
         return
-    wheel = horovod_wheel(key, inputs, compiler)
+    wheel = horovod_wheel(key, inputs, compiler, cuda)
     run([VENV_PYTHON, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel])
     write_atomically(HOROVOD_STAMP, key + "\n")
 
 
-def horovod_build_inputs(compiler: str) -> dict:
+class Cuda(NamedTuple):
+    """What Horovod's GPU operations are built against."""
+
+    home: Path  # a toolkit, with bin/nvcc
+    nccl: Path  # the wheel's folder, with include and lib
+    run_path: tuple  # folders with libraries that are loaded, below site-packages
+    versions: dict  # of torch's CUDA, the compiler and NCCL
+
+
+def gpu_operations() -> bool:
+    """Whether Horovod shall have operations on CUDA tensors."""
+    return any(name.startswith("HOROVOD_GPU") for name in horovod_switches())
+
+
+def find_cuda() -> Cuda:
+    """The CUDA that .venv and HOROVOD_CUDA_HOME have. Its parts must have one major version."""
+    query = "import torch; print(torch.__version__, torch.version.cuda)"
+    torch, of_torch = output_of([VENV_PYTHON, "-c", query]).split()
+    if of_torch == "None":
+        raise SetupError(
+            f"HOROVOD_GPU_OPERATIONS needs a PyTorch for CUDA, got torch {torch}.",
+            "With GQ_HOROVOD_HASHES=0 pip takes it from where PIP_EXTRA_INDEX_URL and\n"
+            "PIP_FIND_LINKS say: name PyTorch's index of CUDA wheels there, or unset all three.\n"
+            "Then run `make distclean setup`.",
+        )
+    major = of_torch.partition(".")[0]
+    (site_packages,) = VENV.glob("lib/python*/site-packages")
+    named = os.environ.get("HOROVOD_CUDA_HOME")
+    home = Path(named) if named else site_packages / "nvidia" / f"cu{major}"
+    nvcc = home / "bin" / "nvcc"
+    said = output_of([nvcc, "--version"])
+    release = re.search(r"release (\d+)\.\d+, V([\d.]+)", said)
+    if not release:
+        raise SetupError(
+            f"Horovod's CUDA kernels need a compiler; {nvcc} does not run.",
+            f"Let HOROVOD_CUDA_HOME name a CUDA {major} toolkit, a folder with bin/nvcc; or unset\n"
+            f"it to take the compiler of requirements-cuda.txt.",
+        )
+    wheels = {
+        found[1]: found[2]
+        for path in site_packages.glob("nvidia_nccl_cu*.dist-info")
+        if (found := re.fullmatch(r"nvidia_nccl_cu(\d+)-(.+)\.dist-info", path.name))
+    }
+    majors = {f"torch {torch}": major, str(nvcc): release[1]}
+    majors.update({f"nvidia-nccl-cu{own}": own for own in wheels})
+    if len(set(majors.values())) > 1:
+        listed = ", ".join(f"{own} of {part}" for part, own in majors.items())
+        raise SetupError(
+            f"CUDA must have one major version in all parts; found {listed}.",
+            f"Let HOROVOD_CUDA_HOME name a CUDA {major} toolkit (unset, the compiler is that of\n"
+            "requirements-cuda.txt), or take a PyTorch for the CUDA that you have. Then run\n"
+            "`make distclean setup`.",
+        )
+    runtime = site_packages.glob(f"nvidia/*/lib/libcudart.so.{major}")
+    folders = [path.parent for path in runtime]
+    folders += [path.parent for path in site_packages.glob("nvidia/nccl/lib/libnccl.so.2")]
+    name_libraries(folders)
+    return Cuda(
+        home=home,
+        nccl=site_packages / "nvidia" / "nccl",
+        run_path=tuple(str(folder.relative_to(site_packages)) for folder in folders),
+        versions={"torch": of_torch, "nvcc": release[2], "nccl": wheels.get(major, "")},
+    )
+
+
+def name_libraries(folders: list) -> None:
+    """Name libraries as a linker asks for them: NVIDIA's wheels have libnccl.so.2 alone."""
+    for folder in folders:
+        for library in (*folder.glob("libcudart.so.*"), *folder.glob("libnccl.so.*")):
+            link = library.with_name(f"{library.name.partition('.so')[0]}.so")
+            if not link.exists():
+                link.symlink_to(library.name)
+        if not (folder.parent / "lib64").exists():  # where nvcc and PyTorch look for libraries
+            (folder.parent / "lib64").symlink_to(folder.name)
+
+
+def horovod_patch(cuda: Cuda | None) -> tuple:
+    """HOROVOD_PATCH, and with CUDA what that needs beside it."""
+    if cuda is None:
+        return HOROVOD_PATCH
+    longer = ";".join((END_OF_RUN_PATH, *(f"\\$ORIGIN/../../{own}" for own in cuda.run_path)))
+    changed = [
+        (name, old, new.replace(END_OF_RUN_PATH, longer)) for name, old, new in HOROVOD_PATCH
+    ]
+    return (*changed, *CUDA_PATCH)
+
+
+def horovod_build_inputs(compiler: str, cuda: Cuda | None = None) -> dict:
     """Everything the built wheel depends on. Its hash names the wheel's place in the cache."""
     query = (
         "import json, sys; from importlib.metadata import version\n"
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
     )
-    switches = horovod_switches()
-    cuda = any(name.startswith("HOROVOD_GPU") for name in switches)
     return {
         "horovod": HOROVOD_SHA256,
-        "patch": HOROVOD_PATCH,
-        "switches": switches,
+        "patch": horovod_patch(cuda),
+        "switches": horovod_switches(),
         "packages": json.loads(output_of([VENV_PYTHON, "-c", query, *BUILT_AGAINST])),
         "python": sys.implementation.cache_tag,
         "platform": sysconfig.get_platform(),
         "libc": platform.libc_ver(),
         "compiler": output_of([*shlex.split(compiler), "--version"]).splitlines()[:1],
         "flags": {name: os.environ.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")},
-        "nvcc": output_of(["nvcc", "--version"]) if cuda else "",
+        "nvcc": "",
+        **({"cuda": cuda.versions} if cuda else {}),
     }
 
 
@@ -528,7 +637,7 @@ def horovod_switches() -> dict:
     return {**chosen, **HOROVOD_SWITCHES}
 
 
-def horovod_wheel(key: str, inputs: dict, compiler: str) -> Path:
+def horovod_wheel(key: str, inputs: dict, compiler: str, cuda: Cuda | None = None) -> Path:
     """The wheel for `key`: from the cache, or built once and put there."""
     wheels = cache_directory() / "wheels"
     place = wheels / key
@@ -550,7 +659,7 @@ def horovod_wheel(key: str, inputs: dict, compiler: str) -> Path:
             return wheel
         say(f"      compiling with {jobs()} jobs: 4 to 10 minutes on two cores, once")
         with tempfile.TemporaryDirectory(prefix="gq-horovod-") as scratch:
-            built = build_horovod(Path(scratch), compiler)
+            built = build_horovod(Path(scratch), compiler, cuda)
             # Into place in one rename, on the same file system: nobody sees half a wheel.
             fresh = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=str(wheels)))
             try:
@@ -594,7 +703,7 @@ def jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2_000_000_000))
 
 
-def build_horovod(scratch: Path, compiler: str) -> Path:
+def build_horovod(scratch: Path, compiler: str, cuda: Cuda | None) -> Path:
     """Download the source archive by name, check it, patch it, and build a wheel in `scratch`."""
     pip = [VENV_PYTHON, "-m", "pip"]
     pin = scratch / "horovod.txt"
@@ -607,19 +716,32 @@ def build_horovod(scratch: Path, compiler: str) -> Path:
         else:
             archive.extractall(scratch)  # noqa: S202, its hash was checked
     source = scratch / f"horovod-{HOROVOD}"
-    for name, old, new in HOROVOD_PATCH:
+    for name, old, new in horovod_patch(cuda):
         text = (source / name).read_text()
         if text.count(old) != 1:
             raise SetupError(
                 f"The patch for Horovod's {name} does not apply.", "Please report this as a bug."
             )
         (source / name).write_text(text.replace(old, new))
+    out = scratch / "wheel"
+    env = build_environment(compiler, cuda)
+    run([*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, source], env=env)
+    return next(out.glob("horovod-*.whl"))
+
+
+def build_environment(compiler: str, cuda: Cuda | None) -> dict:
+    """What tells Horovod's build where everything is."""
     env = child_environment(**horovod_switches())
     # MAKEFLAGS also stops Horovod's setup.py from asking for eight jobs.
     env.update(CXX=compiler, MAKEFLAGS=f"-j{jobs()}", MPI_HOME=str(VENV))
-    out = scratch / "wheel"
-    run([*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, source], env=env)
-    return next(out.glob("horovod-*.whl"))
+    if cuda:
+        # By its path, and first on PATH: an nvcc on PATH may be a script, through which CMake does
+        # not see, or of another version.
+        env.update(HOROVOD_CUDA_HOME=str(cuda.home), CUDA_HOME=str(cuda.home))
+        env.update(PATH=f"{cuda.home / 'bin'}{os.pathsep}{env['PATH']}")
+        if not any(name.startswith("HOROVOD_NCCL") for name in horovod_switches()):
+            env.update(HOROVOD_NCCL_HOME=str(cuda.nccl))
+    return env
 
 
 # ---------------------------------------------------------------------- stages 5, 6: project, check
@@ -651,6 +773,7 @@ import importlib, sys
 hvd = importlib.import_module("horovod." + sys.argv[1])
 assert hvd.mpi_built(), "Horovod was built without MPI"
 assert hvd.gloo_built(), "Horovod was built without Gloo"
+assert hvd.nccl_built() or "NCCL" not in sys.argv[2:], "Horovod was built without NCCL"
 """
 CHECK_MPI = """
 import torch, horovod.torch as hvd
@@ -673,8 +796,9 @@ SHOWN = (
 
 def verify() -> None:
     """Prove that Horovod has MPI, Gloo, torch and TensorFlow, and that two ranks can add."""
+    asked = [own for name, own in horovod_switches().items() if name.startswith("HOROVOD_GPU")]
     for framework in ("torch", "tensorflow"):
-        run([VENV_PYTHON, "-c", CHECK, framework])
+        run([VENV_PYTHON, "-c", CHECK, framework, *asked])
     # No binding to cores, more ranks than cores allowed: two ranks must start in any container.
     mpirun = [VENV / "bin" / "mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     run([*mpirun, VENV_PYTHON, "-c", CHECK_MPI], env=mpi_environment())
@@ -686,7 +810,8 @@ def show_versions() -> None:
         "import sys; from importlib.metadata import version\n"
         "for name in sys.argv[1:]: print(name, version(name))"
     )
-    notes = {"horovod": "with MPI, Gloo, torch, TensorFlow; allreduce over 2 ranks ran"}
+    gpu = f"{find_cuda().versions}, " if gpu_operations() else ""
+    notes = {"horovod": f"with MPI, Gloo, torch, TensorFlow; {gpu}allreduce over 2 ranks ran"}
     say(f"\n  {'python':14} {platform.python_version()}")
     for line in output_of([VENV_PYTHON, "-c", query, *SHOWN]).splitlines():
         name, version = line.split()
@@ -713,6 +838,7 @@ def inputs_hash() -> str:
     inputs = (
         Path(__file__).read_text(),
         REQUIREMENTS.read_text(),
+        CUDA_REQUIREMENTS.read_text(),
         LOCK.read_text(),
         # Not the settings of linters: they change nothing in .venv.
         (config["build-system"], config["project"], config["tool"]["setuptools"]),

@@ -148,7 +148,11 @@ def test_what_is_copied_is_enough_for_the_set_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["requirements.lock", "requirements.txt", "pyproject.toml", "setup.py", "tools"]
+    "name",
+    [
+        *("requirements.lock", "requirements.txt", "requirements-cuda.txt"),
+        *("pyproject.toml", "setup.py", "tools"),
+    ],
 )
 def test_a_forgotten_file_is_noticed(name: str, tmp_path: Path) -> None:
     comments, instructions = DOCKERFILE.split("\nFROM ", 1)

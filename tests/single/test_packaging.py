@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ import threading
 import time
 import types
 import zipfile
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -67,7 +70,7 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(artifacts: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "pyproject.toml", "setup.py", "Makefile"} <= names
-    assert {"requirements.txt", "requirements.lock"} <= names
+    assert {"requirements.txt", "requirements-cuda.txt", "requirements.lock"} <= names
     assert {"tools/setup_env.py", "tests/single/test_packaging.py"} <= names
     assert {name.split("/")[0] for name in names} >= {"benchmarks", "examples", "tests", "tools"}
     kernels = ROOT / "mpi_ops" / "kernels"
@@ -156,15 +159,18 @@ LOCK = (ROOT / "requirements.lock").read_text()
 
 
 def test_every_pin_has_hashes_in_the_lock_file(setup_env: types.ModuleType) -> None:
-    ours, line, of_torch = LOCK.partition(f"{setup_env.OF_TORCH}\n")
+    ours, line, rest = LOCK.partition(f"{setup_env.OF_TORCH}\n")
+    of_torch, line_of_cuda, of_cuda = rest.partition(f"{setup_env.OF_CUDA}\n")
     assert line
+    assert line_of_cuda
     assert setup_env.pins(ours) == setup_env.pins((ROOT / "requirements.txt").read_text())
+    cuda = (ROOT / "requirements-cuda.txt").read_text()
+    assert setup_env.pins(of_cuda) == setup_env.pins(cuda)
     extra = setup_env.pins(of_torch)
     assert {"triton", "nvidia-nccl-cu13"} <= set(extra)
-    assert not extra.keys() & setup_env.pins(ours).keys()
-    entries = re.split(r"^(?=\w)", re.sub("^#.*\n", "", ours + of_torch, flags=re.M), flags=re.M)[
-        1:
-    ]
+    parts = [setup_env.pins(part).keys() for part in (ours, of_torch, of_cuda)]
+    assert len(set().union(*parts)) == sum(map(len, parts))
+    entries = re.split(r"^(?=\w)", re.sub("^#.*\n", "", LOCK, flags=re.M), flags=re.M)[1:]
     assert len(entries) == len(setup_env.pins(LOCK))
     for entry in entries:
         pin = r"[A-Za-z0-9._-]+==[0-9a-z.]+"
@@ -180,7 +186,13 @@ def test_what_is_checked(setup_env: types.ModuleType) -> None:
     assert "pytest" not in whole
     part = setup_env.hashed_pins(some, LOCK, torch=False)
     assert setup_env.pins(part).keys() == {"numpy", "ml-dtypes"}
-    everything = setup_env.hashed_pins((ROOT / "requirements.txt").read_text(), LOCK, torch=True)
+    without_cuda = LOCK.partition(setup_env.OF_CUDA)[0]
+    requirements = (ROOT / "requirements.txt").read_text()
+    everything = setup_env.hashed_pins(requirements, LOCK, torch=True)
+    assert setup_env.pins(everything) == setup_env.pins(without_cuda)
+    assert everything.count("--hash") == without_cuda.count("--hash")
+    requirements += (ROOT / "requirements-cuda.txt").read_text()
+    everything = setup_env.hashed_pins(requirements, LOCK, torch=True)
     assert setup_env.pins(everything) == setup_env.pins(LOCK)
     assert everything.count("--hash") == LOCK.count("--hash")
 
@@ -243,10 +255,34 @@ def test_pip_refuses_another_file(tmp_path: Path, setup_env: types.ModuleType) -
     run(*pip)
 
 
+def test_pip_takes_the_build_whose_hash_is_listed(
+    tmp_path: Path, setup_env: types.ModuleType
+) -> None:
+    """Beside 2.13.0+cpu, which pip prefers to 2.13.0; no network."""
+    hashes = {}
+    for version_of_file in ("2.13.0", "2.13.0+cpu"):
+        wheel = tmp_path / f"torch-{version_of_file}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            info = f"torch-{version_of_file}.dist-info"
+            archive.writestr("torch.py", "")
+            metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version_of_file}\n"
+            archive.writestr(f"{info}/METADATA", metadata)
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"{info}/RECORD", "")
+        hashes[version_of_file] = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    lock = f"torch==2.13.0 \\\n    --hash=sha256:{hashes['2.13.0']}\n\n{setup_env.OF_TORCH}\n"
+    (tmp_path / "lock").write_text(setup_env.hashed_pins("torch==2.13.0\n", lock, torch=True))
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", tmp_path]
+    pip += ["--require-hashes", "--target", tmp_path / "site", "-r", tmp_path / "lock"]
+    run(*pip)
+    assert (tmp_path / "site" / "torch-2.13.0.dist-info").is_dir()
+
+
 @pytest.fixture
 def bare_checkout(tmp_path: Path) -> Path:
     """A checkout without .venv, just enough for the set-up script to start."""
-    for name in ("tools/setup_env.py", "requirements.txt", "requirements.lock", "pyproject.toml"):
+    names = ("requirements.txt", "requirements-cuda.txt", "requirements.lock", "pyproject.toml")
+    for name in ("tools/setup_env.py", *names):
         target = tmp_path / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
@@ -304,7 +340,7 @@ def setup_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleTy
     monkeypatch.setenv("GQ_HOROVOD_CACHE", str(tmp_path / "cache"))
     module.builds = []
 
-    def build_horovod(scratch: Path, compiler: str) -> Path:
+    def build_horovod(scratch: Path, compiler: str, cuda: object) -> Path:
         module.builds.append(compiler)
         time.sleep(0.2)  # long enough for the other set-up to come to the lock
         with zipfile.ZipFile(scratch / "horovod-0.28.1-py3-none-any.whl", "w") as archive:
@@ -351,6 +387,175 @@ def test_cache_key_follows_what_horovod_is_built_against(
     assert setup_env.horovod_build_inputs("g++") == inputs
     monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
     assert setup_env.horovod_build_inputs("g++") != inputs
+
+
+def test_cache_key_follows_the_versions_of_cuda(cuda_venv, setup_env: types.ModuleType) -> None:
+    def key() -> str:
+        return json.dumps(setup_env.horovod_build_inputs("g++", setup_env.find_cuda()))
+
+    keys = set()
+    for parts in (
+        {},
+        {"torch": "13.1"},
+        {"nvcc": "13.1"},
+        {"nccl": {"13": "2.30.0"}},
+        {"runtime": "nvidia/cuda_runtime/lib"},
+    ):
+        cuda_venv(**parts)
+        assert key() == key()
+        keys.add(key())
+    assert len(keys) == 5
+
+
+@pytest.fixture
+def cuda_venv(
+    setup_env: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Path]:
+    """Let .venv be a folder with what wheels of CUDA put there, as far as set-up looks at it."""
+    for name in setup_env.horovod_switches():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+    monkeypatch.setattr(setup_env, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(setup_env, "VENV_PYTHON", tmp_path / "venv" / "bin" / "python")
+
+    def program(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    def make(
+        torch: str = "13.0",
+        nvcc: str = "13.0",
+        nccl: Mapping[str, str] = MappingProxyType({"13": "2.29.7"}),
+        runtime: str = "nvidia/cu13/lib",
+    ) -> Path:
+        shutil.rmtree(tmp_path / "venv", ignore_errors=True)
+        site = tmp_path / "venv" / "lib" / "python3.11" / "site-packages"
+        local = "cpu" if torch == "None" else f"cu{torch.replace('.', '')}"
+        answers = f"case $2 in *json*) echo {{}} ;; *) echo 2.13.0+{local} {torch} ;; esac"
+        program(tmp_path / "venv" / "bin" / "python", answers)
+        if nvcc:
+            said = f"echo Cuda compilation tools, release {nvcc}, V{nvcc}.88"
+            program(site / "nvidia" / "cu13" / "bin" / "nvcc", said)
+            program(tmp_path / "toolkit" / "bin" / "nvcc", said)
+        for folder, library in ((runtime, "libcudart.so.13"), ("nvidia/nccl/lib", "libnccl.so.2")):
+            (site / folder).mkdir(parents=True, exist_ok=True)
+            (site / folder / library).touch()
+        for major, own in nccl.items():
+            (site / f"nvidia_nccl_cu{major}-{own}.dist-info").mkdir()
+        return site
+
+    return make
+
+
+def test_horovod_is_built_against_the_wheels_of_cuda(
+    cuda_venv: Callable[..., Path], setup_env: types.ModuleType
+) -> None:
+    site = cuda_venv()
+    cuda = setup_env.find_cuda()
+    assert cuda.versions == {"torch": "13.0", "nvcc": "13.0.88", "nccl": "2.29.7"}
+    # The names that a linker asks for, which the wheels do not have.
+    for name in ("nvidia/cu13/lib/libcudart.so", "nvidia/nccl/lib/libnccl.so"):
+        assert (site / name).exists()
+    assert setup_env.find_cuda() == cuda  # the links are there already
+    # Where the loader looks: without torch, nothing else has loaded these libraries before.
+    text = "".join(new for _, _, new in setup_env.horovod_patch(cuda))
+    (run_path,) = re.findall('CMAKE_INSTALL_RPATH "(.*)"', text)
+    entries = [entry.removeprefix("\\$ORIGIN/../../") for entry in run_path.split(";")]
+    assert entries[-3:] == ["tensorflow", "nvidia/cu13/lib", "nvidia/nccl/lib"]
+    assert setup_env.horovod_patch(None) == setup_env.HOROVOD_PATCH
+
+    env = setup_env.build_environment("g++", cuda)
+    assert env["HOROVOD_CUDA_HOME"] == env["CUDA_HOME"] == str(site / "nvidia" / "cu13")
+    assert env["PATH"].startswith(f"{site}/nvidia/cu13/bin:")
+    assert env["HOROVOD_NCCL_HOME"] == str(site / "nvidia" / "nccl")
+    assert "HOROVOD_CUDA_HOME" not in setup_env.build_environment("g++", None)
+
+
+def test_horovod_is_built_against_a_toolkit_that_is_named(
+    cuda_venv: Callable[..., Path],
+    setup_env: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    cuda_venv()
+    monkeypatch.setenv("HOROVOD_CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("HOROVOD_NCCL_LIB", "/somewhere")
+    env = setup_env.build_environment("g++", setup_env.find_cuda())
+    assert env["CUDA_HOME"] == str(tmp_path / "toolkit")
+    assert env["HOROVOD_NCCL_LIB"] == "/somewhere"
+    assert "HOROVOD_NCCL_HOME" not in env
+
+
+@pytest.mark.parametrize(
+    ("parts", "said", "remedy"),
+    [
+        ({"torch": "None"}, "got torch 2.13.0+cpu", "PIP_EXTRA_INDEX_URL"),
+        ({"nvcc": ""}, "nvidia/cu13/bin/nvcc does not run", "HOROVOD_CUDA_HOME"),
+        ({"torch": "12.6"}, "nvidia/cu12/bin/nvcc does not run", "CUDA 12 toolkit"),
+        ({"nvcc": "12.8"}, "13 of torch 2.13.0+cu130, 12 of ", "CUDA 13 toolkit"),
+        ({"nccl": {"12": "2.27"}}, "12 of nvidia-nccl-cu12", "CUDA 13 toolkit"),
+        ({"nccl": {"13": "2.29", "12": "2.27"}}, "12 of nvidia-nccl-cu12", "CUDA 13 toolkit"),
+    ],
+)
+def test_set_up_refuses_parts_of_cuda_that_do_not_fit(
+    parts: dict, said: str, remedy: str, cuda_venv: Callable[..., Path], setup_env: types.ModuleType
+) -> None:
+    cuda_venv(**parts)
+    with pytest.raises(setup_env.SetupError) as refused:
+        setup_env.find_cuda()
+    assert said in refused.value.what
+    assert remedy in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "torch", "compiler"),
+    [
+        ({}, False, False),
+        ({"HOROVOD_GPU_OPERATIONS": "NCCL"}, True, True),
+        ({"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_CUDA_HOME": "/cuda"}, True, False),
+    ],
+)
+def test_gpu_operations_take_torch_for_cuda_wherever_pip_looks(
+    settings: dict[str, str],
+    torch: bool,
+    compiler: bool,
+    setup_env: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name in ("HOROVOD_GPU_OPERATIONS", "HOROVOD_CUDA_HOME", "GQ_HOROVOD_HASHES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "file:///wheels")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup_env, "INSTALLING", tmp_path / "installing")
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    commands = []
+    monkeypatch.setattr(setup_env, "run", commands.append)
+    setup_env.install_pins()
+    listed = (tmp_path / "build" / "requirements.lock").read_text()
+    assert ("\ntorch===2.13.0 " in listed) is torch
+    assert ("nvidia-nccl-cu13==" in listed) is torch
+    assert ("nvidia-cuda-nvcc==" in listed) is compiler
+    assert len(commands) == (1 if torch else 2)  # nothing is taken without its hash
+
+
+def test_a_python_that_was_not_released_is_refused(
+    setup_env: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ubuntu 22.04's python3.11 is a release candidate."""
+
+    class Candidate(tuple):
+        releaselevel = "candidate"
+
+    monkeypatch.setattr(setup_env, "VENV", Path("/nowhere"))
+    monkeypatch.setenv("GQ_HOROVOD_REEXEC", "1")
+    monkeypatch.setattr(sys, "version_info", Candidate((3, 11, 0, "candidate", 1)))
+    with pytest.raises(setup_env.SetupError) as refused:
+        setup_env.check_python()
+    assert "released Python 3.11" in refused.value.what
 
 
 @pytest.mark.parametrize(
