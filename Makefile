@@ -24,10 +24,10 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build lint format check test demo bench clean distclean
+.PHONY: help setup build lint format check test demo bench gpu-check clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything in it (first time 6 to 12 minutes)
 	@PATH="$(CALLERS_PATH)" $(PYTHON) tools/setup_env.py
@@ -62,6 +62,9 @@ demo: setup ## train the example with and without compression
 
 bench: setup ## kernel throughput on this machine
 	$(VENV)/python benchmarks/kernels.py
+
+gpu-check: ## what only a GPU can show, in ten minutes; GPU_CHECK_ARGS=--rehearse without one
+	@tools/gpu_check.sh $(GPU_CHECK_ARGS)
 
 clean: ## remove what building and testing left
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(LIBRARY)
