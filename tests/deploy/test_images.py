@@ -17,6 +17,8 @@ import pytest
 import yaml
 from checks import ROOT, WRITTEN_BY_THE_IMAGE, lies_under, pods, version, writable
 
+from gq_horovod.advisor import doctor
+
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 LAUNCH = DOCKER / "gq-launch"
@@ -97,6 +99,36 @@ def test_final_stage_has_no_compiler_and_no_host_keys() -> None:
     assert not re.search(r"g\+\+|gcc|make|-dev|cmake", re.sub("#.*", "", stage("run")))
     install = stage("run").index("openssh-server")
     assert stage("run").index("rm -rf", install) < stage("run").index("/etc/ssh/ssh_host_*")
+
+
+def test_the_image_for_gpus_is_built_on_the_same_base() -> None:
+    """Its CUDA is in packages, for which the base needs a Python 3.11 that was released."""
+    text = (ROOT / "docs" / "cloud.md").read_text()
+    commands = re.findall(r"^ +docker build ((?:.*\\\n)*.*)$", text, re.M)
+    assert len(commands) == 2
+    (for_gpus,) = (command for command in commands if "gq-horovod-cuda:" in command)
+    assert dict(re.findall(r"--build-arg (\w+)=(\S+)", for_gpus)) == {
+        "HOROVOD_GPU_OPERATIONS": "NCCL"
+    }
+    assert not any("_BASE=" in command for command in commands)
+    # What was needed to compile is removed where it was installed, in the same layer.
+    (install,) = re.findall(r"^RUN sed (?:.*\\\n)*.*$", stage("build"), re.M)
+    compile_, remove = install.split("uninstall -y")
+    assert "tools/setup_env.py" in compile_
+    assert "-r requirements-cuda.txt" in remove
+    assert "cmake" in remove
+
+
+def test_the_node_pool_has_a_driver_for_this_cuda() -> None:
+    """GKE's default driver may be older than the one that PyTorch's CUDA needs."""
+    text = (ROOT / "docs" / "cloud.md").read_text()
+    assert set(re.findall(r"gpu-driver-version=(\w+)", text)) == {"latest"}
+    lock = (ROOT / "requirements.lock").read_text()
+    (major,) = re.findall(r"^cuda-toolkit==(\d+)", lock, re.M)
+    oldest = doctor._OLDEST_DRIVERS[major]
+    assert set(re.findall(r"version (\d+) or\s+newer", text)) == {str(oldest)}
+    compiler = re.findall(r"==(\d+)\.", (ROOT / "requirements-cuda.txt").read_text())
+    assert set(compiler) == {major}
 
 
 def test_copied_files_pass_the_dockerignore() -> None:
@@ -338,7 +370,7 @@ def test_runbook_names_what_exists() -> None:
             "local-cpu/deeplight/std",
             "k8s/overlays/local-cpu/deeplight/std",
         ),
-        ("--build-arg RUN_BASE", "--build-arg BASE", "BASE"),
+        ("--build-arg HOROVOD_GPU_OPERATIONS", "--build-arg HOROVOD_GPU", "HOROVOD_GPU"),
         ("gq-horovod-cuda:0.1.0", "gq-horovod-gpu:0.1.0", "gq-horovod-gpu:0.1.0"),
     ]:
         assert found in names_in_the_runbook_that_do_not_exist(changed(text, good, bad))
