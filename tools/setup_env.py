@@ -810,8 +810,11 @@ def show_versions() -> None:
         "import sys; from importlib.metadata import version\n"
         "for name in sys.argv[1:]: print(name, version(name))"
     )
-    gpu = f"{find_cuda().versions}, " if gpu_operations() else ""
-    notes = {"horovod": f"with MPI, Gloo, torch, TensorFlow; {gpu}allreduce over 2 ranks ran"}
+    parts = ["MPI", "Gloo", "torch", "TensorFlow"]
+    if gpu_operations():
+        cuda = find_cuda().versions
+        parts.append(f"CUDA {cuda['torch']} (nvcc {cuda['nvcc']}, NCCL {cuda['nccl']})")
+    notes = {"horovod": f"with {', '.join(parts)}; allreduce over 2 ranks ran"}
     say(f"\n  {'python':14} {platform.python_version()}")
     for line in output_of([VENV_PYTHON, "-c", query, *SHOWN]).splitlines():
         name, version = line.split()
