@@ -70,6 +70,9 @@ GQ_HD int32_t round_to_int(float value) {
 GQ_HD float smaller(float a, float b) { return a < b ? a : b; }
 GQ_HD float larger(float a, float b) { return a > b ? a : b; }
 
+GQ_HD uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+GQ_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
 GQ_HD float square_root(float value) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(value);
@@ -77,6 +80,20 @@ GQ_HD float square_root(float value) {
   return __builtin_sqrtf(value);
 #endif
 }
+
+GQ_HD int32_t signed_of(uint32_t word) { return static_cast<int32_t>(word); }
+GQ_HD uint32_t words_of(int32_t value) { return static_cast<uint32_t>(value); }
+GQ_HD uint32_t mask_of(bool comparison) { return comparison ? ~0u : 0u; }
+GQ_HD float float_from(int32_t value) { return static_cast<float>(value); }
+GQ_HD int32_t truncated(float value) { return static_cast<int32_t>(value); }
+
+}  // namespace gq
+
+#if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
+#include "vectors.h"
+#endif
+
+namespace gq {
 
 // ---------------------------------------------------------------------------------- element types
 
@@ -226,8 +243,15 @@ constexpr int kGroupRows = 8;
 // half below. Every element's 32 bits are exactly uniform. The two elements that share a word are
 // independent in their upper 16 bits; standard dithering uses those alone, exponential dithering
 // the upper 23, where the shared bits can matter only if the own 16 tie (probability 2^-16).
-GQ_HD uint32_t random_bits(uint32_t word, int h) {
+template <typename U>
+GQ_HD U random_bits(U word, int h) {
   return h % 2 ? word : (word << 16) | (word >> 16);
+}
+
+// The own half of row h on top, which is all that standard dithering uses.
+template <typename U>
+GQ_HD U own_random_bits(U word, int h) {
+  return h % 2 ? word : word << 16;
 }
 
 // ------------------------------------------------------------------- dithers that repel each other
@@ -350,42 +374,46 @@ GQ_HD Scale scale_up(int32_t norm_bits, float denominator) {
 // fractional bits, and adding 16 uniform bits before the floor rounds it without bias (QSGD,
 // Alistarh et al. 2017, with the global norm of Global-QSGD). `limit` = 65536 * s makes |code| <= s
 // hold exactly, whatever the rounding of the scale.
-GQ_HD int32_t quantize_standard(float value, Scale scale, float limit, uint32_t random32) {
-  const float scaled = value * scale.pre * scale.factor;
-  const float clamped = larger(smaller(scaled, limit), -limit);
-  return (round_to_int(clamped) + static_cast<int32_t>(random32 >> 16)) >> 16;
+template <typename F, typename U>
+GQ_HD auto quantize_standard(F value, Scale scale, float limit, U random32) {
+  const F scaled = value * scale.pre * scale.factor;
+  const F clamped = larger(smaller(scaled, limit), -limit);
+  return (round_to_int(clamped) + signed_of(random32 >> 16)) >> 16;
 }
 
 // Square levels: code k stands for sign(k) * k^2 / s^2, so levels are closer where most elements of
-// a block are. `scale` is 65536 * s^2 / norm and `limit` 65536 * s^2. For k^2 <= m <= (k + 1)^2, m
-// the magnitude in units of the first level, the fraction (m - k^2) / (2k + 1) of the way to the
-// next level is compared with 16 random bits, as with even levels, but without dividing. They are
-// turned round for positive values, so that for both signs larger numbers round up and not
-// outwards. Where the square root is rounded up to k + 1, the fraction is a little below zero.
-GQ_HD int32_t quantize_square(float value, Scale scale, float limit, uint32_t random32) {
-  const float scaled = value * scale.pre * scale.factor;
-  const float magnitude = smaller(float_of(bits_of(scaled) & kAbsMask), limit);
-  const bool negative = scaled < 0.0f;  // NaN counts as positive, as with even levels
-  const int32_t below = static_cast<int32_t>(square_root(magnitude) * 0x1p-8f);
-  const float low = static_cast<float>(below);
-  const float above = magnitude - low * low * 65536.0f;
-  const uint32_t number = (random32 >> 16) ^ (negative ? 0u : 0xffffu);
-  const float needed = static_cast<float>(static_cast<int32_t>(number)) + 0.5f;
-  const int32_t level = below + (needed * (2.0f * low + 1.0f) < above ? 1 : 0);
-  return negative ? -level : level;
+// a block are. `scale` is s^2 / norm and `limit` s^2. For k^2 <= m <= (k + 1)^2, m the magnitude in
+// units of the first level, the fraction (m - k^2) / (2k + 1) of the way to the next level is
+// compared with 16 random bits, as with even levels, but without dividing. The bits are inverted
+// for positive values, so that for both signs larger numbers round up and not outwards. Where the
+// square root is rounded up to k + 1, the fraction is a little below zero.
+template <typename F, typename U>
+GQ_HD auto quantize_square(F value, Scale scale, float limit, U random32) {
+  const F scaled = value * scale.pre * scale.factor;
+  const F magnitude = smaller(float_of(bits_of(scaled) & kAbsMask), limit);
+  const U positive = ~mask_of(scaled < 0.0f);  // NaN counts as positive, as with even levels
+  const auto below = truncated(square_root(magnitude));
+  const F low = float_from(below);
+  const F above = magnitude - low * low;
+  const F needed = float_from(signed_of((random32 ^ positive) >> 16)) + 0.5f;
+  const F step = low * 0x1p-15f + 0x1p-16f;  // (2k + 1) / 65536
+  const U level = words_of(below) - mask_of(needed * step < above);
+  return signed_of(positive - (level ^ positive));  // negated where it is not positive
 }
 
 // `limit` is what `scale` makes of the norm.
 template <bool kSquare>
 GQ_HD float limit_of(int levels) {
   const float top = static_cast<float>(levels);
-  return 65536.0f * (kSquare ? top * top : top);
+  return kSquare ? top * top : 65536.0f * top;
 }
 
-template <bool kSquare>
-GQ_HD int32_t quantize_level(float value, Scale scale, float limit, uint32_t random32) {
-  return kSquare ? quantize_square(value, scale, limit, random32)
-                 : quantize_standard(value, scale, limit, random32);
+template <bool kSquare, typename F, typename U>
+GQ_HD auto quantize_level(F value, Scale scale, float limit, U random32) {
+  if constexpr (kSquare)
+    return quantize_square(value, scale, limit, random32);
+  else
+    return quantize_standard(value, scale, limit, random32);
 }
 
 // What a code stands for, as a multiple of what code 1 does.
@@ -425,23 +453,19 @@ struct Exponential {
 // the smallest level, z = 2y; below it, z = y + smallest, which is linear in y between the same two
 // powers of two. Adding 23 uniform bits to the mantissa carries into the exponent with exactly the
 // unbiased probability. Comparing bit patterns orders non-negative floats and saturates a NaN.
-template <int kBits>
-GQ_HD uint32_t encode_exponential(float value, uint32_t sign_bits, uint32_t top_bits,
-                                  uint32_t random32) {
+template <int kBits, typename F, typename U>
+GQ_HD U encode_exponential(F value, U sign_bits, uint32_t top_bits, U random32) {
   using E = Exponential<kBits>;
-  const uint32_t smallest = E::kBias << 23;
-  const uint32_t magnitude = bits_of(value) & kAbsMask;
-  const uint32_t y = magnitude < top_bits ? magnitude : top_bits;
-  const float z = float_of(y) + float_of(y > smallest ? y : smallest);
-  const uint32_t level = ((bits_of(z) + (random32 >> 9)) >> 23) - E::kBias;
+  const U y = smaller(bits_of(value) & kAbsMask, top_bits);
+  const F z = float_of(y) + float_of(larger(y, E::kBias << 23));
+  const U level = ((bits_of(z) + (random32 >> 9)) >> 23) - E::kBias;
   return ((sign_bits >> (32 - kBits)) & E::kSign) | level;
 }
 
 // `scale` is 1 / norm and `top_bits` the bit pattern of 2^-headroom, the level of the norm.
-template <int kBits>
-GQ_HD uint32_t quantize_exponential(float value, Scale scale, uint32_t top_bits,
-                                    uint32_t random32) {
-  const float y = value * scale.pre * scale.factor * float_of(top_bits);
+template <int kBits, typename F, typename U>
+GQ_HD U quantize_exponential(F value, Scale scale, uint32_t top_bits, U random32) {
+  const F y = value * scale.pre * scale.factor * float_of(top_bits);
   // The sign of x, since that of Inf * 0 depends on the processor.
   return encode_exponential<kBits>(y, bits_of(value), top_bits, random32);
 }

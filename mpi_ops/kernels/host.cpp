@@ -6,6 +6,8 @@
 // at run time. No inline function of the standard library is used: its out-of-line copy could be
 // shared between instruction sets. Pointers need the natural alignment of their type only.
 
+#include <type_traits>
+
 #include "vector_host.h"
 
 #define GQ_JOIN2(name, isa) name##_##isa
@@ -173,15 +175,48 @@ GQ_INLINE void next_scales(RowNorms& rows, int count, float numerator, Scale& sc
   }
 }
 
-template <bool kSquare, typename T>
-GQ_INLINE int32_t standard_code(const T* x, const uint32_t (*words)[kRow], const Scale* scales,
-                                float limit, int h, int j) {
-  return quantize_level<kSquare>(load(x[h * kRow + j]), scales[h], limit,
-                                 random_bits(words[h / 2][j], h));
+// The next kGroup elements as floats; where only `count` are left, those and zeros.
+template <typename T>
+GQ_INLINE const float* group_of(const T* x, int64_t count, float* buffer) {
+  prefetch<kGroup * sizeof(T)>(x);
+  if (count >= kGroup) {
+    if constexpr (std::is_same_v<T, float>) return x;
+    for (int i = 0; i < kGroup; ++i) buffer[i] = load(x[i]);
+    return buffer;
+  }
+  __builtin_memset(buffer, 0, sizeof(float) * kGroup);
+  for (int i = 0; i < count; ++i) buffer[i] = load(x[i]);
+  return buffer;
 }
 
-// kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere.
-template <typename T, int kLanes, bool kSquare>
+// Codes of a group of rows; rows beyond the last have scales of 0, which give codes of 0. kBits is
+// the width where its lanes divide the rows of a group, and codes are packed: `out` has payload
+// rows. It is 0 elsewhere, and `out` has a row of codes for each row.
+template <int kBits, bool kSquare>
+static void quantize_standard_group(const float* values, int rows, const Scale* scales, float limit,
+                                    const RandomGroup& random, int32_t* out) {
+  constexpr int kLanes = kBits > 0 ? 32 / kBits : 1;
+#pragma GCC unroll 4
+  for (int start = 0; start < kRow; start += kWidth) {
+    Words words[4];
+    random_columns(random, start, words);
+#pragma GCC unroll 8
+    for (int p = 0; p < kGroupRows / kLanes; ++p) {
+      if (p * kLanes >= rows) break;
+      Words packed = {};
+#pragma GCC unroll 8
+      for (int k = 0; k < kLanes; ++k) {
+        const int h = p * kLanes + k;
+        const Ints code = quantize_level<kSquare>(get<Floats>(values + h * kRow + start), scales[h],
+                                                  limit, own_random_bits(words[h / 2], h));
+        packed += words_of(code) << (kBits * k);
+      }
+      put(out + p * kRow + start, packed);
+    }
+  }
+}
+
+template <typename T, int kBits, bool kSquare>
 GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
                                       const int32_t* norms, int bits, int levels,
                                       const Dither& dither, int64_t first, int32_t* payload) {
@@ -194,34 +229,21 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, limit, scale, scales);
-    alignas(64) uint32_t words[4][kRow];
     const uint64_t number = static_cast<uint64_t>(group);
-    random_group(dither.random, number, dither_mask(dither, number), words);
-    T buffer[kGroup];
-    prefetch<kGroup * sizeof(T)>(x + begin);
-    const T* values = padded_group<kGroup>(x + begin, count - begin, buffer);
-    if constexpr (kLanes > 0) {
-#pragma GCC unroll 8
-      for (int p = 0; p < kGroupRows / kLanes; ++p) {
-        if (p * kLanes >= rows) break;
-        for (int j = 0; j < kRow; ++j) {
-          uint32_t word = 0;
-#pragma GCC unroll 8
-          for (int k = 0; k < kLanes; ++k)
-            word += static_cast<uint32_t>(
-                        standard_code<kSquare>(values, words, scales, limit, p * kLanes + k, j))
-                    << (bits * k);
-          payload[j] = static_cast<int32_t>(word);
-        }
-        payload += kRow;
-      }
+    const RandomGroup random = random_group(dither.random, number, dither_mask(dither, number));
+    float buffer[kGroup];
+    const float* values = group_of(x + begin, count - begin, buffer);
+    if constexpr (kBits > 0) {
+      quantize_standard_group<kBits, kSquare>(values, rows, scales, limit, random, payload);
+      payload += kGroupRows * kBits;
     } else {
+      alignas(64) int32_t codes[kGroup];
+      quantize_standard_group<0, kSquare>(values, rows, scales, limit, random, codes);
       for (int h = 0; h < rows; ++h) {
         if (lane == 0) __builtin_memset(payload, 0, sizeof(int32_t) * kRow);
         for (int j = 0; j < kRow; ++j)
-          payload[j] += static_cast<int32_t>(
-              static_cast<uint32_t>(standard_code<kSquare>(values, words, scales, limit, h, j))
-              << (bits * lane));
+          payload[j] +=
+              static_cast<int32_t>(static_cast<uint32_t>(codes[h * kRow + j]) << (bits * lane));
         if (++lane == lanes) {
           lane = 0;
           payload += kRow;
@@ -231,11 +253,37 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
   }
 }
 
+template <int kBits>
+static void quantize_exponential_group(const float* values, int rows, const Scale* scales,
+                                       uint32_t top_bits, const RandomGroup& random,
+                                       uint8_t* codes) {
+  constexpr int kPerByte = 8 / kBits;
+  constexpr int kByteRows = kGroupRows / kPerByte;
+  alignas(64) uint32_t packed[kByteRows][kRow];
+#pragma GCC unroll 4
+  for (int start = 0; start < kRow; start += kWidth) {
+    Words words[4];
+    random_columns(random, start, words);
+#pragma GCC unroll 8
+    for (int p = 0; p < kByteRows; ++p) {
+      Words byte = {};
+#pragma GCC unroll 2
+      for (int k = 0; k < kPerByte; ++k) {
+        const int h = p * kPerByte + k;
+        byte |= quantize_exponential<kBits>(get<Floats>(values + h * kRow + start), scales[h],
+                                            top_bits, random_bits(words[h / 2], h))
+                << (kBits * k);
+      }
+      put(packed[p] + start, byte);
+    }
+  }
+  for (int p = 0; p * kPerByte < rows; ++p) narrow_row(packed[p], codes + p * kRow);
+}
+
 template <typename T, int kBits>
 GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t block,
                                          const int32_t* norms, int headroom, const Random& random,
                                          uint8_t* codes) {
-  constexpr int kPerByte = 8 / kBits;
   const uint32_t top_bits = static_cast<uint32_t>(127 - headroom) << 23;  // 2^-headroom
   RowNorms row_norms{norms, block / kRow};
   Scale scale = {1.0f, 0.0f};
@@ -243,29 +291,11 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, 1.0f, scale, scales);
-    alignas(64) uint32_t words[4][kRow];
-    random_group(random, static_cast<uint64_t>(group), 0, words);
-    T buffer[kGroup];
-    prefetch<kGroup * sizeof(T)>(x + begin);
-    const T* values = padded_group<kGroup>(x + begin, count - begin, buffer);
-#pragma GCC unroll 8
-    for (int p = 0; p < kGroupRows / kPerByte; ++p) {
-      if (p * kPerByte >= rows) break;
-      alignas(64) uint32_t packed[kRow];
-      for (int j = 0; j < kRow; ++j) {
-        uint32_t byte = 0;
-#pragma GCC unroll 2
-        for (int k = 0; k < kPerByte; ++k) {
-          const int h = p * kPerByte + k;
-          byte |= quantize_exponential<kBits>(load(values[h * kRow + j]), scales[h], top_bits,
-                                              random_bits(words[h / 2][j], h))
-                  << (kBits * k);
-        }
-        packed[j] = byte;
-      }
-      narrow_row(packed, codes);
-      codes += kRow;
-    }
+    float buffer[kGroup];
+    quantize_exponential_group<kBits>(group_of(x + begin, count - begin, buffer), rows, scales,
+                                      top_bits,
+                                      random_group(random, static_cast<uint64_t>(group), 0), codes);
+    codes += kGroup * kBits / 8;
   }
 }
 
@@ -421,7 +451,7 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
       stream = keyed(random, padded_group<kGroupBytes>(codes[0] + begin, left, padded[0]),
                      padded_group<kGroupBytes>(codes[1] + begin, left, padded[1]), kGroupBytes);
     alignas(64) uint32_t words[4][kRow];
-    random_group(stream, static_cast<uint64_t>(group), 0, words);
+    random_words(stream, static_cast<uint64_t>(group), words);
     alignas(64) float sums[kGroupRows][kRow];
 #pragma GCC unroll 2
     for (int i = 0; i < n; ++i) {
@@ -492,7 +522,7 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64
       }
     }
     alignas(64) uint32_t words[4][kRow];
-    random_group(random, static_cast<uint64_t>(group), 0, words);
+    random_words(random, static_cast<uint64_t>(group), words);
     uint8_t* to = left < kGroupBytes ? padded : out + begin;
 #pragma GCC unroll 4
     for (int p = 0; p < kByteRows; ++p) {
@@ -532,7 +562,7 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
     const uint8_t* a = padded_group<kBytes>(in + begin, left, padded[0]);
     const uint8_t* b = padded_group<kBytes>(inout + begin, left, padded[1]);
     alignas(64) uint32_t words[4][kRow];
-    random_group(keyed(random, a, b, kBytes), static_cast<uint64_t>(group), 0, words);
+    random_words(keyed(random, a, b, kBytes), static_cast<uint64_t>(group), words);
     alignas(64) uint8_t sums[kBytes], limits[kBytes];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -597,17 +627,17 @@ template <bool kSquare>
 GQ_INLINE int quantize_standard_any(int dtype, const void* x, int64_t count, int64_t block,
                                     const int32_t* norms, int bits, int levels,
                                     const Dither& dither, int64_t first, int32_t* payload) {
-  switch (32 / bits) {
-    case 2:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 2, kSquare>(static_cast<const T*>(x), count,
+  switch (bits) {
+    case 16:
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 16, kSquare>(static_cast<const T*>(x), count,
+                                                                 block, norms, bits, levels, dither,
+                                                                 first, payload)));
+    case 8:
+      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8, kSquare>(static_cast<const T*>(x), count,
                                                                 block, norms, bits, levels, dither,
                                                                 first, payload)));
     case 4:
       GQ_DISPATCH(dtype, (quantize_standard_rows<T, 4, kSquare>(static_cast<const T*>(x), count,
-                                                                block, norms, bits, levels, dither,
-                                                                first, payload)));
-    case 8:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8, kSquare>(static_cast<const T*>(x), count,
                                                                 block, norms, bits, levels, dither,
                                                                 first, payload)));
     default:

@@ -105,60 +105,93 @@ GQ_HD Wide multiply_low32(Wide a, Wide b) {
 #endif
 }
 
-// Even columns in one vector, odd columns in another: joining them takes no shuffle.
-GQ_HD Wide interleave(Wide even, Wide odd) { return (even & 0xffffffffu) | (odd << 32); }
-
-// The words of a group of rows, each XOR `mask`.
-GQ_HD void random_group(const Random& random, uint64_t group, uint32_t mask,
-                        uint32_t (*words)[kRow]) {
-  const Wide both_masks = broadcast64(static_cast<uint64_t>(mask) << 32 | mask);
-  // In flight together, in pairs of even and odd columns: as many as the registers hold.
+// The even 32-bit lanes of one vector and the odd ones of another.
+GQ_HD Wide blend(Wide even, Wide odd) {
 #if defined(__AVX512F__)
-  constexpr int kVectors = 4;
+  return reinterpret_cast<Wide>(_mm512_mask_mov_epi32(reinterpret_cast<__m512i>(even), 0xaaaa,
+                                                      reinterpret_cast<__m512i>(odd)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Wide>(
+      _mm256_blend_epi32(reinterpret_cast<__m256i>(even), reinterpret_cast<__m256i>(odd), 0xaa));
 #else
-  constexpr int kVectors = 2;
+  return (even & 0xffffffffu) | (odd & ~0xffffffffull);
 #endif
+}
+
+// Even columns are in one vector, odd columns in another: joining their low or their high halves
+// takes no shuffle.
+GQ_HD Words low_halves(Wide even, Wide odd) {
+  return reinterpret_cast<Words>(blend(even, odd << 32));
+}
+GQ_HD Words high_halves(Wide even, Wide odd) {
+  return reinterpret_cast<Words>(blend(even >> 32, odd));
+}
+
+// Philox blocks of a group of rows. All columns have the same counter but for its first word, so
+// half of the first two rounds is the same for all, and stands here.
+struct RandomGroup {
+  uint32_t key0, key1, mask;
+  Wide first_product, into_c2, into_c0, into_c2_again;
+  uint32_t into_third_c2;
+};
+
+// The words are those of random_block, each XOR `mask`.
+GQ_HD RandomGroup random_group(const Random& random, uint64_t group, uint32_t mask) {
   const uint64_t first = group * kRow;
-  Wide even_columns = {};
-  for (int i = 0; i < kLanes64; ++i) even_columns[i] = 2 * static_cast<uint64_t>(i);
-#pragma GCC unroll 4
-  for (int column = 0; column < kRow; column += kVectors * kLanes64) {
-    Wide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int start = column + (v / 2) * 2 * kLanes64 + v % 2;
-      c0[v] = even_columns + ((first & 0xffffffffu) + static_cast<uint64_t>(start));
-      c1[v] = broadcast64(first >> 32);
-      c2[v] = broadcast64(random.stream[0]);
-      c3[v] = broadcast64(random.stream[1]);
-    }
-    uint32_t k0 = random.key[0];
-    uint32_t k1 = random.key[1];
-#pragma GCC unroll 16
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const Wide product0 = multiply_low32(c0[v], broadcast64(kPhiloxMultiplier0));
-        const Wide product1 = multiply_low32(c2[v], broadcast64(kPhiloxMultiplier1));
-        c0[v] = (product1 >> 32) ^ c1[v] ^ broadcast64(k0);
-        c1[v] = product1;
-        c2[v] = (product0 >> 32) ^ c3[v] ^ broadcast64(k1);
-        c3[v] = product0;
-      }
-      k0 += kPhiloxKeyStep0;
-      k1 += kPhiloxKeyStep1;
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v += 2) {
-      const int start = column + v * kLanes64;
-      const Wide joined[4] = {interleave(c0[v], c0[v + 1]), interleave(c1[v], c1[v + 1]),
-                              interleave(c2[v], c2[v + 1]), interleave(c3[v], c3[v + 1])};
-      for (int w = 0; w < 4; ++w) {
-        const Wide masked = joined[w] ^ both_masks;
-        __builtin_memcpy(&words[w][start], &masked, sizeof(Wide));
-      }
-    }
+  const uint32_t key0 = random.key[0], key1 = random.key[1];
+  const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * random.stream[0];
+  const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(first >> 32) ^
+                      key0;  // of the second round
+  const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
+  return {key0,
+          key1,
+          mask,
+          broadcast64(kPhiloxMultiplier0 * (first & 0xffffffffu)),
+          broadcast64(random.stream[1] ^ key1),
+          broadcast64(static_cast<uint32_t>(product1) ^ (key0 + kPhiloxKeyStep0)),
+          broadcast64(static_cast<uint32_t>(product0 >> 32) ^ (key1 + kPhiloxKeyStep1)),
+          static_cast<uint32_t>(product0)};
+}
+
+// The four words of kWidth columns, from column `start` on.
+GQ_HD void random_columns(const RandomGroup& group, int start, Words* words) {
+  static_assert(kPhiloxRounds > 3, "the first two rounds and the last are not in the loop");
+  const Wide m0 = broadcast64(kPhiloxMultiplier0), m1 = broadcast64(kPhiloxMultiplier1);
+  Wide c0[2], c1[2], c2[2], c3[2];  // even columns and odd ones
+  for (int odd = 0; odd < 2; ++odd) {
+    Wide product0 = group.first_product;
+    for (int i = 0; i < kLanes64; ++i)
+      product0[i] += kPhiloxMultiplier0 * static_cast<uint64_t>(start + 2 * i + odd);
+    const Wide product1 = multiply_low32((product0 >> 32) ^ group.into_c2, m1);
+    c0[odd] = (product1 >> 32) ^ group.into_c0;
+    c1[odd] = product1;
+    c2[odd] = product0 ^ group.into_c2_again;
+    c3[odd] = Wide{};  // the same for all columns, and part of into_third_c2
   }
+  uint32_t key0 = group.key0 + kPhiloxKeyStep0, key1 = group.key1 + kPhiloxKeyStep1;
+  uint32_t constant = group.into_third_c2;
+#pragma GCC unroll 16
+  for (int round = 2; round < kPhiloxRounds - 1; ++round) {
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
+    for (int odd = 0; odd < 2; ++odd) {
+      const Wide product0 = multiply_low32(c0[odd], m0);
+      const Wide product1 = multiply_low32(c2[odd], m1);
+      c0[odd] = (product1 >> 32) ^ c1[odd] ^ broadcast64(key0);
+      c1[odd] = product1;
+      c2[odd] = (product0 >> 32) ^ c3[odd] ^ broadcast64(key1 ^ constant);
+      c3[odd] = product0;
+    }
+    constant = 0;
+  }
+  const Wide even0 = multiply_low32(c0[0], m0), odd0 = multiply_low32(c0[1], m0);
+  const Wide even1 = multiply_low32(c2[0], m1), odd1 = multiply_low32(c2[1], m1);
+  const Words mask0 = Words{} + (group.mask ^ (key0 + kPhiloxKeyStep0));
+  const Words mask1 = Words{} + (group.mask ^ (key1 + kPhiloxKeyStep1));
+  words[0] = high_halves(even1, odd1) ^ low_halves(c1[0], c1[1]) ^ mask0;
+  words[1] = low_halves(even1, odd1) ^ group.mask;
+  words[2] = high_halves(even0, odd0) ^ low_halves(c3[0], c3[1]) ^ mask1;
+  words[3] = low_halves(even0, odd0) ^ group.mask;
 }
 
 #else
@@ -180,16 +213,44 @@ GQ_HD void look_up(const uint8_t* table, uint8_t* bytes, int count) {
   for (int i = 0; i < count; ++i) bytes[i] = table[bytes[i]];
 }
 
-GQ_HD void random_group(const Random& random, uint64_t group, uint32_t mask,
-                        uint32_t (*words)[kRow]) {
-  const uint64_t first = group * kRow;
-  for (int j = 0; j < kRow; ++j) {
-    uint32_t word[4];
-    random_block(random, first + static_cast<uint64_t>(j), word);
-    for (int w = 0; w < 4; ++w) words[w][j] = word[w] ^ mask;
-  }
+struct RandomGroup {
+  Random random;
+  uint64_t first;
+  uint32_t mask;
+};
+
+GQ_HD RandomGroup random_group(const Random& random, uint64_t group, uint32_t mask) {
+  return {random, group * kRow, mask};
+}
+
+GQ_HD void random_columns(const RandomGroup& group, int start, Words* words) {
+  random_block(group.random, group.first + static_cast<uint64_t>(start), words);
+  for (int w = 0; w < 4; ++w) words[w] ^= group.mask;
 }
 
 #endif
+
+template <typename V, typename T>
+GQ_HD V get(const T* from) {
+  V values;
+  __builtin_memcpy(&values, from, sizeof values);
+  return values;
+}
+
+template <typename V, typename T>
+GQ_HD void put(T* to, V values) {
+  __builtin_memcpy(to, &values, sizeof values);
+}
+
+// All words of a group of rows.
+GQ_HD void random_words(const Random& random, uint64_t number, uint32_t (*words)[kRow]) {
+  const RandomGroup group = random_group(random, number, 0);
+#pragma GCC unroll 4
+  for (int start = 0; start < kRow; start += kWidth) {
+    Words columns[4];
+    random_columns(group, start, columns);
+    for (int w = 0; w < 4; ++w) put(&words[w][start], columns[w]);
+  }
+}
 
 }  // namespace gq
