@@ -51,11 +51,12 @@ class BuildKernels(build_ext):
         }
         define = [f'-DGQ_FINGERPRINT="{fingerprint()}"', *(["-DGQ_X86_64"] if x86_64 else [])]
         steps[objects / "isa.o"] = [*define, "-c", str(KERNELS / "isa.cpp")]
+        steps[objects / "threads.o"] = ["-pthread", "-c", str(KERNELS / "threads.cpp")]
         compile_all([[*FLAGS, *step, "-o", str(output)] for output, step in steps.items()])
 
         # Linked beside the target and renamed: a process that has the old library loaded keeps it.
         fresh = target.with_name(f"{target.name}.{os.getpid()}")
-        compile_all([["-shared", *map(str, steps), "-o", str(fresh)]])
+        compile_all([["-shared", "-pthread", *map(str, steps), "-o", str(fresh)]])
         fresh.replace(target)
 
     def get_ext_filename(self, fullname: str) -> str:

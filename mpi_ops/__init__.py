@@ -3,9 +3,9 @@
     from mpi_ops import allreduce, exponential_sum
 
 Importing this package imports NumPy and nothing else: no MPI is started, no Horovod, torch or
-TensorFlow is touched. The names above are looked up when they are asked for; that imports mpi4py,
-which starts MPI unless the program has set mpi4py.rc.initialize = False. Then it starts MPI itself
-before it calls one of them.
+TensorFlow is touched. Its names are looked up when they are asked for. Those of reductions import
+mpi4py, which starts MPI unless the program has set mpi4py.rc.initialize = False. Then it starts MPI
+itself before it calls one of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .op import chain_headroom, exponential_sum
     from .reduction import allreduce, iallreduce
+    from .threads import get_threads, set_threads
 
-__all__ = ["allreduce", "chain_headroom", "exponential_sum", "iallreduce"]
+__all__ = [
+    "allreduce",
+    "chain_headroom",
+    "exponential_sum",
+    "get_threads",
+    "iallreduce",
+    "set_threads",
+]
 
 _MODULES = {
     "allreduce": "reduction",
     "iallreduce": "reduction",
     "chain_headroom": "op",
     "exponential_sum": "op",
+    "get_threads": "threads",
+    "set_threads": "threads",
 }
 
 

@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "threads.h"
 #include "vector_host.h"
 
 #define GQ_JOIN2(name, isa) name##_##isa
@@ -55,10 +56,9 @@ GQ_INLINE int64_t exponential_bytes(int64_t count, int bits) {
 }
 
 // Norms of zeros.
-GQ_INLINE int cleared(int32_t* norms, int64_t count, int64_t block) {
+GQ_INLINE void clear(int32_t* norms, int64_t count, int64_t block) {
   const int64_t blocks = (count + block - 1) / block;
   __builtin_memset(norms, 0, sizeof(int32_t) * static_cast<size_t>(blocks));
-  return kStatusOk;
 }
 
 // Zeros behind a segment's `size` codes; and in their place, where there are no elements.
@@ -74,6 +74,11 @@ GQ_INLINE void pad(T* payload, const Segment& s, int64_t size) {
 // Tensors from this size on do not fit the caches.
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
 
+template <typename T>
+GQ_INLINE bool is_large(int64_t count) {
+  return count * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
+}
+
 // Asks for bytes far ahead, into the second cache, which can wait for more of them than the first:
 // some processors read no faster than half of what they copy without.
 template <int kBytes>
@@ -84,9 +89,8 @@ GQ_INLINE void prefetch_far(const void* bytes) {
 }
 
 template <typename T>
-GQ_INLINE void absmax(const T* x, int64_t count, int64_t block, int32_t* norms) {
+GQ_INLINE void absmax(const T* x, int64_t count, int64_t block, bool large, int32_t* norms) {
   constexpr int kSegment = 256;
-  const bool large = count * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
   for (int64_t begin = 0, b = 0; begin < count; begin += block, ++b) {
     const int64_t end = begin + block < count ? begin + block : count;
     int32_t largest = 0;
@@ -126,12 +130,17 @@ GQ_INLINE void l2norm(const T* x, int64_t count, int64_t block, int32_t* norms) 
 
 // --------------------------------------------------------------------------------------- row walk
 
-// Walks over the rows of a tensor and gives the norm bits of each row's block.
+// Walks over the rows of a tensor, from one that begins with element `begin` on, and gives the norm
+// bits of each row's block.
 struct RowNorms {
   const int32_t* norms;
   int64_t rows_per_block;
+  int64_t passed;  // rows of the first block that lie before
   int64_t left = 0;
   int32_t current = 0;
+
+  inline __attribute__((always_inline)) RowNorms(const int32_t* all, int64_t block, int64_t begin)
+      : norms(all + begin / block), rows_per_block(block / kRow), passed(begin % block / kRow) {}
 
   // False where the row is in the block of the row before, so that its scale is known.
   inline __attribute__((always_inline)) bool advance() {
@@ -140,7 +149,8 @@ struct RowNorms {
       return false;
     }
     current = *norms++;
-    left = rows_per_block - 1;
+    left = rows_per_block - passed - 1;
+    passed = 0;
     return true;
   }
 };
@@ -217,12 +227,11 @@ static void quantize_standard_group(const float* values, int rows, const Scale* 
 }
 
 template <typename T, int kBits, bool kSquare>
-GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, int64_t block,
-                                      const int32_t* norms, int bits, int levels,
-                                      const Dither& dither, int64_t first, int32_t* payload) {
+GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_norms, int bits,
+                                      int levels, const Dither& dither, int64_t first,
+                                      int32_t* payload) {
   const int lanes = 32 / bits;
   const float limit = limit_of<kSquare>(levels);
-  RowNorms row_norms{norms, block / kRow};
   Scale scale = {1.0f, 0.0f};
   int lane = 0;
   for (int64_t begin = 0, group = first; begin < count; begin += kGroup, ++group) {
@@ -281,13 +290,12 @@ static void quantize_exponential_group(const float* values, int rows, const Scal
 }
 
 template <typename T, int kBits>
-GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t block,
-                                         const int32_t* norms, int headroom, const Random& random,
+GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, RowNorms row_norms,
+                                         int headroom, const Random& random, int64_t first,
                                          uint8_t* codes) {
   const uint32_t top_bits = static_cast<uint32_t>(127 - headroom) << 23;  // 2^-headroom
-  RowNorms row_norms{norms, block / kRow};
   Scale scale = {1.0f, 0.0f};
-  for (int64_t begin = 0, group = 0; begin < count; begin += kGroup, ++group) {
+  for (int64_t begin = 0, group = first; begin < count; begin += kGroup, ++group) {
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, 1.0f, scale, scales);
@@ -304,8 +312,7 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, int64_t bloc
 // Large results are written past the caches, which they would only flush.
 template <typename T>
 GQ_INLINE bool worth_streaming(const T* out, int64_t count) {
-  return count * static_cast<int64_t>(sizeof(T)) >= kLargeBytes &&
-         reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  return is_large<T>(count) && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 template <typename T>
@@ -322,13 +329,11 @@ GQ_INLINE void store_row(T* out, int64_t row, int64_t count, bool stream, const 
 }
 
 template <bool kSquare, typename T>
-GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, int64_t block,
-                                        const int32_t* norms, int bits, int64_t divisor, T* out) {
+GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, RowNorms row_norms,
+                                        int bits, int64_t divisor, bool stream, T* out) {
   const int lanes = 32 / bits;
   const int64_t rows = rows_of(count);
-  RowNorms row_norms{norms, block / kRow};
   Scale scale = {1.0f, 0.0f};
-  const bool stream = worth_streaming(out, count);
   alignas(64) int32_t words[kRow];
   for (int64_t row = 0; row < rows; payload += kRow) {
     __builtin_memcpy(words, payload, sizeof words);
@@ -350,16 +355,15 @@ GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, i
 // The mean of several ranks' codes by the same norms: levels are added as integers, which is exact.
 // kBits is the width where it is fixed, 0 where it is `bits`.
 template <int kBits, bool kSquare>
-GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, int64_t count,
-                                  int64_t block, const int32_t* norms, int bits, int64_t divisor,
+GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int64_t words, int inputs,
+                                  int64_t count, RowNorms row_norms, int bits, int64_t divisor,
                                   float* out) {
   constexpr int kMostLanes = kBits > 0 ? 32 / kBits : 16;
   const int width = kBits > 0 ? kBits : bits;
   const int lanes = kBits > 0 ? kMostLanes : 32 / bits;
   const float ranks_levels = static_cast<float>(divisor);
   const int64_t rows = rows_of(count);
-  RowNorms row_norms{norms, block / kRow};
-  for (int64_t row = 0, at = 0; row < rows; at += kRow) {
+  for (int64_t row = 0, at = words; row < rows; at += kRow) {
     alignas(64) int32_t sums[kMostLanes][kRow] = {};
     for (int i = 0; i < inputs; ++i) {
       alignas(64) int32_t words[kRow];
@@ -386,13 +390,11 @@ GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int inputs, in
 }
 
 template <typename T, int kBits>
-GQ_INLINE void dequantize_exponential_rows(const uint8_t* codes, int64_t count, int64_t block,
-                                           const int32_t* norms, int headroom, T* out) {
+GQ_INLINE void dequantize_exponential_rows(const uint8_t* codes, int64_t count, RowNorms row_norms,
+                                           int headroom, bool stream, T* out) {
   constexpr int kPerByte = 8 / kBits;
   const float raise = float_of(static_cast<uint32_t>(127 + headroom) << 23);  // 2^headroom
   const int64_t rows = rows_of(count);
-  RowNorms row_norms{norms, block / kRow};
-  const bool stream = worth_streaming(out, count);
   float norm = 0.0f;
   for (int64_t row = 0; row < rows; codes += kRow) {
     alignas(64) int32_t packed[kRow];
@@ -436,9 +438,9 @@ GQ_INLINE Random keyed(const Random& random, const uint8_t* a, const uint8_t* b,
 // the inputs. A keyed reduction (of two inputs) takes the stream of its dither from the inputs'
 // contents.
 template <int kBits, int kInputs, bool kKeyed>
-GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
-                                       float factor, const Random& random, int64_t first,
-                                       uint8_t* out) {
+GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int64_t place, int inputs,
+                                       int64_t bytes, float factor, const Random& random,
+                                       int64_t first, uint8_t* out) {
   constexpr int kPerByte = 8 / kBits;
   constexpr int kByteRows = kGroupRows / kPerByte;
   constexpr int kGroupBytes = kByteRows * kRow;
@@ -448,15 +450,16 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
     uint8_t padded[2][kGroupBytes];
     Random stream = random;
     if constexpr (kKeyed)
-      stream = keyed(random, padded_group<kGroupBytes>(codes[0] + begin, left, padded[0]),
-                     padded_group<kGroupBytes>(codes[1] + begin, left, padded[1]), kGroupBytes);
+      stream =
+          keyed(random, padded_group<kGroupBytes>(codes[0] + place + begin, left, padded[0]),
+                padded_group<kGroupBytes>(codes[1] + place + begin, left, padded[1]), kGroupBytes);
     alignas(64) uint32_t words[4][kRow];
     random_words(stream, static_cast<uint64_t>(group), words);
     alignas(64) float sums[kGroupRows][kRow];
 #pragma GCC unroll 2
     for (int i = 0; i < n; ++i) {
-      prefetch<kGroupBytes>(codes[i] + begin);
-      const uint8_t* from = padded_group<kGroupBytes>(codes[i] + begin, left, padded[0]);
+      prefetch<kGroupBytes>(codes[i] + place + begin);
+      const uint8_t* from = padded_group<kGroupBytes>(codes[i] + place + begin, left, padded[0]);
       for (int p = 0; p < kByteRows; ++p) {
         alignas(64) int32_t widened[kRow];
         widen_row(from + p * kRow, widened);
@@ -493,8 +496,9 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int inputs, 
 
 // The same for 4-bit codes, not keyed. Their levels are integers in units of the smallest one,
 // which one look-up decodes for 32 codes, and sums of integers are those of floats, as exact.
-GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
-                                  float factor, const Random& random, int64_t first, uint8_t* out) {
+GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int64_t place, int inputs,
+                                  int64_t bytes, float factor, const Random& random, int64_t first,
+                                  uint8_t* out) {
   constexpr int kByteRows = kGroupRows / 2;
   constexpr int kGroupBytes = kByteRows * kRow;
   alignas(16) uint8_t units[16];
@@ -506,8 +510,8 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64
     uint8_t padded[kGroupBytes];
     alignas(64) int32_t sums[kGroupRows][kRow] = {};
     for (int i = 0; i < inputs; ++i) {
-      prefetch<kGroupBytes>(codes[i] + begin);
-      const uint8_t* from = padded_group<kGroupBytes>(codes[i] + begin, left, padded);
+      prefetch<kGroupBytes>(codes[i] + place + begin);
+      const uint8_t* from = padded_group<kGroupBytes>(codes[i] + place + begin, left, padded);
       alignas(64) uint8_t decoded[kGroupRows * kRow];
       for (int p = 0; p < kByteRows; ++p) {
         for (int j = 0; j < kRow; ++j) decoded[2 * p * kRow + j] = nibble(from[p * kRow + j], 0);
@@ -550,11 +554,11 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int inputs, int64
 // bytes in place of floats. Random byte i of a group is that of the low half of code byte i, random
 // byte kBytes + i that of its high half; a word's first byte is its lowest.
 GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
-                               const Random& random) {
+                               const Random& random, int64_t first) {
   constexpr int kBytes = kGroupRows * kRow;
   alignas(16) uint8_t table[16];
   for (uint8_t i = 0; i < 16; ++i) table[i] = addition_limit(i);
-  for (int64_t begin = 0, group = 0; begin < bytes; begin += kBytes, ++group) {
+  for (int64_t begin = 0, group = first; begin < bytes; begin += kBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[2][kBytes];
     prefetch<kBytes>(in + begin);
@@ -584,11 +588,208 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
   }
 }
 
+// ------------------------------------------------------------------------------- sharing the work
+
+// Smaller calls are done before another thread has woken up; a piece takes some 10 microseconds.
+constexpr int64_t kSharedBytes = 256 << 10;
+constexpr int64_t kPieceBytes = 128 << 10;
+
+// Calls body(s, begin, end) for parts of all segments, each of which has at most the elements of
+// its segment, on several threads where `item` bytes of each element are enough work. Parts begin
+// at multiples of unit(s), and a segment without elements is one part.
+template <typename Length, typename Unit, typename Body>
+GQ_INLINE void for_parts(const Segment* segments, int64_t count, int64_t item, const Length& length,
+                         const Unit& unit, const Body& body) {
+  // As if all segments lay behind each other, with a place between them, so that each begins at
+  // another one.
+  int64_t places = 0;
+  for (int64_t i = 0; i < count; ++i) places += length(segments[i]) + 1;
+  const bool shared = threads() > 1 && places * item >= kSharedBytes;
+  const int64_t piece = shared ? kPieceBytes / item + 1 : places;
+  const auto work = [&](int64_t number) {
+    const int64_t first = number * piece, last = first + piece;
+    int64_t place = 0;
+    for (int64_t i = 0; i < count && place < last; ++i) {
+      const Segment& s = segments[i];
+      const int64_t elements = length(s), step = unit(s);
+      const auto cut = [&](int64_t at) {
+        const int64_t whole = at <= place ? 0 : (at - place + step - 1) / step * step;
+        return whole < elements ? whole : elements;
+      };
+      const int64_t begin = cut(first), end = cut(last);
+      if (begin < end || (elements == 0 && first <= place)) body(s, begin, end);
+      place += elements + 1;
+    }
+  };
+  using Run = decltype(work);
+  share([](const void* run, int64_t number) { (*static_cast<const Run*>(run))(number); }, &work,
+        places == 0 ? 0 : (places + piece - 1) / piece);
+}
+
+GQ_INLINE int64_t elements_of(const Segment& s) { return s.elements; }
+
+// A tensor by itself. `x` may be what a kernel only reads.
+GQ_INLINE Segment whole(const void* x, int64_t count, const uint32_t* random = nullptr) {
+  Segment s = {const_cast<void*>(x), count, 0, 0, 0, {}, 0};
+  if (random != nullptr) __builtin_memcpy(s.random, random, sizeof s.random);
+  return s;
+}
+
+GQ_INLINE Random generator_of(const Segment& s) {
+  return {{s.random[0], s.random[1]}, {s.random[2], s.random[3]}};
+}
+
+// The size of a segment's blocks; 0 makes a block of each segment.
+GQ_INLINE int64_t block_of(const Segment& s, int64_t block) {
+  return block > 0 ? block : whole_block(s.elements);
+}
+
+// ----------------------------------------------------------------------------------- whole tensors
+
+// `measure` is absmax or l2norm. A block is never cut: the sum of its squares has an order.
+template <typename T, typename Measure>
+GQ_INLINE void measure_segments(const Segment* segments, int64_t count, int64_t block,
+                                int32_t* norms, const Measure& measure) {
+  for_parts(
+      segments, count, sizeof(T), elements_of, [=](const Segment& s) { return block_of(s, block); },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        const int64_t width = block_of(s, block);
+        int32_t* own = norms + s.norms + begin / width;
+        if (s.x == nullptr)
+          clear(own, end - begin, width);
+        else
+          measure(s, static_cast<const T*>(s.x) + begin, end - begin, width, own);
+      });
+}
+
+template <typename T>
+GQ_INLINE void absmax_segments(const Segment* segments, int64_t count, int64_t block,
+                               int32_t* norms) {
+  measure_segments<T>(segments, count, block, norms,
+                      [](const Segment& s, const T* x, int64_t size, int64_t width, int32_t* own) {
+                        absmax(x, size, width, is_large<T>(s.elements), own);
+                      });
+}
+
+template <typename T>
+GQ_INLINE void l2norm_segments(const Segment* segments, int64_t count, int64_t block,
+                               int32_t* norms) {
+  measure_segments<T>(segments, count, block, norms,
+                      [](const Segment&, const T* x, int64_t size, int64_t width, int32_t* own) {
+                        l2norm(x, size, width, own);
+                      });
+}
+
+template <typename T, int kBits, bool kSquare>
+GQ_INLINE void quantize_standard_segments(const Segment* segments, int64_t count, int64_t block,
+                                          const int32_t* norms, int bits, int levels,
+                                          int32_t* payload) {
+  for_parts(
+      segments, count, sizeof(T), elements_of,
+      [=](const Segment&) { return int64_t{kGroup} * (32 / bits); },  // whole groups, whole words
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        if (begin == 0) pad(payload, s, standard_words(s.elements, bits));
+        if (s.x == nullptr) return;
+        quantize_standard_rows<T, kBits, kSquare>(
+            static_cast<const T*>(s.x) + begin, end - begin,
+            RowNorms(norms + s.norms, block_of(s, block), begin), bits, levels,
+            dither_of(generator_of(s)), s.group + begin / kGroup,
+            payload + s.payload + standard_words(begin, bits));
+      });
+}
+
+template <typename T, bool kSquare>
+GQ_INLINE void dequantize_standard_segments(const Segment* segments, int64_t count, int64_t block,
+                                            const int32_t* norms, int bits, int64_t divisor,
+                                            const int32_t* payload) {
+  for_parts(
+      segments, count, sizeof(T), elements_of,
+      [=](const Segment&) { return int64_t{kGroup} * (32 / bits); },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        if (s.x == nullptr) return;
+        T* out = static_cast<T*>(s.x);
+        dequantize_standard_rows<kSquare>(
+            payload + s.payload + standard_words(begin, bits), end - begin,
+            RowNorms(norms + s.norms, block_of(s, block), begin), bits, divisor,
+            worth_streaming(out, s.elements), out + begin);
+      });
+}
+
+template <int kBits, bool kSquare>
+GQ_INLINE void mean_standard_segment(const int32_t* const* payloads, int inputs, const Segment& s,
+                                     int64_t block, const int32_t* norms, int bits,
+                                     int64_t divisor) {
+  for_parts(
+      &s, 1, sizeof(float), elements_of,
+      [=](const Segment&) { return int64_t{kGroup} * (32 / bits); },
+      [=](const Segment&, int64_t begin, int64_t end) {
+        mean_standard_rows<kBits, kSquare>(payloads, standard_words(begin, bits), inputs,
+                                           end - begin, RowNorms(norms, block, begin), bits,
+                                           divisor, static_cast<float*>(s.x) + begin);
+      });
+}
+
+template <typename T, int kBits>
+GQ_INLINE void quantize_exponential_segments(const Segment* segments, int64_t count, int64_t block,
+                                             const int32_t* norms, int headroom, uint8_t* codes) {
+  for_parts(
+      segments, count, sizeof(T), elements_of, [](const Segment&) { return int64_t{kGroup}; },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        if (begin == 0) pad(codes, s, exponential_bytes(s.elements, kBits));
+        if (s.x == nullptr) return;
+        quantize_exponential_rows<T, kBits>(static_cast<const T*>(s.x) + begin, end - begin,
+                                            RowNorms(norms + s.norms, block_of(s, block), begin),
+                                            headroom, generator_of(s), begin / kGroup,
+                                            codes + s.payload + begin * kBits / 8);
+      });
+}
+
+template <typename T, int kBits>
+GQ_INLINE void dequantize_exponential_segments(const Segment* segments, int64_t count,
+                                               int64_t block, const int32_t* norms, int headroom,
+                                               const uint8_t* codes) {
+  for_parts(
+      segments, count, sizeof(T), elements_of, [](const Segment&) { return int64_t{kGroup}; },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        if (s.x == nullptr) return;
+        T* out = static_cast<T*>(s.x);
+        dequantize_exponential_rows<T, kBits>(codes + s.payload + begin * kBits / 8, end - begin,
+                                              RowNorms(norms + s.norms, block_of(s, block), begin),
+                                              headroom, worth_streaming(out, s.elements),
+                                              out + begin);
+      });
+}
+
+// `length` is how many bytes of codes a segment has. They lie at the same places in all inputs and
+// in `out`. An element of for_parts is a byte here.
+template <typename Length>
+GQ_INLINE int reduce_segments(const uint8_t* const* codes, int inputs, const Segment* segments,
+                              int64_t count, int bits, float factor, const Length& length,
+                              uint8_t* out) {
+  if (bits != 4 && bits != 8) return kStatusBadBits;
+  const int64_t group = kGroup * bits / 8;
+  for_parts(
+      segments, count, inputs, length, [=](const Segment&) { return group; },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        const Random random = generator_of(s);
+        const int64_t place = s.payload + begin, first = s.group + begin / group;
+        if (bits == 4)
+          reduce_packed_rows(codes, place, inputs, end - begin, factor, random, first, out + place);
+        else if (inputs == 2)
+          reduce_exponential_rows<8, 2, false>(codes, place, inputs, end - begin, factor, random,
+                                               first, out + place);
+        else
+          reduce_exponential_rows<8, 0, false>(codes, place, inputs, end - begin, factor, random,
+                                               first, out + place);
+      });
+  return kStatusOk;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------ C interface
 
-// Runs `statement` with T bound to the element type of `dtype`.
+// Returns after `statement` with T bound to the element type of `dtype`.
 #define GQ_DISPATCH(dtype, statement) \
   switch (dtype) {                    \
     case kFloat32: {                  \
@@ -615,226 +816,176 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
       return kStatusBadDType;         \
   }
 
-GQ_EXPORT(gq_absmax)(int dtype, const void* x, int64_t count, int64_t block, int32_t* norms) {
-  GQ_DISPATCH(dtype, absmax(static_cast<const T*>(x), count, block, norms));
-}
-
-GQ_EXPORT(gq_l2norm)(int dtype, const void* x, int64_t count, int64_t block, int32_t* norms) {
-  GQ_DISPATCH(dtype, l2norm(static_cast<const T*>(x), count, block, norms));
-}
-
-template <bool kSquare>
-GQ_INLINE int quantize_standard_any(int dtype, const void* x, int64_t count, int64_t block,
-                                    const int32_t* norms, int bits, int levels,
-                                    const Dither& dither, int64_t first, int32_t* payload) {
-  switch (bits) {
-    case 16:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 16, kSquare>(static_cast<const T*>(x), count,
-                                                                 block, norms, bits, levels, dither,
-                                                                 first, payload)));
-    case 8:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 8, kSquare>(static_cast<const T*>(x), count,
-                                                                block, norms, bits, levels, dither,
-                                                                first, payload)));
-    case 4:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 4, kSquare>(static_cast<const T*>(x), count,
-                                                                block, norms, bits, levels, dither,
-                                                                first, payload)));
-    default:
-      GQ_DISPATCH(dtype, (quantize_standard_rows<T, 0, kSquare>(static_cast<const T*>(x), count,
-                                                                block, norms, bits, levels, dither,
-                                                                first, payload)));
-  }
-}
-
-static int quantize_standard(int dtype, const void* x, int64_t count, int64_t block,
-                             const int32_t* norms, int bits, int levels, int square,
-                             const uint32_t* random, int64_t first, int32_t* payload) {
-  const Dither dither = dither_of({{random[0], random[1]}, {random[2], random[3]}});
-  return square ? quantize_standard_any<true>(dtype, x, count, block, norms, bits, levels, dither,
-                                              first, payload)
-                : quantize_standard_any<false>(dtype, x, count, block, norms, bits, levels, dither,
-                                               first, payload);
-}
-
-GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
-                                const int32_t* norms, int bits, int levels, int square,
-                                const uint32_t* random, int32_t* payload) {
-  return quantize_standard(dtype, x, count, block, norms, bits, levels, square, random, 0, payload);
-}
-
-GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t count, int64_t block,
-                                  const int32_t* norms, int bits, int square, int64_t divisor,
-                                  void* out) {
-  if (square) {
-    GQ_DISPATCH(dtype, dequantize_standard_rows<true>(payload, count, block, norms, bits, divisor,
-                                                      static_cast<T*>(out)));
-  }
-  GQ_DISPATCH(dtype, dequantize_standard_rows<false>(payload, count, block, norms, bits, divisor,
-                                                     static_cast<T*>(out)));
-}
-
-template <bool kSquare>
-GQ_INLINE void mean_standard_any(const int32_t* const* payloads, int inputs, int64_t count,
-                                 int64_t block, const int32_t* norms, int bits, int64_t divisor,
-                                 float* out) {
-  if (bits == 8)
-    mean_standard_rows<8, kSquare>(payloads, inputs, count, block, norms, bits, divisor, out);
-  else if (bits == 4)
-    mean_standard_rows<4, kSquare>(payloads, inputs, count, block, norms, bits, divisor, out);
-  else
-    mean_standard_rows<0, kSquare>(payloads, inputs, count, block, norms, bits, divisor, out);
-}
-
-GQ_EXPORT(gq_mean_standard)
-(const int32_t* const* payloads, int inputs, int64_t count, int64_t block, const int32_t* norms,
- int bits, int square, int64_t divisor, float* out) {
-  if (square)
-    mean_standard_any<true>(payloads, inputs, count, block, norms, bits, divisor, out);
-  else
-    mean_standard_any<false>(payloads, inputs, count, block, norms, bits, divisor, out);
-  return kStatusOk;
-}
-
-GQ_EXPORT(gq_quantize_exponential)(int dtype, const void* x, int64_t count, int64_t block,
-                                   const int32_t* norms, int bits, int headroom,
-                                   const uint32_t* random, uint8_t* codes) {
-  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
-  if (bits == 8) {
-    GQ_DISPATCH(dtype, (quantize_exponential_rows<T, 8>(static_cast<const T*>(x), count, block,
-                                                        norms, headroom, generator, codes)));
-  }
-  if (bits == 4) {
-    GQ_DISPATCH(dtype, (quantize_exponential_rows<T, 4>(static_cast<const T*>(x), count, block,
-                                                        norms, headroom, generator, codes)));
-  }
-  return kStatusBadBits;
-}
-
-GQ_EXPORT(gq_dequantize_exponential)(int dtype, const uint8_t* codes, int64_t count, int64_t block,
-                                     const int32_t* norms, int bits, int headroom, void* out) {
-  if (bits == 8) {
-    GQ_DISPATCH(dtype, (dequantize_exponential_rows<T, 8>(codes, count, block, norms, headroom,
-                                                          static_cast<T*>(out))));
-  }
-  if (bits == 4) {
-    GQ_DISPATCH(dtype, (dequantize_exponential_rows<T, 4>(codes, count, block, norms, headroom,
-                                                          static_cast<T*>(out))));
-  }
-  return kStatusBadBits;
-}
-
-static int reduce_exponential(const uint8_t* const* codes, int inputs, int64_t bytes, int bits,
-                              float factor, const uint32_t* random, int64_t first, uint8_t* out) {
-  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
-  if (bits == 8 && inputs == 2)
-    reduce_exponential_rows<8, 2, false>(codes, inputs, bytes, factor, generator, first, out);
-  else if (bits == 8)
-    reduce_exponential_rows<8, 0, false>(codes, inputs, bytes, factor, generator, first, out);
-  else if (bits == 4)
-    reduce_packed_rows(codes, inputs, bytes, factor, generator, first, out);
-  else
-    return kStatusBadBits;
-  return kStatusOk;
-}
-
-GQ_EXPORT(gq_reduce_exponential)
-(const uint8_t* const* codes, int inputs, int64_t bytes, int bits, float factor,
- const uint32_t* random, uint8_t* out) {
-  return reduce_exponential(codes, inputs, bytes, bits, factor, random, 0, out);
-}
-
-// The operation of MPI: inout = round(in + inout), a pure function of the two and of `random`.
-GQ_EXPORT(gq_add_exponential)
-(const uint8_t* in, uint8_t* inout, int64_t bytes, int bits, const uint32_t* random) {
-  const Random generator = {{random[0], random[1]}, {random[2], random[3]}};
-  const uint8_t* codes[2] = {in, inout};
-  if (bits == 8)
-    reduce_exponential_rows<8, 2, true>(codes, 2, bytes, 1.0f, generator, 0, inout);
-  else if (bits == 4)
-    add_packed_rows(in, inout, bytes, generator);
-  else
-    return kStatusBadBits;
-  return kStatusOk;
-}
-
-// --------------------------------------------------------------------------- tables of segments
-
-// Runs `statement` for every segment of a table, and returns the first status that is not fine.
-#define GQ_EACH(segments, statement)                                   \
-  for (int64_t own = 0; own < count; ++own) {                          \
-    const Segment& s = segments[own];                                  \
-    const int64_t width = block > 0 ? block : whole_block(s.elements); \
-    const int status = statement;                                      \
-    if (status != kStatusOk) return status;                            \
-  }                                                                    \
-  return kStatusOk
+// Each kernel is one for tables; a tensor by itself is a table of one segment.
 
 GQ_EXPORT(gq_absmax_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, int32_t* norms) {
-  GQ_EACH(segments, s.x == nullptr ? cleared(norms + s.norms, s.elements, width)
-                                   : GQ_JOIN(gq_absmax, GQ_ISA)(dtype, s.x, s.elements, width,
-                                                                norms + s.norms));
+  GQ_DISPATCH(dtype, absmax_segments<T>(segments, count, block, norms));
+}
+
+GQ_EXPORT(gq_absmax)(int dtype, const void* x, int64_t count, int64_t block, int32_t* norms) {
+  const Segment s = whole(x, count);
+  return GQ_JOIN(gq_absmax_table, GQ_ISA)(dtype, &s, 1, block, norms);
 }
 
 GQ_EXPORT(gq_l2norm_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, int32_t* norms) {
-  GQ_EACH(segments, s.x == nullptr ? cleared(norms + s.norms, s.elements, width)
-                                   : GQ_JOIN(gq_l2norm, GQ_ISA)(dtype, s.x, s.elements, width,
-                                                                norms + s.norms));
+  GQ_DISPATCH(dtype, l2norm_segments<T>(segments, count, block, norms));
+}
+
+GQ_EXPORT(gq_l2norm)(int dtype, const void* x, int64_t count, int64_t block, int32_t* norms) {
+  const Segment s = whole(x, count);
+  return GQ_JOIN(gq_l2norm_table, GQ_ISA)(dtype, &s, 1, block, norms);
+}
+
+template <int kBits>
+static int quantize_standard_of(int dtype, const Segment* segments, int64_t count, int64_t block,
+                                const int32_t* norms, int bits, int levels, int square,
+                                int32_t* payload) {
+  if constexpr (kBits <= 8) {
+    if (square)
+      GQ_DISPATCH(dtype, (quantize_standard_segments<T, kBits, true>(segments, count, block, norms,
+                                                                     bits, levels, payload)));
+  }
+  GQ_DISPATCH(dtype, (quantize_standard_segments<T, kBits, false>(segments, count, block, norms,
+                                                                  bits, levels, payload)));
 }
 
 GQ_EXPORT(gq_quantize_standard_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
  int levels, int square, int32_t* payload) {
-  GQ_EACH(segments, (pad(payload, s, standard_words(s.elements, bits)),
-                     s.x == nullptr ? kStatusOk
-                                    : quantize_standard(dtype, s.x, s.elements, width,
-                                                        norms + s.norms, bits, levels, square,
-                                                        s.random, s.group, payload + s.payload)));
+  const auto quantize = bits == 16  ? quantize_standard_of<16>
+                        : bits == 8 ? quantize_standard_of<8>
+                        : bits == 4 ? quantize_standard_of<4>
+                                    : quantize_standard_of<0>;
+  return quantize(dtype, segments, count, block, norms, bits, levels, square, payload);
+}
+
+GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t block,
+                                const int32_t* norms, int bits, int levels, int square,
+                                const uint32_t* random, int32_t* payload) {
+  const Segment s = whole(x, count, random);
+  return GQ_JOIN(gq_quantize_standard_table, GQ_ISA)(dtype, &s, 1, block, norms, bits, levels,
+                                                     square, payload);
 }
 
 GQ_EXPORT(gq_dequantize_standard_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
  int square, int64_t divisor, const int32_t* payload) {
-  GQ_EACH(segments, s.x == nullptr ? kStatusOk
-                                   : GQ_JOIN(gq_dequantize_standard, GQ_ISA)(
-                                         dtype, payload + s.payload, s.elements, width,
-                                         norms + s.norms, bits, square, divisor, s.x));
+  if (square)
+    GQ_DISPATCH(dtype, (dequantize_standard_segments<T, true>(segments, count, block, norms, bits,
+                                                              divisor, payload)));
+  GQ_DISPATCH(dtype, (dequantize_standard_segments<T, false>(segments, count, block, norms, bits,
+                                                             divisor, payload)));
+}
+
+GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t count, int64_t block,
+                                  const int32_t* norms, int bits, int square, int64_t divisor,
+                                  void* out) {
+  const Segment s = whole(out, count);
+  return GQ_JOIN(gq_dequantize_standard_table, GQ_ISA)(dtype, &s, 1, block, norms, bits, square,
+                                                       divisor, payload);
+}
+
+template <int kBits>
+static void mean_standard_of(const int32_t* const* payloads, int inputs, const Segment& s,
+                             int64_t block, const int32_t* norms, int bits, int square,
+                             int64_t divisor) {
+  if (square)
+    mean_standard_segment<kBits, true>(payloads, inputs, s, block, norms, bits, divisor);
+  else
+    mean_standard_segment<kBits, false>(payloads, inputs, s, block, norms, bits, divisor);
+}
+
+GQ_EXPORT(gq_mean_standard)
+(const int32_t* const* payloads, int inputs, int64_t count, int64_t block, const int32_t* norms,
+ int bits, int square, int64_t divisor, float* out) {
+  const auto mean = bits == 8   ? mean_standard_of<8>
+                    : bits == 4 ? mean_standard_of<4>
+                                : mean_standard_of<0>;
+  mean(payloads, inputs, whole(out, count), block, norms, bits, square, divisor);
+  return kStatusOk;
+}
+
+static int quantize_exponential(int dtype, const Segment* segments, int64_t count, int64_t block,
+                                const int32_t* norms, int bits, int headroom, uint8_t* codes) {
+  if (bits == 8)
+    GQ_DISPATCH(dtype, (quantize_exponential_segments<T, 8>(segments, count, block, norms, headroom,
+                                                            codes)));
+  if (bits == 4)
+    GQ_DISPATCH(dtype, (quantize_exponential_segments<T, 4>(segments, count, block, norms, headroom,
+                                                            codes)));
+  return kStatusBadBits;
 }
 
 GQ_EXPORT(gq_quantize_exponential_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
  uint8_t* codes) {
-  GQ_EACH(segments, (pad(codes, s, exponential_bytes(s.elements, bits)),
-                     s.x == nullptr ? kStatusOk
-                                    : GQ_JOIN(gq_quantize_exponential, GQ_ISA)(
-                                          dtype, s.x, s.elements, width, norms + s.norms, bits, 0,
-                                          s.random, codes + s.payload)));
+  return quantize_exponential(dtype, segments, count, block, norms, bits, 0, codes);
+}
+
+GQ_EXPORT(gq_quantize_exponential)(int dtype, const void* x, int64_t count, int64_t block,
+                                   const int32_t* norms, int bits, int headroom,
+                                   const uint32_t* random, uint8_t* codes) {
+  const Segment s = whole(x, count, random);
+  return quantize_exponential(dtype, &s, 1, block, norms, bits, headroom, codes);
+}
+
+static int dequantize_exponential(int dtype, const Segment* segments, int64_t count, int64_t block,
+                                  const int32_t* norms, int bits, int headroom,
+                                  const uint8_t* codes) {
+  if (bits == 8)
+    GQ_DISPATCH(dtype, (dequantize_exponential_segments<T, 8>(segments, count, block, norms,
+                                                              headroom, codes)));
+  if (bits == 4)
+    GQ_DISPATCH(dtype, (dequantize_exponential_segments<T, 4>(segments, count, block, norms,
+                                                              headroom, codes)));
+  return kStatusBadBits;
 }
 
 GQ_EXPORT(gq_dequantize_exponential_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
  const uint8_t* codes) {
-  GQ_EACH(segments, s.x == nullptr ? kStatusOk
-                                   : GQ_JOIN(gq_dequantize_exponential, GQ_ISA)(
-                                         dtype, codes + s.payload, s.elements, width,
-                                         norms + s.norms, bits, 0, s.x));
+  return dequantize_exponential(dtype, segments, count, block, norms, bits, 0, codes);
 }
 
-// The segments' codes lie at the same places in all inputs and in `out`.
+GQ_EXPORT(gq_dequantize_exponential)(int dtype, const uint8_t* codes, int64_t count, int64_t block,
+                                     const int32_t* norms, int bits, int headroom, void* out) {
+  const Segment s = whole(out, count);
+  return dequantize_exponential(dtype, &s, 1, block, norms, bits, headroom, codes);
+}
+
 GQ_EXPORT(gq_reduce_exponential_table)
-(const uint8_t** codes, int inputs, const Segment* segments, int64_t count, int bits, float factor,
- uint8_t* out) {
-  int64_t at = 0;  // what the inputs point to now
-  for (int64_t own = 0; own < count; ++own) {
-    const Segment& s = segments[own];
-    for (int i = 0; i < inputs; ++i) codes[i] += s.payload - at;
-    at = s.payload;
-    const int status = reduce_exponential(codes, inputs, exponential_bytes(s.elements, bits), bits,
-                                          factor, s.random, s.group, out + s.payload);
-    if (status != kStatusOk) return status;
-  }
+(const uint8_t* const* codes, int inputs, const Segment* segments, int64_t count, int bits,
+ float factor, uint8_t* out) {
+  const auto length = [=](const Segment& s) { return exponential_bytes(s.elements, bits); };
+  return reduce_segments(codes, inputs, segments, count, bits, factor, length, out);
+}
+
+// Any number of bytes, not only whole rows.
+GQ_EXPORT(gq_reduce_exponential)
+(const uint8_t* const* codes, int inputs, int64_t bytes, int bits, float factor,
+ const uint32_t* random, uint8_t* out) {
+  const Segment s = whole(nullptr, bytes, random);
+  return reduce_segments(codes, inputs, &s, 1, bits, factor, elements_of, out);
+}
+
+// The operation of MPI: inout = round(in + inout), a pure function of the two and of `random`.
+GQ_EXPORT(gq_add_exponential)
+(const uint8_t* in, uint8_t* inout, int64_t bytes, int bits, const uint32_t* random) {
+  if (bits != 4 && bits != 8) return kStatusBadBits;
+  const Segment s = whole(nullptr, bytes, random);
+  for_parts(
+      &s, 1, 2, elements_of, [](const Segment&) { return int64_t{kGroup}; },
+      [=](const Segment& all, int64_t begin, int64_t end) {
+        const uint8_t* codes[2] = {in, inout};
+        if (bits == 8)
+          reduce_exponential_rows<8, 2, true>(codes, begin, 2, end - begin, 1.0f, generator_of(all),
+                                              begin / kGroup, inout + begin);
+        else
+          add_packed_rows(in + begin, inout + begin, end - begin, generator_of(all),
+                          begin / kGroup);
+      });
   return kStatusOk;
 }
 

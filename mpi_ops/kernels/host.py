@@ -1,7 +1,8 @@
 """Kernels on the CPU: the shared library that setup.py builds, behind the checks of `interface`.
 
 The functions are those of `interface.Kernels`, for NumPy arrays and for buffers in host memory.
-Every call releases the interpreter lock while it runs.
+Every call releases the interpreter lock while it runs. Several threads share a large one (see
+`mpi_ops.set_threads`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import lanes
+from ..threads import chosen_threads
 
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
@@ -45,8 +47,10 @@ def _library() -> ctypes.CDLL:
             f"mpi_ops: the kernel library {_LIBRARY.name} is not beside {__file__}; "
             "install the package (`pip install .`) or build it in place (`make build`)."
         )
+    count = chosen_threads()  # before the library, whose number is 1 until it is told another
     library = ctypes.CDLL(str(_LIBRARY))
     library.gq_best_isa.restype = ctypes.c_char_p
+    library.gq_set_threads(count)
     return library
 
 
@@ -66,6 +70,17 @@ def best_instruction_set() -> str:
     """Name of the newest instruction set that this CPU has, one of `INSTRUCTION_SETS`."""
     name: bytes = _library().gq_best_isa()
     return name.decode()
+
+
+def threads() -> int:
+    """How many threads share a call at most."""
+    count: int = _library().gq_threads()
+    return count
+
+
+def set_threads(count: int) -> None:
+    """Let `count` threads, at least 1, share each call; `mpi_ops.set_threads` checks it."""
+    _library().gq_set_threads(count)
 
 
 # The dither is a pointer to its four words here.
