@@ -1,8 +1,9 @@
-"""Throughput of the host kernels on one core, beside memcpy in the same run.
+"""Throughput of the host kernels on one core or several, beside memcpy in the same run.
 
 Counts bytes read plus bytes written by the algorithm, for the kernels and for memcpy alike. Each
 round times memcpy before every kernel, so that both see the same machine; the ratio is the median
-over rounds. Prints a table, writes kernels.json and kernels.png.
+over rounds. memcpy has one thread, however many the kernels have. Prints a table, writes
+kernels.json and kernels.png.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 from mpi_ops.scheme import Scheme
+from mpi_ops.threads import set_threads
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -203,12 +205,18 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=32 << 20, help="float32 elements")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument("--threads", type=int, default=1, help="of a kernel call; a core for each")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= options.threads <= len(cores):
+        parser.error(f"--threads must be between 1 and {len(cores)}, got {options.threads}")
+    os.sched_setaffinity(0, cores[-options.threads :])
+    set_threads(options.threads)
     memcpy, results = measure(options.elements, options.rounds)
 
     table = Table(
-        title=f"Host kernels, one core, {options.elements} elements, {host.best_instruction_set()}"
+        title=f"Host kernels, {options.threads} threads, {options.elements} elements, "
+        f"{host.best_instruction_set()}"
     )
     table.add_column("kernel")
     for heading in ("GB/s", "ratio to memcpy", "spread", "target"):
@@ -231,6 +239,7 @@ def main() -> None:
         "rounds": options.rounds,
         "machine": platform.processor() or platform.machine(),
         "instruction_set": host.best_instruction_set(),
+        "threads": options.threads,
         "memcpy_gigabytes_per_second": memcpy,
         "results": [asdict(result) for result in results],
     }

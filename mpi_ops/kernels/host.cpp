@@ -58,6 +58,7 @@ GQ_INLINE int64_t exponential_bytes(int64_t count, int bits) {
 // Norms of zeros.
 GQ_INLINE void clear(int32_t* norms, int64_t count, int64_t block) {
   const int64_t blocks = (count + block - 1) / block;
+  if (blocks == 0) return;  // there may be no pointer
   __builtin_memset(norms, 0, sizeof(int32_t) * static_cast<size_t>(blocks));
 }
 

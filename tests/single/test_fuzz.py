@@ -30,6 +30,7 @@ from mpi_ops.scheme import Plan
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = Path(__file__).with_name("fuzz") / "kernels.cpp"
 KERNELS = ROOT / "mpi_ops" / "kernels" / "host.cpp"
+THREADS = KERNELS.with_name("threads.cpp")
 EXAMPLES = int(os.environ.get("GQ_FUZZ_EXAMPLES", "300"))
 SECONDS = int(os.environ.get("GQ_FUZZ_SECONDS", "4"))  # of each driver
 BUILD_SECONDS = 240
@@ -215,11 +216,13 @@ def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         commands.append([*common, *source, "-o", objects[-1]])
         if isa == host.best_instruction_set():
             break
+    objects.append(str(directory / "threads.o"))
+    commands.append([*common, "-O1", "-pthread", "-c", str(THREADS), "-o", objects[-1]])
     objects.append(str(directory / "harness.o"))
     commands.append([*common, "-O1", *coverage, *driver[1:], "-c", str(HARNESS), "-o", objects[-1]])
     run_all(commands)
     program = directory / "kernels"
-    run_all([[*common, *driver[:1], "-rdynamic", *objects, "-ldl", "-o", str(program)]])
+    run_all([[*common, *driver[:1], "-rdynamic", "-pthread", *objects, "-ldl", "-o", str(program)]])
     return program
 
 

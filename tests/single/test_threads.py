@@ -1,4 +1,4 @@
-"""Threads that share a kernel call: the same bytes for any number, many callers, forks, defaults."""
+"""Threads that share a kernel call: the same bytes for any number, callers, forks, defaults."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def flush_denormals(directory: Path) -> Callable[[int], object]:
 
 
 def test_arithmetic_is_that_of_the_caller(tmp_path: Path) -> None:
-    """TensorFlow's threads flush denormals: pieces of such a call do, and those of others do not."""
+    """All pieces of a call flush denormals where its caller does, as TensorFlow's threads do."""
     flush = flush_denormals(tmp_path)
     count = 1 << 21
     norms = np.full(1, 1 << 20, dtype=np.int32)  # a denormal
@@ -390,4 +390,6 @@ def test_no_races(place: str, sound: bool, tmp_path: Path) -> None:
     if built.returncode:
         pytest.skip(f"{compiler} has no ThreadSanitizer runtime: {built.stderr[-300:]}")
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=240, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not know this kernel's layout of memory")
     assert (done.returncode == 0) == sound, done.stderr
