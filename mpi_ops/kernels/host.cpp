@@ -205,12 +205,13 @@ GQ_INLINE const float* group_of(const T* x, int64_t count, float* buffer) {
 // rows. It is 0 elsewhere, and `out` has a row of codes for each row.
 template <int kBits, bool kSquare>
 static void quantize_standard_group(const float* values, int rows, const Scale* scales, float limit,
-                                    const RandomGroup& random, int32_t* out) {
+                                    const RandomKeys& keys, const RandomGroup& random,
+                                    int32_t* out) {
   constexpr int kLanes = kBits > 0 ? 32 / kBits : 1;
 #pragma GCC unroll 4
   for (int start = 0; start < kRow; start += kWidth) {
     Words words[4];
-    random_columns(random, start, words);
+    random_columns(keys, random, start, words);
 #pragma GCC unroll 8
     for (int p = 0; p < kGroupRows / kLanes; ++p) {
       if (p * kLanes >= rows) break;
@@ -235,20 +236,22 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
   const float limit = limit_of<kSquare>(levels);
   Scale scale = {1.0f, 0.0f};
   int lane = 0;
+  const RandomKeys keys = random_keys(dither.random);
   for (int64_t begin = 0, group = first; begin < count; begin += kGroup, ++group) {
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, limit, scale, scales);
     const uint64_t number = static_cast<uint64_t>(group);
-    const RandomGroup random = random_group(dither.random, number, dither_mask(dither, number));
+    const RandomGroup random =
+        random_group(keys, dither.random.stream, number, dither_mask(dither, number));
     float buffer[kGroup];
     const float* values = group_of(x + begin, count - begin, buffer);
     if constexpr (kBits > 0) {
-      quantize_standard_group<kBits, kSquare>(values, rows, scales, limit, random, payload);
+      quantize_standard_group<kBits, kSquare>(values, rows, scales, limit, keys, random, payload);
       payload += kGroupRows * kBits;
     } else {
       alignas(64) int32_t codes[kGroup];
-      quantize_standard_group<0, kSquare>(values, rows, scales, limit, random, codes);
+      quantize_standard_group<0, kSquare>(values, rows, scales, limit, keys, random, codes);
       for (int h = 0; h < rows; ++h) {
         if (lane == 0) __builtin_memset(payload, 0, sizeof(int32_t) * kRow);
         for (int j = 0; j < kRow; ++j)
@@ -265,15 +268,15 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
 
 template <int kBits>
 static void quantize_exponential_group(const float* values, int rows, const Scale* scales,
-                                       uint32_t top_bits, const RandomGroup& random,
-                                       uint8_t* codes) {
+                                       uint32_t top_bits, const RandomKeys& keys,
+                                       const RandomGroup& random, uint8_t* codes) {
   constexpr int kPerByte = 8 / kBits;
   constexpr int kByteRows = kGroupRows / kPerByte;
   alignas(64) uint32_t packed[kByteRows][kRow];
 #pragma GCC unroll 4
   for (int start = 0; start < kRow; start += kWidth) {
     Words words[4];
-    random_columns(random, start, words);
+    random_columns(keys, random, start, words);
 #pragma GCC unroll 8
     for (int p = 0; p < kByteRows; ++p) {
       Words byte = {};
@@ -296,14 +299,15 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, RowNorms row
                                          uint8_t* codes) {
   const uint32_t top_bits = static_cast<uint32_t>(127 - headroom) << 23;  // 2^-headroom
   Scale scale = {1.0f, 0.0f};
+  const RandomKeys keys = random_keys(random);
   for (int64_t begin = 0, group = first; begin < count; begin += kGroup, ++group) {
     const int rows = static_cast<int>(rows_of(begin + kGroup < count ? kGroup : count - begin));
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, 1.0f, scale, scales);
     float buffer[kGroup];
-    quantize_exponential_group<kBits>(group_of(x + begin, count - begin, buffer), rows, scales,
-                                      top_bits,
-                                      random_group(random, static_cast<uint64_t>(group), 0), codes);
+    quantize_exponential_group<kBits>(
+        group_of(x + begin, count - begin, buffer), rows, scales, top_bits, keys,
+        random_group(keys, random.stream, static_cast<uint64_t>(group), 0), codes);
     codes += kGroup * kBits / 8;
   }
 }
@@ -446,6 +450,7 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int64_t plac
   constexpr int kByteRows = kGroupRows / kPerByte;
   constexpr int kGroupBytes = kByteRows * kRow;
   const int n = kInputs > 0 ? kInputs : inputs;
+  const RandomKeys keys = random_keys(random);
   for (int64_t begin = 0, group = first; begin < bytes; begin += kGroupBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[2][kGroupBytes];
@@ -455,7 +460,7 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int64_t plac
           keyed(random, padded_group<kGroupBytes>(codes[0] + place + begin, left, padded[0]),
                 padded_group<kGroupBytes>(codes[1] + place + begin, left, padded[1]), kGroupBytes);
     alignas(64) uint32_t words[4][kRow];
-    random_words(stream, static_cast<uint64_t>(group), words);
+    random_words(keys, stream.stream, static_cast<uint64_t>(group), words);
     alignas(64) float sums[kGroupRows][kRow];
 #pragma GCC unroll 2
     for (int i = 0; i < n; ++i) {
@@ -506,6 +511,7 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int64_t place, in
   for (int code = 0; code < 16; ++code)
     units[code] = static_cast<uint8_t>(
         static_cast<int8_t>(decode_exponential<4>(code) / decode_exponential<4>(1)));
+  const RandomKeys keys = random_keys(random);
   for (int64_t begin = 0, group = first; begin < bytes; begin += kGroupBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[kGroupBytes];
@@ -527,7 +533,7 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int64_t place, in
       }
     }
     alignas(64) uint32_t words[4][kRow];
-    random_words(random, static_cast<uint64_t>(group), words);
+    random_words(keys, random.stream, static_cast<uint64_t>(group), words);
     uint8_t* to = left < kGroupBytes ? padded : out + begin;
 #pragma GCC unroll 4
     for (int p = 0; p < kByteRows; ++p) {
@@ -559,6 +565,7 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
   constexpr int kBytes = kGroupRows * kRow;
   alignas(16) uint8_t table[16];
   for (uint8_t i = 0; i < 16; ++i) table[i] = addition_limit(i);
+  const RandomKeys keys = random_keys(random);
   for (int64_t begin = 0, group = first; begin < bytes; begin += kBytes, ++group) {
     const int64_t left = bytes - begin;
     uint8_t padded[2][kBytes];
@@ -567,7 +574,7 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
     const uint8_t* a = padded_group<kBytes>(in + begin, left, padded[0]);
     const uint8_t* b = padded_group<kBytes>(inout + begin, left, padded[1]);
     alignas(64) uint32_t words[4][kRow];
-    random_words(keyed(random, a, b, kBytes), static_cast<uint64_t>(group), words);
+    random_words(keys, keyed(random, a, b, kBytes).stream, static_cast<uint64_t>(group), words);
     alignas(64) uint8_t sums[kBytes], limits[kBytes];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {

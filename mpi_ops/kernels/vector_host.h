@@ -127,70 +127,86 @@ GQ_HD Words high_halves(Wide even, Wide odd) {
   return reinterpret_cast<Words>(blend(even >> 32, odd));
 }
 
+// The keys of all rounds, which are the same for all groups: as vectors, and in memory, because
+// moving one from a scalar takes as long as two steps of a round.
+struct RandomKeys {
+  uint32_t key[2];
+  Wide key0[kPhiloxRounds], key1[kPhiloxRounds];
+};
+
+GQ_HD RandomKeys random_keys(const Random& random) {
+  RandomKeys keys = {{random.key[0], random.key[1]}, {}, {}};
+  uint32_t key0 = random.key[0], key1 = random.key[1];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keys.key0[round] = broadcast64(key0);
+    keys.key1[round] = broadcast64(key1);
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
+  }
+  return keys;
+}
+
 // Philox blocks of a group of rows. All columns have the same counter but for its first word, so
 // half of the first two rounds is the same for all, and stands here.
 struct RandomGroup {
-  uint32_t key0, key1, mask;
-  Wide first_product, into_c2, into_c0, into_c2_again;
-  uint32_t into_third_c2;
+  Wide first_product, into_c2, into_c0, into_c2_again, third_key1;
+  Words last0, last1, mask;
 };
 
 // The words are those of random_block, each XOR `mask`.
-GQ_HD RandomGroup random_group(const Random& random, uint64_t group, uint32_t mask) {
+GQ_HD RandomGroup random_group(const RandomKeys& keys, const uint32_t* stream, uint64_t group,
+                               uint32_t mask) {
+  constexpr uint32_t kLast = kPhiloxRounds - 1;
   const uint64_t first = group * kRow;
-  const uint32_t key0 = random.key[0], key1 = random.key[1];
-  const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * random.stream[0];
+  const uint32_t key0 = keys.key[0], key1 = keys.key[1];
+  const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * stream[0];
   const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(first >> 32) ^
                       key0;  // of the second round
   const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
-  return {key0,
-          key1,
-          mask,
-          broadcast64(kPhiloxMultiplier0 * (first & 0xffffffffu)),
-          broadcast64(random.stream[1] ^ key1),
+  const uint32_t c3 = static_cast<uint32_t>(product0);  // of the third
+  return {broadcast64(kPhiloxMultiplier0 * (first & 0xffffffffu)),
+          broadcast64(stream[1] ^ key1),
           broadcast64(static_cast<uint32_t>(product1) ^ (key0 + kPhiloxKeyStep0)),
           broadcast64(static_cast<uint32_t>(product0 >> 32) ^ (key1 + kPhiloxKeyStep1)),
-          static_cast<uint32_t>(product0)};
+          broadcast64(c3 ^ (key1 + 2 * kPhiloxKeyStep1)),
+          Words{} + (mask ^ (key0 + kLast * kPhiloxKeyStep0)),
+          Words{} + (mask ^ (key1 + kLast * kPhiloxKeyStep1)),
+          Words{} + mask};
 }
 
 // The four words of kWidth columns, from column `start` on.
-GQ_HD void random_columns(const RandomGroup& group, int start, Words* words) {
+GQ_HD void random_columns(const RandomKeys& keys, const RandomGroup& group, int start,
+                          Words* words) {
   static_assert(kPhiloxRounds > 3, "the first two rounds and the last are not in the loop");
   const Wide m0 = broadcast64(kPhiloxMultiplier0), m1 = broadcast64(kPhiloxMultiplier1);
   Wide c0[2], c1[2], c2[2], c3[2];  // even columns and odd ones
   for (int odd = 0; odd < 2; ++odd) {
-    Wide product0 = group.first_product;
+    Wide columns = {};
     for (int i = 0; i < kLanes64; ++i)
-      product0[i] += kPhiloxMultiplier0 * static_cast<uint64_t>(start + 2 * i + odd);
+      columns[i] = kPhiloxMultiplier0 * static_cast<uint64_t>(start + 2 * i + odd);
+    const Wide product0 = group.first_product + columns;
     const Wide product1 = multiply_low32((product0 >> 32) ^ group.into_c2, m1);
     c0[odd] = (product1 >> 32) ^ group.into_c0;
     c1[odd] = product1;
     c2[odd] = product0 ^ group.into_c2_again;
-    c3[odd] = Wide{};  // the same for all columns, and part of into_third_c2
+    c3[odd] = Wide{};  // the same for all columns, and part of third_key1
   }
-  uint32_t key0 = group.key0 + kPhiloxKeyStep0, key1 = group.key1 + kPhiloxKeyStep1;
-  uint32_t constant = group.into_third_c2;
 #pragma GCC unroll 16
   for (int round = 2; round < kPhiloxRounds - 1; ++round) {
-    key0 += kPhiloxKeyStep0;
-    key1 += kPhiloxKeyStep1;
     for (int odd = 0; odd < 2; ++odd) {
       const Wide product0 = multiply_low32(c0[odd], m0);
       const Wide product1 = multiply_low32(c2[odd], m1);
-      c0[odd] = (product1 >> 32) ^ c1[odd] ^ broadcast64(key0);
+      c0[odd] = (product1 >> 32) ^ c1[odd] ^ keys.key0[round];
       c1[odd] = product1;
-      c2[odd] = (product0 >> 32) ^ c3[odd] ^ broadcast64(key1 ^ constant);
+      c2[odd] = (product0 >> 32) ^ c3[odd] ^ (round == 2 ? group.third_key1 : keys.key1[round]);
       c3[odd] = product0;
     }
-    constant = 0;
   }
   const Wide even0 = multiply_low32(c0[0], m0), odd0 = multiply_low32(c0[1], m0);
   const Wide even1 = multiply_low32(c2[0], m1), odd1 = multiply_low32(c2[1], m1);
-  const Words mask0 = Words{} + (group.mask ^ (key0 + kPhiloxKeyStep0));
-  const Words mask1 = Words{} + (group.mask ^ (key1 + kPhiloxKeyStep1));
-  words[0] = high_halves(even1, odd1) ^ low_halves(c1[0], c1[1]) ^ mask0;
+  words[0] = high_halves(even1, odd1) ^ low_halves(c1[0], c1[1]) ^ group.last0;
   words[1] = low_halves(even1, odd1) ^ group.mask;
-  words[2] = high_halves(even0, odd0) ^ low_halves(c3[0], c3[1]) ^ mask1;
+  words[2] = high_halves(even0, odd0) ^ low_halves(c3[0], c3[1]) ^ group.last1;
   words[3] = low_halves(even0, odd0) ^ group.mask;
 }
 
@@ -213,18 +229,27 @@ GQ_HD void look_up(const uint8_t* table, uint8_t* bytes, int count) {
   for (int i = 0; i < count; ++i) bytes[i] = table[bytes[i]];
 }
 
+struct RandomKeys {
+  uint32_t key[2];
+};
+
+GQ_HD RandomKeys random_keys(const Random& random) { return {{random.key[0], random.key[1]}}; }
+
 struct RandomGroup {
-  Random random;
+  uint32_t stream[2];
   uint64_t first;
   uint32_t mask;
 };
 
-GQ_HD RandomGroup random_group(const Random& random, uint64_t group, uint32_t mask) {
-  return {random, group * kRow, mask};
+GQ_HD RandomGroup random_group(const RandomKeys&, const uint32_t* stream, uint64_t group,
+                               uint32_t mask) {
+  return {{stream[0], stream[1]}, group * kRow, mask};
 }
 
-GQ_HD void random_columns(const RandomGroup& group, int start, Words* words) {
-  random_block(group.random, group.first + static_cast<uint64_t>(start), words);
+GQ_HD void random_columns(const RandomKeys& keys, const RandomGroup& group, int start,
+                          Words* words) {
+  const Random random = {{keys.key[0], keys.key[1]}, {group.stream[0], group.stream[1]}};
+  random_block(random, group.first + static_cast<uint64_t>(start), words);
   for (int w = 0; w < 4; ++w) words[w] ^= group.mask;
 }
 
@@ -242,13 +267,14 @@ GQ_HD void put(T* to, V values) {
   __builtin_memcpy(to, &values, sizeof values);
 }
 
-// All words of a group of rows.
-GQ_HD void random_words(const Random& random, uint64_t number, uint32_t (*words)[kRow]) {
-  const RandomGroup group = random_group(random, number, 0);
+// All words of a group of rows, without a mask.
+GQ_HD void random_words(const RandomKeys& keys, const uint32_t* stream, uint64_t number,
+                        uint32_t (*words)[kRow]) {
+  const RandomGroup group = random_group(keys, stream, number, 0);
 #pragma GCC unroll 4
   for (int start = 0; start < kRow; start += kWidth) {
     Words columns[4];
-    random_columns(group, start, columns);
+    random_columns(keys, group, start, columns);
     for (int w = 0; w < 4; ++w) put(&words[w][start], columns[w]);
   }
 }
