@@ -43,7 +43,6 @@ def user_name(name: str) -> str:
 
 
 NORM = "norm"
-CHOICE = "choice"  # of how the tensors are reduced, where that is settled at each step
 
 
 def codes(parcel: int) -> str:

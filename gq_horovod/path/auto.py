@@ -313,7 +313,7 @@ class SharedTrials:
             self._steps[name] = step
             self._latest = max(step, self._latest)
             new = self._decision is None and decision > 0
-            if new:
+            if decision:  # another one than this rank has loaded, too
                 self._decision = decision - 1
                 self._began.clear()
             elif trial is not self._first and self._last is None:

@@ -110,16 +110,14 @@ class Reduction:
         self._variables, self._first, self._ways = variables, at.first, ways
         # What is there when the ranks have found that they agree: with `ways` which of them it is.
         self._agreed: Any = None
+        self._shared: Any = None  # by which that was found, with `ways`
+        self._prefix = ""  # of its operations
         # How many of the steps that were counted were of this very reduction: several graphs may
         # share the counters of their tensors.
         self._runs = Counter() if variables or kernels.observed else None
         self.tensors = tensors
         self._results: Sequence[Any] | None = None
         with within(at.graph, at.device):
-            # In front of the names of operations in a branch, of which TensorFlow counts the scopes
-            # as they come: ranks would have different ones.
-            self._scope = "" if ignore_name_scope else _name_scope()
-            self._inside = False
             with aside():
                 self._xs = [tf.reshape(x, [-1]) for x in tensors]
                 self._shapes = shapes_of(tensors)
@@ -178,15 +176,22 @@ class Reduction:
         """
         (marks,) = self._call("marks", (), [self._shapes], tf.float64)
         if self._first is None:
-            self._agreed, number = self._agree(number, previous)
+            self._shared, self._agreed = self._agree(number, previous)
         else:
-            self._agreed = self._first._agreed
+            self._shared, self._agreed = self._first._shared, self._first._agreed
+        with aside():
+            found = [self._compare_replicas(self._shared)] if self._variables else []
+            with tf.control_dependencies(found):
+                way = tf.identity(self._agreed)
+            if self._first is None:
+                number = tf.cast(self._shared[-TAIL], tf.int64)
 
         inside = copy.copy(self)
-        inside._inside, inside._ways, inside._first, inside._variables = True, None, None, ()
+        inside._prefix, inside._ways, inside._first, inside._variables = "auto.", None, None, ()
 
         def by_horovod() -> list[Any]:
-            results = inside._plain(ways)
+            with tf.control_dependencies(inside._call("depart", (), [number], tf.int64)):
+                results = inside._plain(ways)
             with tf.control_dependencies(results):
                 return [*results, *inside._call("arrive", (), [number], tf.int64)]
 
@@ -200,23 +205,22 @@ class Reduction:
         branches += [functools.partial(by_kernels, kernels) for kernels in ways.quantizing]
         with aside():
             if tf.executing_eagerly():
-                *results, step = branches[int(self._agreed)]()
+                *results, step = branches[int(way)]()
             else:
-                *results, step = tf.switch_case(self._agreed, branches)
+                *results, step = tf.switch_case(way, branches)
             with tf.control_dependencies(self._set_step(tf.reshape(step, []))):
                 return marks, list(map(tf.identity, results))
 
     def _agree(self, number: Any, previous: Any) -> tuple[Any, Any]:
-        """The way of this step, and its number; as soon as the gradients are there."""
+        """What the ranks share, and the way of this step; as soon as the gradients are there."""
         with aside(), tf.control_dependencies(self._xs):
             steps = tf.stack([number, previous])
         (own,) = self._call("propose", (), [self._shapes, steps], tf.int32)
-        shared = self._allreduce(own, stages.CHOICE, hvd.Max)
+        # Under the name that norms have with other levels: ranks that differ in that are told.
+        shared = self._allreduce(own, stages.NORM, hvd.Max)
         (way,) = self._call("choose", (), [self._shapes, shared], tf.int32)
         with aside():
-            found = [self._compare_replicas(shared)] if self._variables else []
-            with tf.control_dependencies(found):
-                return tf.reshape(way, []), tf.cast(shared[-TAIL], tf.int64)
+            return shared, tf.reshape(way, [])
 
     def _plain(self, ways: Ways) -> list[Any]:
         """What Horovod makes of the tensors by itself."""
@@ -319,17 +323,14 @@ class Reduction:
         return hvd_ops._allreduce(array, op=op, **self._named(part))
 
     def _named(self, part: str) -> dict[str, Any]:
-        name, ignored = self._name(part), self.ignore_name_scope
-        if self._inside:
-            name, ignored = self._scope + name, True
         return {
-            "name": f"{LOSS}.{name}" if elastic() else name,
-            "ignore_name_scope": ignored,
+            "name": f"{LOSS}.{self._name(part)}" if elastic() else self._name(part),
+            "ignore_name_scope": self.ignore_name_scope,
             "process_set": self.kernels.process_set,
         }
 
     def _name(self, part: str) -> str:
-        return self.kernels.operation(hvd_ops._normalize_name(part))
+        return self.kernels.operation(hvd_ops._normalize_name(self._prefix + part))
 
     def _call(self, stage: str, index: tuple[int, ...], inputs: list[Any], *dtypes: Any) -> Any:
         """Insert a call of a kernel; all of its results are vectors."""
@@ -345,14 +346,6 @@ class Reduction:
         for result in results:
             result.set_shape([None])
         return results
-
-
-def _name_scope() -> str:
-    """The scope in which operations are made now, in front of names that have none."""
-    if tf.executing_eagerly():
-        return ""
-    scope = tf.compat.v1.get_default_graph().get_name_scope()
-    return hvd_ops._normalize_name(f"{scope}/") if scope else ""
 
 
 def _set(counters: Sequence[Counter], number: Any) -> list[Any]:

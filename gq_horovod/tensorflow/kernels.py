@@ -126,7 +126,7 @@ class Kernels:
     def propose(self, shapes: Array, steps: Array) -> Array:
         """This rank's part of what `choose` chooses by: of levels="auto", and `_tail`."""
         step, previous = steps.tolist()
-        self.waits(self.operation(stages.CHOICE))
+        self.waits(self.operation(stages.NORM))
         own = np.array(self._trials().propose(self.name), dtype=np.int32)
         return np.concatenate([own, self._tail(shapes, step, previous)])
 
@@ -138,11 +138,15 @@ class Kernels:
         self._check(shared, shapes)
         place = self._trials().choose(self.name, shared[:-TAIL].tolist())
         present = bool(shared[-1])  # all ranks; only an Allreduce is for those that have joined too
-        self.waits(self.operation(stages.CHOICE))
         return np.array(place if present else 0, dtype=np.int32)
 
+    def depart(self, step: Array) -> Array:
+        """Before Horovod reduces the tensors itself; the step."""
+        self.waits(self.name)
+        return step
+
     def arrive(self, step: Array) -> Array:
-        """Where Horovod has reduced the tensors itself; the step."""
+        """After that."""
         self.waits(None)
         return step
 

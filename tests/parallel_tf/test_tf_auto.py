@@ -189,7 +189,7 @@ def test_special_values_reach_all_ranks(name: str, chosen: Any) -> None:
         assert not reduce(tf.zeros(2000)).numpy().any()
 
 
-@pytest.mark.parametrize("elastic", ["0", "1"], ids=["", "elastic"])
+@pytest.mark.parametrize("elastic", ["0", "1"], ids=["plain", "elastic"])
 def test_ranks_that_have_seen_different_things(
     elastic: str, name: str, chosen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,45 +238,43 @@ def test_a_decision_is_loaded(name: str, chosen: list[Any]) -> None:
 
 
 def test_two_instances_at_a_time(name: str, chosen: list[Any]) -> None:
-    """In one graph, in any order: each has trials of its own."""
+    """In one graph: each has trials of its own."""
     first, second = (GlobalQSGD(levels="auto", min_elements=0, seed=seed) for seed in (1, 2))
     names = [f"{name}.{own}" for own in "ab"]
-    for each in (first, second):  # compares the settings, which ranks have to do in one order
-        allreduce(tf.ones(3000), f"{name}.first", compression=each)
-
     @tf.function
     def step(x: Any) -> Any:
-        pairs = list(zip(names, (first, second), strict=True))
-        if hvd.rank() % 2:
-            pairs.reverse()
-        results = {key: allreduce(x, key, compression=which) for key, which in pairs}
-        return [results[key] for key in names]
+        pairs = zip(names, (first, second), strict=True)
+        return [allreduce(x, key, compression=which) for key, which in pairs]
 
     for number in range(STEPS + 2):
         results = step(own(700 + number)[-1])
     check_replicas(*results)
     assert all(each.decisions[0] is not None for each in (first, second))
-    assert {key for key, _, _ in chosen} == {*names, f"{name}.first"}
+    assert {key for key, _, _ in chosen} == set(names)
 
 
-def test_graphs_that_ranks_build_in_different_order(name: str, chosen: list[Any]) -> None:
-    """Names of operations in branches come from users' names alone, not from TensorFlow's count."""
+def test_functions_that_share_names(chosen: list[Any]) -> None:
+    """As of a GAN: both tapes of a step have the same name, in functions that one calls."""
     compression = GlobalQSGD(levels="auto", min_elements=0)
 
-    def both(x: Any) -> Any:
-        order = ["a", "b"] if hvd.rank() == 0 else ["b", "a"]
-        results = {}
-        for key in order:
-            with tf.name_scope(f"scope_{key}"):
-                results[key] = allreduce(x, f"{name}.{key}", compression=compression)
-        return results["a"], results["b"]
+    def half(variable: Any) -> Any:
+        @tf.function
+        def gradient(x: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(variable * x)
+            tape = hvd.DistributedGradientTape(tape, compression=compression)
+            return tape.gradient(loss, [variable])[0]
 
-    if hvd.rank() != 0:  # other branches before these
-        tf.function(lambda x: tf.switch_case(x, [lambda: x, lambda: x + 1]))(tf.constant(0))
-    step = tf.function(both)
-    for number in range(STEPS + 2):
-        results = step(own(800 + number)[-1])
-    check_replicas(*results)
+        return gradient
+
+    first, second = (half(tf.Variable(tf.zeros([20_000]))) for _ in range(2))
+    step = tf.function(lambda x: (first(x), second(3 * x)))
+    for number in range(STEPS // 2):  # each step is two of the name
+        x = tf.fill([20_000], hvd.rank() + number + 1.0)
+        mean = number + (hvd.size() + 1) / 2
+        for factor, result in zip((1, 3), step(x), strict=True):
+            np.testing.assert_allclose(result, np.full(20_000, factor * mean), rtol=0.2)
+    check_replicas(*step(x))
 
 
 def test_ranks_that_disagree_about_a_tensor(name: str) -> None:
@@ -288,24 +286,36 @@ def test_ranks_that_disagree_about_a_tensor(name: str) -> None:
     hvd.allreduce(tf.constant(0.0), name=f"{name}.after")
 
 
-def test_replicas_are_compared_in_every_way(name: str, chosen: Any) -> None:
-    compression = GlobalQSGD(levels="auto", min_elements=0, check_replicas=1)
-    variable = tf.Variable(tf.ones([5000]), name="weights")
+@pytest.mark.parametrize("together", ["a bucket", "buckets", "each by itself", "groups"])
+def test_replicas_are_compared(together: str, name: str, chosen: Any) -> None:
+    options, tape = TOGETHER[together]
+    compression = GlobalQSGD(levels="auto", min_elements=0, check_replicas=1, **options)
+    variables = [tf.Variable(tf.ones([5000]), name=f"weights{own}") for own in range(3)]
 
     @tf.function
     def step() -> Any:
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(variable * variable)
-        tape = hvd.DistributedGradientTape(tape, compression=compression)
-        return tape.gradient(loss, [variable])
+        with tf.GradientTape() as recorded:
+            loss = tf.add_n([tf.reduce_sum(own * own) for own in variables])
+        distributed = hvd.DistributedGradientTape(recorded, compression=compression, **tape)
+        return distributed.gradient(loss, variables)
 
     for _ in range(2):  # without compression
         step()
-    variable.assign_add(tf.fill([5000], float(hvd.rank())))
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match=r"GlobalQSGD\(check_replicas\): .*weights"
-    ):
+    variables[1].assign_add(tf.fill([5000], float(hvd.rank())))
+    error = r"GlobalQSGD\(check_replicas\): .*weights1"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=error):
         step()
+    hvd.allreduce(tf.constant(0.0), name=f"{name}.after")
+
+
+def test_other_levels_on_one_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an elastic job nothing is compared before the first step: no rank waits for ever."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    levels = "auto" if hvd.rank() == 0 else "standard"
+    compression = GlobalQSGD(levels=levels, min_elements=0, timeout=30.0)
+    reduce = tf.function(lambda x: allreduce(x, name, compression=compression))
+    with pytest.raises(tf.errors.OpError, match=r"Mismatched|configured differently"):
+        reduce(tf.ones(5000))
     hvd.allreduce(tf.constant(0.0), name=f"{name}.after")
 
 

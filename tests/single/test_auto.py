@@ -275,6 +275,15 @@ def test_a_decision_that_one_rank_has_loaded() -> None:
     assert [own.decision.name for own in cluster.ranks if own.decision] == ["two-hop"] * 3
 
 
+def test_decisions_that_ranks_have_loaded_differ() -> None:
+    """They take one of them, and all know which."""
+    cluster = Cluster(dict(ALL))
+    for rank, way in enumerate(("standard", "two-hop")):
+        cluster.ranks[rank].decide(way)
+    way = cluster.step()
+    assert [own.decision.name for own in cluster.ranks if own.decision] == [way] * 2
+
+
 def test_numbers_fit_their_messages() -> None:
     """They travel as int32, however long a step takes."""
     cluster = Cluster({**dict.fromkeys(ALL, 1e7), "standard": 5e6})
