@@ -70,9 +70,6 @@ GQ_HD int32_t round_to_int(float value) {
 GQ_HD float smaller(float a, float b) { return a < b ? a : b; }
 GQ_HD float larger(float a, float b) { return a > b ? a : b; }
 
-GQ_HD uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
-GQ_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
 GQ_HD float square_root(float value) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(value);
@@ -243,8 +240,7 @@ constexpr int kGroupRows = 8;
 // half below. Every element's 32 bits are exactly uniform. The two elements that share a word are
 // independent in their upper 16 bits; standard dithering uses those alone, exponential dithering
 // the upper 23, where the shared bits can matter only if the own 16 tie (probability 2^-16).
-template <typename U>
-GQ_HD U random_bits(U word, int h) {
+GQ_HD uint32_t random_bits(uint32_t word, int h) {
   return h % 2 ? word : (word << 16) | (word >> 16);
 }
 
@@ -453,19 +449,23 @@ struct Exponential {
 // the smallest level, z = 2y; below it, z = y + smallest, which is linear in y between the same two
 // powers of two. Adding 23 uniform bits to the mantissa carries into the exponent with exactly the
 // unbiased probability. Comparing bit patterns orders non-negative floats and saturates a NaN.
-template <int kBits, typename F, typename U>
-GQ_HD U encode_exponential(F value, U sign_bits, uint32_t top_bits, U random32) {
+template <int kBits>
+GQ_HD uint32_t encode_exponential(float value, uint32_t sign_bits, uint32_t top_bits,
+                                  uint32_t random32) {
   using E = Exponential<kBits>;
-  const U y = smaller(bits_of(value) & kAbsMask, top_bits);
-  const F z = float_of(y) + float_of(larger(y, E::kBias << 23));
-  const U level = ((bits_of(z) + (random32 >> 9)) >> 23) - E::kBias;
+  const uint32_t smallest = E::kBias << 23;
+  const uint32_t magnitude = bits_of(value) & kAbsMask;
+  const uint32_t y = magnitude < top_bits ? magnitude : top_bits;
+  const float z = float_of(y) + float_of(y > smallest ? y : smallest);
+  const uint32_t level = ((bits_of(z) + (random32 >> 9)) >> 23) - E::kBias;
   return ((sign_bits >> (32 - kBits)) & E::kSign) | level;
 }
 
 // `scale` is 1 / norm and `top_bits` the bit pattern of 2^-headroom, the level of the norm.
-template <int kBits, typename F, typename U>
-GQ_HD U quantize_exponential(F value, Scale scale, uint32_t top_bits, U random32) {
-  const F y = value * scale.pre * scale.factor * float_of(top_bits);
+template <int kBits>
+GQ_HD uint32_t quantize_exponential(float value, Scale scale, uint32_t top_bits,
+                                    uint32_t random32) {
+  const float y = value * scale.pre * scale.factor * float_of(top_bits);
   // The sign of x, since that of Inf * 0 depends on the processor.
   return encode_exponential<kBits>(y, bits_of(value), top_bits, random32);
 }

@@ -266,31 +266,30 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
   }
 }
 
+// Loops over rows, of which compilers make vectors reliably: all of it is arithmetic of integers
+// but for products and one sum.
 template <int kBits>
 static void quantize_exponential_group(const float* values, int rows, const Scale* scales,
-                                       uint32_t top_bits, const RandomKeys& keys,
-                                       const RandomGroup& random, uint8_t* codes) {
+                                       uint32_t top_bits, const uint32_t (*words)[kRow],
+                                       uint8_t* codes) {
   constexpr int kPerByte = 8 / kBits;
-  constexpr int kByteRows = kGroupRows / kPerByte;
-  alignas(64) uint32_t packed[kByteRows][kRow];
-#pragma GCC unroll 4
-  for (int start = 0; start < kRow; start += kWidth) {
-    Words words[4];
-    random_columns(keys, random, start, words);
 #pragma GCC unroll 8
-    for (int p = 0; p < kByteRows; ++p) {
-      Words byte = {};
+  for (int p = 0; p < kGroupRows / kPerByte; ++p) {
+    if (p * kPerByte >= rows) break;
+    alignas(64) uint32_t packed[kRow];
+    for (int j = 0; j < kRow; ++j) {
+      uint32_t byte = 0;
 #pragma GCC unroll 2
       for (int k = 0; k < kPerByte; ++k) {
         const int h = p * kPerByte + k;
-        byte |= quantize_exponential<kBits>(get<Floats>(values + h * kRow + start), scales[h],
-                                            top_bits, random_bits(words[h / 2], h))
+        byte |= quantize_exponential<kBits>(values[h * kRow + j], scales[h], top_bits,
+                                            random_bits(words[h / 2][j], h))
                 << (kBits * k);
       }
-      put(packed[p] + start, byte);
+      packed[j] = byte;
     }
+    narrow_row(packed, codes + p * kRow);
   }
-  for (int p = 0; p * kPerByte < rows; ++p) narrow_row(packed[p], codes + p * kRow);
 }
 
 template <typename T, int kBits>
@@ -305,9 +304,10 @@ GQ_INLINE void quantize_exponential_rows(const T* x, int64_t count, RowNorms row
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, 1.0f, scale, scales);
     float buffer[kGroup];
-    quantize_exponential_group<kBits>(
-        group_of(x + begin, count - begin, buffer), rows, scales, top_bits, keys,
-        random_group(keys, random.stream, static_cast<uint64_t>(group), 0), codes);
+    alignas(64) uint32_t words[4][kRow];
+    random_words(keys, random.stream, static_cast<uint64_t>(group), words);
+    quantize_exponential_group<kBits>(group_of(x + begin, count - begin, buffer), rows, scales,
+                                      top_bits, words, codes);
     codes += kGroup * kBits / 8;
   }
 }

@@ -25,7 +25,6 @@ constexpr int kWidth = 4;
 #define GQ_SELECT(avx512, avx2, sse2) sse2
 #endif
 
-typedef GQ_SELECT(__m512i, __m256i, __m128i) Integers;
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
@@ -54,28 +53,6 @@ GQ_HD Floats smaller(Floats a, float b) {
 GQ_HD Floats larger(Floats a, float b) {
   return GQ_SELECT(_mm512_max_ps, _mm256_max_ps, _mm_max_ps)(a, Floats{} + b);
 }
-#if defined(__AVX2__)
-GQ_HD Words smaller(Words a, uint32_t b) {
-  const Words most = Words{} + b;
-  return reinterpret_cast<Words>(GQ_SELECT(_mm512_min_epu32, _mm256_min_epu32, )(
-      reinterpret_cast<Integers>(a), reinterpret_cast<Integers>(most)));
-}
-GQ_HD Words larger(Words a, uint32_t b) {
-  const Words least = Words{} + b;
-  return reinterpret_cast<Words>(GQ_SELECT(_mm512_max_epu32, _mm256_max_epu32, )(
-      reinterpret_cast<Integers>(a), reinterpret_cast<Integers>(least)));
-}
-#else
-GQ_HD Words smaller(Words a, uint32_t b) {
-  const Words most = Words{} + b;
-  return a < most ? a : most;
-}
-GQ_HD Words larger(Words a, uint32_t b) {
-  const Words least = Words{} + b;
-  return a > least ? a : least;
-}
-#endif
-
 #else
 
 constexpr int kWidth = 1;
