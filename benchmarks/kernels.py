@@ -29,8 +29,8 @@ from mpi_ops import lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
+from mpi_ops.kernels.threads import set_threads
 from mpi_ops.scheme import Scheme
-from mpi_ops.threads import set_threads
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,9 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .kernels.threads import get_threads, set_threads
     from .op import chain_headroom, exponential_sum
     from .reduction import allreduce, iallreduce
-    from .threads import get_threads, set_threads
 
 __all__ = [
     "allreduce",
@@ -32,8 +32,8 @@ _MODULES = {
     "iallreduce": "reduction",
     "chain_headroom": "op",
     "exponential_sum": "op",
-    "get_threads": "threads",
-    "set_threads": "threads",
+    "get_threads": "kernels.threads",
+    "set_threads": "kernels.threads",
 }
 
 

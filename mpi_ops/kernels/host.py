@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import lanes
-from ..threads import chosen_threads
 
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
@@ -34,6 +33,7 @@ from .interface import (
 from .interface import ITEM_BYTES as ITEM_BYTES
 from .interface import Buffer as Buffer
 from .interface import Tensors as Tensors
+from .threads import chosen_threads
 
 INSTRUCTION_SETS = ("baseline", "x86_64_v3", "x86_64_v4")
 

@@ -21,7 +21,13 @@ import mpi_ops
 from mpi_ops import lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host, interface
-from mpi_ops.threads import DEFAULT_MOST, LOCAL_SIZES, THREADS_VARIABLE, chosen_threads, quota
+from mpi_ops.kernels.threads import (
+    DEFAULT_MOST,
+    LOCAL_SIZES,
+    THREADS_VARIABLE,
+    chosen_threads,
+    quota,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = (1, 2, 3, 7)
@@ -297,7 +303,7 @@ def test_other_counts_are_refused(count: object, kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize("name", LOCAL_SIZES)
 def test_ranks_on_a_host_divide_its_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpi_ops.threads.quota", lambda: 1 << 20)
+    monkeypatch.setattr("mpi_ops.kernels.threads.quota", lambda: 1 << 20)
     for cores, ranks, expected in [
         (16, 1, DEFAULT_MOST),
         (16, 4, 4),
@@ -312,7 +318,7 @@ def test_ranks_on_a_host_divide_its_cores(name: str, monkeypatch: pytest.MonkeyP
 
 def test_a_quota_limits_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr("mpi_ops.threads.quota", lambda: 3)
+    monkeypatch.setattr("mpi_ops.kernels.threads.quota", lambda: 3)
     assert chosen_threads({}) == 3
 
 

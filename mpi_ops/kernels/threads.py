@@ -34,7 +34,7 @@ def set_threads(count: int) -> None:
 
     Raises ValueError for another number, TypeError for what is no int.
     """
-    from .kernels import host
+    from . import host
 
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(
@@ -50,7 +50,7 @@ def set_threads(count: int) -> None:
 
 def get_threads() -> int:
     """How many threads share a kernel call on the CPU, at most."""
-    from .kernels import host
+    from . import host
 
     return host.threads()
 
