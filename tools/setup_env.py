@@ -526,20 +526,23 @@ class Cuda(NamedTuple):
     """What Horovod's GPU operations are built against."""
 
     home: Path  # a toolkit, with bin/nvcc
-    nccl: Path  # the wheel's folder, with include and lib
-    run_path: tuple  # folders with libraries that are loaded, below site-packages
+    site_packages: Path
+    run_path: tuple  # folders with libraries that are loaded, below site_packages
     versions: dict  # of torch's CUDA, the compiler and NCCL
 
 
 def gpu_operations() -> bool:
     """Whether Horovod shall have operations on CUDA tensors."""
-    return any(name.startswith("HOROVOD_GPU") for name in horovod_switches())
+    switches = horovod_switches().items()
+    return any(name.startswith("HOROVOD_GPU") and value for name, value in switches)
 
 
 def find_cuda() -> Cuda:
     """The CUDA that .venv and HOROVOD_CUDA_HOME have. Its parts must have one major version."""
     query = "import torch; print(torch.__version__, torch.version.cuda)"
-    torch, of_torch = output_of([VENV_PYTHON, "-c", query]).split()
+    torch, _, of_torch = output_of([VENV_PYTHON, "-c", query]).strip().partition(" ")
+    if not torch:
+        raise SetupError("The torch in .venv cannot be imported.", "Run `make distclean setup`.")
     if of_torch == "None":
         raise SetupError(
             f"HOROVOD_GPU_OPERATIONS needs a PyTorch for CUDA, got torch {torch}.",
@@ -575,21 +578,20 @@ def find_cuda() -> Cuda:
             "requirements-cuda.txt), or take a PyTorch for the CUDA that you have. Then run\n"
             "`make distclean setup`.",
         )
-    runtime = site_packages.glob(f"nvidia/*/lib/libcudart.so.{major}")
-    folders = [path.parent for path in runtime]
-    folders += [path.parent for path in site_packages.glob("nvidia/nccl/lib/libnccl.so.2")]
-    name_libraries(folders)
+    libraries = (f"libcudart.so.{major}", "libnccl.so.2")
+    found_at = [site_packages.glob(f"nvidia/*/lib/{library}") for library in libraries]
+    folders = [path.parent.relative_to(site_packages) for own in found_at for path in own]
     return Cuda(
         home=home,
-        nccl=site_packages / "nvidia" / "nccl",
-        run_path=tuple(str(folder.relative_to(site_packages)) for folder in folders),
+        site_packages=site_packages,
+        run_path=tuple(str(folder) for folder in folders),
         versions={"torch": of_torch, "nvcc": release[2], "nccl": wheels.get(major, "")},
     )
 
 
-def name_libraries(folders: list) -> None:
+def name_libraries(cuda: Cuda) -> None:
     """Name libraries as a linker asks for them: NVIDIA's wheels have libnccl.so.2 alone."""
-    for folder in folders:
+    for folder in (cuda.site_packages / own for own in cuda.run_path):
         for library in (*folder.glob("libcudart.so.*"), *folder.glob("libnccl.so.*")):
             link = library.with_name(f"{library.name.partition('.so')[0]}.so")
             if not link.exists():
@@ -625,7 +627,7 @@ def horovod_build_inputs(compiler: str, cuda: Cuda | None = None) -> dict:
         "libc": platform.libc_ver(),
         "compiler": output_of([*shlex.split(compiler), "--version"]).splitlines()[:1],
         "flags": {name: os.environ.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")},
-        "nvcc": "",
+        "nvcc": "",  # as in wheels for CPUs that were built before: they keep their key
         **({"cuda": cuda.versions} if cuda else {}),
     }
 
@@ -723,6 +725,8 @@ def build_horovod(scratch: Path, compiler: str, cuda: Cuda | None) -> Path:
                 f"The patch for Horovod's {name} does not apply.", "Please report this as a bug."
             )
         (source / name).write_text(text.replace(old, new))
+    if cuda:
+        name_libraries(cuda)
     out = scratch / "wheel"
     env = build_environment(compiler, cuda)
     run([*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, source], env=env)
@@ -740,7 +744,7 @@ def build_environment(compiler: str, cuda: Cuda | None) -> dict:
         env.update(HOROVOD_CUDA_HOME=str(cuda.home), CUDA_HOME=str(cuda.home))
         env.update(PATH=f"{cuda.home / 'bin'}{os.pathsep}{env['PATH']}")
         if not any(name.startswith("HOROVOD_NCCL") for name in horovod_switches()):
-            env.update(HOROVOD_NCCL_HOME=str(cuda.nccl))
+            env.update(HOROVOD_NCCL_HOME=str(cuda.site_packages / "nvidia" / "nccl"))
     return env
 
 

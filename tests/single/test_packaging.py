@@ -432,7 +432,8 @@ def cuda_venv(
         shutil.rmtree(tmp_path / "venv", ignore_errors=True)
         site = tmp_path / "venv" / "lib" / "python3.11" / "site-packages"
         local = "cpu" if torch == "None" else f"cu{torch.replace('.', '')}"
-        answers = f"case $2 in *json*) echo {{}} ;; *) echo 2.13.0+{local} {torch} ;; esac"
+        own = f"echo 2.13.0+{local} {torch}" if torch else "exit 1"
+        answers = f"case $2 in *json*) echo {{}} ;; *) {own} ;; esac"
         program(tmp_path / "venv" / "bin" / "python", answers)
         if nvcc:
             said = f"echo Cuda compilation tools, release {nvcc}, V{nvcc}.88"
@@ -455,9 +456,11 @@ def test_horovod_is_built_against_the_wheels_of_cuda(
     cuda = setup_env.find_cuda()
     assert cuda.versions == {"torch": "13.0", "nvcc": "13.0.88", "nccl": "2.29.7"}
     # The names that a linker asks for, which the wheels do not have.
+    for _ in range(2):  # the second time the links are there already
+        setup_env.name_libraries(cuda)
     for name in ("nvidia/cu13/lib/libcudart.so", "nvidia/nccl/lib/libnccl.so"):
         assert (site / name).exists()
-    assert setup_env.find_cuda() == cuda  # the links are there already
+    assert setup_env.find_cuda() == cuda
     # Where the loader looks: without torch, nothing else has loaded these libraries before.
     text = "".join(new for _, _, new in setup_env.horovod_patch(cuda))
     (run_path,) = re.findall('CMAKE_INSTALL_RPATH "(.*)"', text)
@@ -490,6 +493,7 @@ def test_horovod_is_built_against_a_toolkit_that_is_named(
 @pytest.mark.parametrize(
     ("parts", "said", "remedy"),
     [
+        ({"torch": ""}, "cannot be imported", "make distclean setup"),
         ({"torch": "None"}, "got torch 2.13.0+cpu", "PIP_EXTRA_INDEX_URL"),
         ({"nvcc": ""}, "nvidia/cu13/bin/nvcc does not run", "HOROVOD_CUDA_HOME"),
         ({"torch": "12.6"}, "nvidia/cu12/bin/nvcc does not run", "CUDA 12 toolkit"),
@@ -512,6 +516,7 @@ def test_set_up_refuses_parts_of_cuda_that_do_not_fit(
     ("settings", "torch", "compiler"),
     [
         ({}, False, False),
+        ({"HOROVOD_GPU_OPERATIONS": ""}, False, False),
         ({"HOROVOD_GPU_OPERATIONS": "NCCL"}, True, True),
         ({"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_CUDA_HOME": "/cuda"}, True, False),
     ],
