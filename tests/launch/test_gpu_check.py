@@ -173,6 +173,19 @@ def test_wrong_operations_are_noticed(gpu_check: Any, tmp_path: Path) -> None:
     }
 
 
+def test_a_part_that_hangs_says_where(gpu_check: Any, tmp_path: Path, capsys: Any) -> None:
+    package = tmp_path / "horovod"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    hangs = "import time\ndef init(): time.sleep(600)\n"
+    (package / "torch.py").write_text(hangs)
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--rehearse"]
+    command += ["--part", "operations"]
+    (check,) = gpu_check.run(gpu_check.Part("operations", command, 10, str(tmp_path)))
+    assert "did not end within 10 s" in check.text
+    assert "torch.py" in capsys.readouterr().err
+
+
 def test_a_missed_target_is_an_error(
     gpu_check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
