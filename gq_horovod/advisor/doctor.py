@@ -46,6 +46,8 @@ _DRIVER = "libcuda.so.1"
 _MOUNTED_DRIVERS = ("/usr/local/nvidia/lib64",)  # GKE
 # The first version of the driver for a major version of CUDA (NVIDIA's CUDA Compatibility guide).
 _OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
+# What Horovod may have been built with.
+_PARTS = ("mpi", "gloo", "nccl", "cuda")
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _horovod() -> dict[str, Any]:
     found: dict[str, Any] = {"version": _version("horovod"), **built}
     if built["torch"]:
         hvd: Any = importlib.import_module("horovod.torch")
-        found |= {part: bool(getattr(hvd, f"{part}_built")()) for part in ("mpi", "gloo", "nccl")}
+        found |= {part: bool(getattr(hvd, f"{part}_built")()) for part in _PARTS}
     return found
 
 
@@ -256,8 +258,7 @@ def _of_horovod(found: Facts) -> list[Finding]:
             f"--no-cache-dir --force-reinstall --no-deps horovod=={HOROVOD_VERSION}`"
         )
         return [Finding("Horovod", "wrong", problem, remedy)]
-    parts = ("torch", "tensorflow", "mpi", "gloo", "nccl")
-    having = [part for part in parts if horovod.get(part)]
+    having = [part for part in ("torch", "tensorflow", *_PARTS) if horovod.get(part)]
     findings = []
     if horovod["version"] != HOROVOD_VERSION:
         text = f"version {horovod['version']}"
@@ -354,9 +355,10 @@ def _of_gpus(found: Facts) -> list[Finding]:
         findings.append(Finding("CuPy", "wrong", "not installed", remedy))
     else:
         findings.append(Finding("CuPy", "ok", found["cupy"]))
+    findings += _of_horovod_on_gpus(found)
     said = {True: "yes", False: "no", None: "unknown"}[found["cuda-aware MPI"]]
     findings.append(
-        Finding("CUDA-aware MPI", "ok", f"{said} (not needed: codes travel from hosts)")
+        Finding("CUDA-aware MPI", "ok", f"{said} (not needed: MPI is given host memory)")
     )
     return findings
 
@@ -397,6 +399,24 @@ def _of_the_driver(found: Facts) -> list[Finding]:
         )
         return [Finding(what, "note", f"for CUDA up to {has}, but no GPU is visible", remedy)]
     return [Finding(what, "ok", f"for CUDA up to {has}")]
+
+
+def _of_horovod_on_gpus(found: Facts) -> list[Finding]:
+    """Whether Horovod can use the GPUs that are there; only its PyTorch module says so."""
+    horovod = found["horovod"]
+    if _error(horovod) or "cuda" not in horovod:
+        return []
+    what = "Horovod on GPUs"
+    build = "HOROVOD_GPU_OPERATIONS=NCCL `pip install --no-cache-dir --force-reinstall --no-deps "
+    build += f"horovod=={HOROVOD_VERSION}`"
+    if not horovod["cuda"]:
+        remedy = f"build it again with {build}: it takes no tensors on a GPU, and "
+        remedy += "hooks copy gradients that are not compressed to the host"
+        return [Finding(what, "wrong", "built without CUDA", remedy)]
+    if not horovod["nccl"]:
+        remedy = f"build it again with {build}: it copies tensors on a GPU to the host"
+        return [Finding(what, "note", "built without NCCL", remedy)]
+    return [Finding(what, "ok", "built with NCCL")]
 
 
 # -------------------------------------------------------------------------------------- the cluster

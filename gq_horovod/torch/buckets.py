@@ -27,12 +27,14 @@ from ..guards.stats import Sample
 from ..path import agreement, buckets, token
 from ..path.config import Config, Plan
 from ..path.pipeline import Handle, InFlight, Memory, Method, Task
-from . import tensors
+from . import gpus, tensors
 from .collectives import Every, written
 from .group import Group
 
 # Tensors that arrive until somebody asks how far earlier buckets are.
 _NUDGE = 4
+
+_HOST = torch.device("cpu")
 
 
 class Maker(Protocol):
@@ -112,6 +114,7 @@ class Bucket:
         scaling: float = 1.0,
         in_place: bool = False,
         name: str | None = None,
+        grouped: bool = False,
     ) -> None:
         """Make one.
 
@@ -120,10 +123,11 @@ class Bucket:
             members: its tensors.
             op, scaling, in_place: the caller's.
             name: of its operations; None for one that tells other members from these.
+            grouped: whether Horovod reduces their tokens in one operation with other tensors.
         """
         self.maker, self.group, self.plan = maker, group, plan
         self.members, self._op, self._scaling = list(members), op, scaling
-        self.in_place = in_place
+        self.in_place, self._grouped = in_place, grouped
         self.factor = scaling * (plan.world_size if op == hvd.Sum else 1)
         names = [stages.tensor_name(own.name) for own in members]
         shapes = [(tuple(own.shape), str(own.dtype)) for own in members]
@@ -134,7 +138,14 @@ class Bucket:
         self.marks = [
             token.make(own.name, own.shape, tensors.DTYPES[own.dtype], together) for own in members
         ]
-        self._marks: NDArray[np.float64] = np.array(self.marks)
+        # Horovod refuses a group whose tensors lie on several devices, and some of this one may go
+        # without us. Other tokens stay in host memory: on a GPU, Horovod's operations wait for each
+        # other in the order of the hooks, and codes would wait for tokens of later gradients.
+        if members[0].device.type == "cuda":
+            gpus.say_once()
+        there = members[0].device if grouped and gpus.horovod_takes_them() else _HOST
+        with torch.inference_mode(False):  # they outlive a region of that mode
+            self._marks = gpus.placed(torch.tensor(self.marks, dtype=torch.float64), there)
         self.run: Run | None = None  # the last one
         self.agreed: agreement.Same | None = None  # until it is known that all ranks have it
         self.absent: list[int] = []  # members that no rank had in the last run
@@ -143,9 +154,9 @@ class Bucket:
     def _renew(self) -> None:
         """Memory that nothing else uses: an operation that was given up may still write to it."""
         self.memory = Memory()
-        self._tokens = np.empty_like(self._marks)
-        with torch.inference_mode(False):  # they outlive a region of that mode
-            self.tokens = list(torch.from_numpy(self._tokens))
+        with torch.inference_mode(False):
+            self._tokens = torch.empty_like(self._marks)
+            self.tokens = list(self._tokens)
         for own, handed in zip(self.members, self.tokens, strict=True):
             self.maker._hand(handed, Handed(own.name, own.shape, own.dtype, True))
 
@@ -153,7 +164,7 @@ class Bucket:
         """A bucket of some of these members."""
         members = [self.members[place] for place in places]
         like = (self._op, self._scaling, self.in_place)
-        return Bucket(self.maker, self.group, self.plan, members, *like)
+        return Bucket(self.maker, self.group, self.plan, members, *like, grouped=self._grouped)
 
     def arrive(
         self, owner: Owner, place: int, tensor: torch.Tensor, step: int
@@ -178,7 +189,7 @@ class Bucket:
             return last
         if last is not None:  # nobody has asked for all of it
             self._renew()
-        self._tokens[:] = self._marks
+        self._tokens.copy_(self._marks)
         self.run = Run(self, owner)
         return self.run
 

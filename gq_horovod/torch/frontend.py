@@ -23,7 +23,7 @@ from ..path import agreement, buckets, token
 from ..path.auto import Trials, Way
 from ..path.config import Config, ConfigMismatchError, Plan
 from ..path.pipeline import Method, Pipeline
-from . import numbering, tensors
+from . import gpus, numbering, tensors
 from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together, describe
 from .caller import Caller, find_caller, find_hook
 from .collectives import Collectives, complete
@@ -41,6 +41,7 @@ class _Left(NamedTuple):
     """What decompress() has to know about a tensor that Horovod reduces by itself."""
 
     dtype: torch.dtype  # of the tensor; Horovod may get a wider one
+    device: torch.device  # of the tensor; Horovod may get a copy in host memory
 
 
 class TorchFrontend(Frontend):
@@ -151,7 +152,9 @@ class TorchFrontend(Frontend):
         if plan is None:
             return self._left_to_horovod(tensor, caller.name)
         member = describe(caller.name, key, tensor)
-        bucket = Bucket(self, group, plan, [member], caller.op, caller.scaling)
+        like = (caller.op, caller.scaling)
+        grouped = caller.together is not None
+        bucket = Bucket(self, group, plan, [member], *like, grouped=grouped)
         return bucket.arrive(ALONE, 0, tensor, step)
 
     def _arrive(
@@ -189,7 +192,10 @@ class TorchFrontend(Frontend):
             return settled.arrive(members, optimizer, parameter, tensor, step)
         # One that its bucket was not made for: of another dtype than its parameter, or new.
         member = describe(name, key, tensor)
-        bucket = Bucket(self, group, way.plan, [member], optimizer.op, in_place=True)
+        grouped = optimizer._groups is not None
+        bucket = Bucket(
+            *(self, group, way.plan, [member], optimizer.op), in_place=True, grouped=grouped
+        )
         return bucket.arrive(ALONE, 0, tensor, step)
 
     def _cut(
@@ -227,10 +233,13 @@ class TorchFrontend(Frontend):
                 described = [
                     describe(names[one], group.key(names[one], optimizer), one) for one in own
                 ]
-                yield (
-                    Bucket(self, group, way.plan, described, optimizer.op, in_place=True),
-                    own,
+                grouped = optimizer._groups is not None
+                bucket = Bucket(
+                    *(self, group, way.plan, described, optimizer.op),
+                    in_place=True,
+                    grouped=grouped,
                 )
+                yield bucket, own
 
     def _arrive_in_call(
         self, tensor: torch.Tensor, caller: Caller, group: Group
@@ -268,6 +277,7 @@ class TorchFrontend(Frontend):
                 bucket = Bucket(
                     *(self, group, group.plan, described, caller.op, caller.scaling),
                     name=stages.tensor_name(f"{base}.{chosen[0]}"),
+                    grouped=True,
                 )
                 members.update(zip(chosen, bucket.places(), strict=True))
         return Together(caller.together, members)
@@ -303,8 +313,12 @@ class TorchFrontend(Frontend):
             handed = tensor.float().contiguous()
         else:  # what Horovod does not know at all it refuses in its own words
             handed = tensor.contiguous() if tensors.dense(tensor) else tensor
+        if tensor.is_cuda:
+            gpus.say_once()
+            if not gpus.horovod_takes_them():
+                handed = handed.to("cpu")
         self._hand(handed, Handed(name, tensor.shape, tensor.dtype, False))
-        return handed, _Left(tensor.dtype)
+        return handed, _Left(tensor.dtype, tensor.device)
 
     def _hand(self, handed: torch.Tensor, own: Handed) -> None:
         """Remember what Horovod is given for a tensor."""
@@ -321,7 +335,7 @@ class TorchFrontend(Frontend):
         if ctx is None:  # a sparse gradient, about which Horovod has not asked compress()
             return tensor
         if isinstance(ctx, _Left):
-            return tensor.to(ctx.dtype)
+            return tensor.to(ctx.device, ctx.dtype)
         assert isinstance(ctx, Context)
         run, bucket = ctx.run, ctx.run.bucket
         if run.open:
@@ -330,7 +344,7 @@ class TorchFrontend(Frontend):
             own = bucket.members[ctx.place]
             try:
                 token.check(
-                    tensor.tolist(),
+                    gpus.values_of(tensor),
                     bucket.marks[ctx.place],
                     stages.tensor_name(own.name),
                     bucket.plan.world_size,
@@ -347,10 +361,7 @@ class TorchFrontend(Frontend):
             mean = mean.to(own.device, own.dtype)
         if ctx.strides is not None:
             # A channels_last gradient stays one: its optimizer state has these strides too.
-            strided = torch.empty_strided(
-                mean.shape, ctx.strides, dtype=mean.dtype, device=mean.device
-            )
-            mean = strided.copy_(mean)
+            mean = mean.new_empty_strided(mean.shape, ctx.strides).copy_(mean)
         return mean
 
     compress = ClassOrInstance(never_traced(_compress))

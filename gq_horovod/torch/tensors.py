@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from . import gpus
 
 DTYPES = {
     torch.float32: "float32",
@@ -24,18 +25,9 @@ def dense(tensor: torch.Tensor) -> bool:
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy, where kernels can read it, contiguous."""
-    if not tensor.is_cpu and not (tensor.is_cuda and _cupy_is_there()):
+    if not tensor.is_cpu and not (tensor.is_cuda and gpus.kernels_problem() is None):
         tensor = tensor.to("cpu")
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-@cache
-def _cupy_is_there() -> bool:
-    try:
-        from mpi_ops.kernels import device  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[str, Any]:
@@ -49,10 +41,13 @@ def memory_of(tensor: torch.Tensor) -> tuple[str, Any]:
 
 def new_output(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a mean, which kernels may write to at once."""
-    output = torch.empty_like(like, dtype=dtype)
-    if output.is_cuda:
-        # What had this memory before may not be done with it on PyTorch's stream.
-        torch.cuda.current_stream(output.device).synchronize()
+    if not like.is_cuda:
+        return torch.empty_like(like, dtype=dtype)
+    # Memory of PyTorch's stream may be in use there still, by work that nobody has waited for. That
+    # of the kernels' own stream is not. It goes back when PyTorch's stream is done with it.
+    with torch.cuda.stream(gpus.kernel_stream(like.device)):
+        output = torch.empty_like(like, dtype=dtype)
+    output.record_stream(torch.cuda.current_stream(like.device))
     return output
 
 

@@ -1,46 +1,49 @@
-"""gq_horovod.torch.allreduce of tensors on a GPU, which is emulated: see tests/single/fake_cupy.py.
-
-PyTorch has no part in that, so what looks at a tensor's device is replaced.
-"""
+"""GlobalQSGD with tensors on a GPU, which is emulated: see fake_cupy and fake_gpu."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
-import numpy as np
 import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradients
+from horovod.torch import mpi_ops as hvd_ops
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
 import fake_cupy
+import fake_gpu
+from fake_gpu import as_numpy, on_gpu, plain
 
 from gq_horovod import torch as plugin
-from gq_horovod.torch import buckets, tensors
+from gq_horovod.torch import buckets, gpus
 from gq_horovod.torch.collectives import Written
 
-
-def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    memory = fake_cupy.empty(tuple(tensor.shape), np.float32)._values
-    return torch.from_numpy(memory).copy_(tensor)
+LEVELS = ["standard", "exponential", "two-hop"]
 
 
-def _memory(tensor: torch.Tensor) -> tuple[str, Any]:
-    from mpi_ops.kernels import device
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
 
-    return "device", device.own_stream(0)
+
+@pytest.fixture
+def gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with fake_gpu.installed(directory, monkeypatch) as device:
+        yield device
 
 
 class _Event:
     """What a GPU still has to do to a tensor: it is done the third time that somebody asks."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._values = tensor, tensor.clone()
+        self._tensor, self._values = plain(tensor), plain(tensor).clone()
         self._asked = 0
-        tensor.fill_(torch.nan)  # nobody may look at it before
+        self._tensor.fill_(torch.nan)  # nobody may look at it before
 
     def query(self) -> bool:
         self._asked += 1
@@ -52,28 +55,147 @@ class _Event:
         assert self._asked >= 3, "a hook waits for the GPU"
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+@pytest.mark.parametrize("levels", LEVELS)
 def test_the_same_bytes_as_in_host_memory(
-    levels: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    levels: Any, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = gradients((7, 1003), tag=19)
     own = inputs[hvd.rank()]
 
-    def mean() -> torch.Tensor:
+    def mean(tensor: torch.Tensor) -> torch.Tensor:
         compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
-        return plugin.allreduce(own, name, compression=compression)
+        return plugin.allreduce(tensor, name, compression=compression)
 
-    expected = mean()
-    with fake_cupy.installed(tmp_path / "emulation", ["float32"]):
-        monkeypatch.setattr(tensors, "readable", _on_gpu)
-        monkeypatch.setattr(tensors, "memory_of", _memory)
-        monkeypatch.setattr(buckets, "written", lambda values: Written(_Event(values)))
-        launches = fake_cupy.Module.launches
-        result = mean()
-        kernels = {kernel for kernel, *_ in launches}
-        streams = {stream for *_, stream in launches}
+    expected = mean(own)
+    monkeypatch.setattr(buckets, "written", lambda values: Written(_Event(values)))
+    launches = fake_cupy.Module.launches
+    launches.clear()
+    result = mean(on_gpu(own))
+    kernels = {kernel for kernel, *_ in launches}
+    streams = {stream for *_, stream in launches}
     assert len(kernels) == 3, kernels  # norms, quantize, dequantize; codes are reduced on the host
     assert len(streams) == 1
     assert fake_cupy.DEFAULT_STREAM not in streams
-    assert torch.equal(result, expected)
-    check_replicas(result)
+    assert torch.equal(plain(result), expected)
+    check_replicas(plain(result))
+
+
+# ----------------------------------------------------------------------------- what Horovod is given
+
+
+def _groups(monkeypatch: pytest.MonkeyPatch) -> list[set[torch.device]]:
+    """Devices of each group that Horovod gets; it refuses several, as its C++ does."""
+    seen: list[set[torch.device]] = []
+    original = hvd_ops._grouped_allreduce_async
+
+    def one_device(given: Any, *rest: Any) -> int:
+        seen.append({own.device for own in given})
+        if len(seen[-1]) > 1:
+            raise RuntimeError("Tensors in list must be on same device.")
+        return original(given, *rest)
+
+    monkeypatch.setattr(hvd_ops, "_grouped_allreduce_async", one_device)
+    return seen
+
+
+SHAPES = [(70, 100), (30,), (9000,), (4095,)]  # every other one is left to Horovod
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_groups_with_tensors_that_are_left_to_horovod(
+    built: bool, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a group lie on one device, whether or not Horovod can be given what lies on a GPU."""
+    monkeypatch.setattr(gpus, "horovod_takes_them", lambda: built)
+    seen = _groups(monkeypatch)
+    inputs = [gradients(shape, tag=number) for number, shape in enumerate(SHAPES)]
+    own = [every[hvd.rank()] for every in inputs]
+
+    def reduced(there: Any, tag: str) -> list[list[torch.Tensor]]:
+        compression = plugin.GlobalQSGD(transport=TRANSPORT)
+        results = [
+            hvd.grouped_allreduce(
+                [there(tensor) for tensor in own], name=f"{name}.{tag}", compression=compression
+            )
+        ]
+        parameters = [torch.nn.Parameter(there(torch.zeros(shape))) for shape in SHAPES]
+        named = [(f"{name}.{number}", one) for number, one in enumerate(parameters)]
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(parameters, lr=1.0), named, compression=compression, groups=2
+        )
+        for _ in range(2):
+            for parameter, tensor in zip(parameters, own, strict=True):
+                parameter.grad = there(tensor)
+            for group in dict.fromkeys(optimizer._p_to_group.values()):
+                optimizer._handles[group] = optimizer._grouped_allreduce_grad_async(group)
+            optimizer.synchronize()
+            results.append([one.grad for one in parameters])
+        return results
+
+    expected = reduced(torch.clone, "same")
+    seen.clear()
+    got = reduced(on_gpu, "same")
+    on = fake_gpu.GPU if built else torch.device("cpu")
+    assert seen == [{on}] * 5
+    for theirs, ours in zip(expected, got, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            assert other.device == fake_gpu.GPU
+            assert torch.equal(plain(other), one)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_mean_is_where_its_gradient_is_and_has_its_strides(
+    in_place: bool, name: str, gpu: Any
+) -> None:
+    own = gradients((8, 16, 8, 8), tag=3)[hvd.rank()].to(memory_format=torch.channels_last)
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    if not in_place:
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
+    else:
+        parameter = torch.nn.Parameter(on_gpu(torch.zeros_like(own)))
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([parameter], lr=1.0), [(name, parameter)], compression=compression
+        )
+        parameter.grad = on_gpu(own)
+        optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+        optimizer.synchronize()
+        result = parameter.grad
+    assert result.device == fake_gpu.GPU
+    assert result.stride() == own.stride() != torch.empty(own.shape).stride()
+    error = as_numpy(result) - sum(every.numpy() for every in gradients(own.shape, 3)) / hvd.size()
+    assert 0 < abs(error).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("takes", "nccl", "kernels", "words"),
+    [
+        (False, False, None, ["without CUDA"]),
+        (True, False, None, ["without NCCL"]),
+        (True, True, "CuPy does not import", ["CuPy does not import"]),
+        (True, True, None, []),
+    ],
+)
+def test_what_keeps_gradients_from_the_gpu_is_said_once(
+    takes: bool,
+    nccl: bool,
+    kernels: str | None,
+    words: list[str],
+    name: str,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(gpus, "horovod_takes_them", lambda: takes)
+    monkeypatch.setattr(hvd, "nccl_built", lambda: nccl)
+    monkeypatch.setattr(gpus, "kernels_problem", lambda: kernels)
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    gradient = gradients((5000,))[hvd.rank()]
+    with caplog.at_level(logging.WARNING):
+        plugin.allreduce(gradient, f"{name}.host", compression=compression)
+        assert not [own for own in caplog.records if own.event == "gpu"]
+        for number in range(2):
+            plugin.allreduce(on_gpu(gradient), f"{name}.{number}", compression=compression)
+    said = [own.getMessage() for own in caplog.records if own.event == "gpu"]
+    assert len(said) == (len(words) if hvd.rank() == 0 else 0)
+    for text, word in zip(said, words, strict=False):
+        assert word in text

@@ -296,15 +296,19 @@ def modules() -> dict[str, types.ModuleType]:
 
 
 def build(directory: Path, elements: dict[str, str]) -> dict[str, ctypes.CDLL]:
-    """The emulated kernels of each element type, and under "" those of codes."""
+    """The emulated kernels of each element type, and under "" those of codes.
+
+    What an earlier call has put into the directory is not built again.
+    """
     directory.mkdir(exist_ok=True)
     built = {}
-    for number, element in enumerate(["", *elements.values()]):
-        library = directory / f"{number}.so"
+    for element in ["", *elements.values()]:
+        library = directory / f"{element.removeprefix('gq::') or 'codes'}.so"
         define = [f"-DGQ_ELEMENT={element}"] if element else []
         include = f"-I{ROOT / 'mpi_ops' / 'kernels'}"
         options = [*define, include, "-Wno-unknown-pragmas", "-o", str(library)]
-        subprocess.run([*COMPILE, *options, str(SOURCE)], check=True)
+        if not library.exists():
+            subprocess.run([*COMPILE, *options, str(SOURCE)], check=True)
         built[element] = ctypes.CDLL(str(library))
     return built
 

@@ -29,6 +29,7 @@ GOOD: Facts = {
         "mpi": True,
         "gloo": True,
         "nccl": False,
+        "cuda": False,
     },
     "mpi": {"library": "Open MPI v4.1.8", "threads": "multiple"},
     "gpu": [],
@@ -42,7 +43,10 @@ GOOD: Facts = {
     "cupy": None,
 }
 DRIVER = {"built for": "13.0", "cuda": "13.0", "mounted": None}
-GPU = {"gpu": ["H100"], "cupy": "14.2.0", "driver": DRIVER}
+GPU = {
+    **{"gpu": ["H100"], "cupy": "14.2.0", "driver": DRIVER},
+    **{"horovod.nccl": True, "horovod.cuda": True},
+}
 
 
 def broken(changes: dict[str, Any]) -> Facts:
@@ -102,6 +106,11 @@ BREAKAGES = [
     ),
     ({"driver": {**DRIVER, "cuda": "12.8"}}, "NVIDIA driver", "wrong", "a PyTorch for CUDA 12"),
     ({"driver": DRIVER}, "NVIDIA driver", "note", "CUDA_VISIBLE_DEVICES"),
+    (
+        {**GPU, "horovod.nccl": False, "horovod.cuda": False},
+        *("Horovod on GPUs", "wrong", "HOROVOD_GPU_OPERATIONS=NCCL"),
+    ),
+    ({**GPU, "horovod.nccl": False}, "Horovod on GPUs", "note", "HOROVOD_GPU_OPERATIONS=NCCL"),
 ]
 
 

@@ -1,0 +1,93 @@
+"""What can be done with gradients on a GPU: by Horovod, as it was built, and by our kernels."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+
+import horovod.torch as hvd
+import torch
+
+from ..log import Log
+
+_log = Log(__name__)
+
+_BUILD = "build it with HOROVOD_GPU_OPERATIONS=NCCL"
+
+
+def horovod_takes_them() -> bool:
+    """Whether Horovod can be given tensors on a GPU: one built without CUDA ends the process."""
+    return bool(hvd.cuda_built() or hvd.rocm_built())
+
+
+@cache
+def kernels_problem() -> str | None:
+    """Why our kernels cannot run on the GPUs of this process, with the remedy; None if they can."""
+    try:
+        from mpi_ops.kernels import device  # noqa: F401
+    except ImportError as error:
+        return f"CuPy does not import ({error}): `pip install gq-horovod[cuda12]`"
+    return None
+
+
+@cache
+def say_once() -> None:
+    """Log, on the first rank, what keeps gradients on a GPU from being reduced there."""
+    if hvd.rank() != 0:
+        return
+    problems = []
+    if not horovod_takes_them():
+        problems.append(
+            "Horovod was built without CUDA, so hooks copy what is not compressed to the host, and "
+            f"wait for the GPU; {_BUILD}"
+        )
+    elif not hvd.nccl_built():
+        problems.append(
+            f"Horovod was built without NCCL, so codes travel through host memory; {_BUILD}"
+        )
+    if (problem := kernels_problem()) is not None:
+        problems.append(f"{problem}; without it they are copied to the host whole")
+    for problem in problems:
+        _log.say(
+            logging.WARNING,
+            "gpu",
+            f"gradients lie on a GPU, but {problem}",
+            problem=problem,
+        )
+
+
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor in host memory on a device. Does not wait for it."""
+    return tensor.to(device, non_blocking=True)
+
+
+@cache
+def kernel_stream(device: torch.device) -> torch.cuda.ExternalStream:
+    """The stream of our kernels, for PyTorch."""
+    from mpi_ops.kernels.device import own_stream  # imports CuPy
+
+    return torch.cuda.ExternalStream(own_stream(device.index).ptr, device=device)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that has nothing to do."""
+    return torch.cuda.Stream(device)
+
+
+def values_of(reduced: torch.Tensor) -> list[float]:
+    """The numbers of a small tensor that Horovod has reduced.
+
+    Horovod says that an operation is complete when the GPU is done with it, so nobody has to wait
+    for what else PyTorch's stream has to do. (Not if it is told to say so before.)
+    """
+    if reduced.is_cpu or os.environ.get("HOROVOD_ENABLE_ASYNC_COMPLETION", "0") not in ("", "0"):
+        values: list[float] = reduced.tolist()
+        return values
+    with torch.cuda.stream(_side_stream(reduced.device)):
+        values = reduced.tolist()
+    return values
+
+
+CACHED = (kernels_problem, say_once, kernel_stream, _side_stream)

@@ -1,0 +1,180 @@
+"""Tensors of PyTorch that play those of a GPU: their memory is that of `fake_cupy`.
+
+Where they go to the host is noted. What PyTorch has for streams and events is replaced, so a test
+says when the GPU has done what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fake_cupy
+import numpy as np
+import pytest
+import torch
+
+from gq_horovod.torch import gpus
+
+GPU = torch.device("cuda", 0)
+# Bytes of each tensor that was copied to the host, since somebody has cleared it.
+crossings: list[int] = []
+
+_TO_HOST = ("cpu", "numpy", "tolist", "item", "__array__", "__bool__", "__float__", "__int__")
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor on the GPU."""
+
+    device = GPU
+    is_cuda, is_cpu = True, False
+
+    def get_device(self) -> int:
+        return 0
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return fake_cupy.ndarray(plain(self).detach().numpy()).__cuda_array_interface__
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        places = [*args[1:], kwargs.get("device")]
+        leaves = name == "to" and any(str(place).partition(":")[0] == "cpu" for place in places)
+        if leaves or name in _TO_HOST:
+            crossings.append(args[0].nbytes)
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*(plain(own) for own in args), **kwargs)
+        if kwargs.get("device") == GPU:
+            del kwargs["device"]
+        args = tuple("cpu" if isinstance(own, torch.device) and own == GPU else own for own in args)
+        result = super().__torch_function__(function, types, args, kwargs)
+        if "meta" in map(str, places):
+            return result.as_subclass(torch.Tensor)
+        return _there(result)
+
+
+def plain(tensor: Any) -> Any:
+    """The same memory, for PyTorch itself to work with."""
+    if not isinstance(tensor, GpuTensor):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
+
+
+def _there(result: Any) -> Any:
+    """A result in memory of the GPU, whatever PyTorch has allocated for it."""
+    if not isinstance(result, GpuTensor):
+        return result
+    with torch._C.DisableTorchFunctionSubclass():
+        own = result.as_subclass(torch.Tensor)
+        known = own.numel() == 0 or fake_cupy.is_device(own.data_ptr())
+        if known or not own.is_leaf or own.requires_grad:
+            return result
+        flat = torch.from_numpy(fake_cupy.memory(own.nbytes)).view(own.dtype)
+        return flat.as_strided(own.shape, own.stride()).copy_(own).as_subclass(GpuTensor)
+
+
+def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the GPU, with the strides of the original."""
+    memory = torch.from_numpy(fake_cupy.memory(tensor.nbytes)).view(tensor.dtype)
+    there = memory.as_strided(tensor.shape, tensor.stride()).copy_(plain(tensor.detach()))
+    return there.as_subclass(GpuTensor)
+
+
+_plain_to = torch.Tensor.to
+
+
+def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Tensor.to, which knows the way to the GPU."""
+    if isinstance(self, GpuTensor) or GPU not in (*args, kwargs.get("device")):
+        return _plain_to(self, *args, **kwargs)
+    dtype = next((own for own in args if isinstance(own, torch.dtype)), self.dtype)
+    return on_gpu(_plain_to(self, dtype))
+
+
+_to.__name__ = "to"  # by which __torch_function__ knows it
+
+
+class Event:
+    """What the GPU had to do at some moment; `pending` of them are not done yet."""
+
+    pending = 0
+    asked = 0
+
+    def query(self) -> bool:
+        type(self).asked += 1
+        return Event.pending == 0
+
+    def synchronize(self) -> None:
+        assert Event.pending == 0, "waits for the GPU"
+
+
+class Stream:
+    """A stream of PyTorch's; the current one is the last that was entered."""
+
+    entered: ClassVar[list[Stream]] = []
+    default: Stream
+
+    def __init__(self, pointer: int = 0, device: Any = None) -> None:
+        self.cuda_stream = pointer
+        self.waits: list[Any] = []  # for events
+
+    def record_event(self, event: Any = None) -> Event:
+        return event or Event()
+
+    def wait_event(self, event: Any) -> None:
+        self.waits.append(event)
+
+    def wait_stream(self, stream: Stream) -> None:
+        self.waits.append(stream)
+
+    def synchronize(self) -> None:
+        raise AssertionError("waits for all that a stream has to do")
+
+    @classmethod
+    def current(cls, device: Any = None) -> Stream:
+        return cls.entered[-1] if cls.entered else cls.default
+
+
+Stream.default = Stream()
+
+
+@contextlib.contextmanager
+def _entering(stream: Stream) -> Iterator[None]:
+    Stream.entered.append(stream)
+    try:
+        yield
+    finally:
+        Stream.entered.pop()
+
+
+@contextlib.contextmanager
+def installed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, ...] = ("float32",)
+) -> Iterator[Any]:
+    """A GPU with CuPy beside PyTorch; gives device.py. Horovod has been built for it."""
+    with fake_cupy.installed(directory, dtypes) as device, monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", Stream.current)
+        patch.setattr(torch.cuda, "ExternalStream", Stream)
+        patch.setattr(torch.cuda, "Stream", lambda device=None: Stream())
+        patch.setattr(torch.cuda, "stream", _entering)
+        patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+        patch.setattr(torch.Tensor, "to", _to)
+        patch.setattr(gpus, "horovod_takes_them", lambda: True)
+        for cached in gpus.CACHED:
+            cached.cache_clear()
+        crossings.clear()
+        yield device
+    for cached in gpus.CACHED:
+        cached.cache_clear()
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The values, for a test to look at."""
+    return plain(tensor).numpy()
