@@ -142,7 +142,7 @@ class Bucket:
         # without us. Other tokens stay in host memory: on a GPU, Horovod's operations wait for each
         # other in the order of the hooks, and codes would wait for tokens of later gradients.
         if members[0].device.type == "cuda":
-            gpus.say_once()
+            gpus.say_once(members[0].device.index)
         there = members[0].device if grouped and gpus.horovod_takes_them() else _HOST
         with torch.inference_mode(False):  # they outlive a region of that mode
             self._marks = gpus.placed(torch.tensor(self.marks, dtype=torch.float64), there)

@@ -314,7 +314,7 @@ class TorchFrontend(Frontend):
         else:  # what Horovod does not know at all it refuses in its own words
             handed = tensor.contiguous() if tensors.dense(tensor) else tensor
         if tensor.is_cuda:
-            gpus.say_once()
+            gpus.say_once(tensor.get_device())
             if not gpus.horovod_takes_them():
                 handed = handed.to("cpu")
         self._hand(handed, Handed(name, tensor.shape, tensor.dtype, False))

@@ -22,18 +22,18 @@ def horovod_takes_them() -> bool:
 
 
 @cache
-def kernels_problem() -> str | None:
-    """Why our kernels cannot run on the GPUs of this process, with the remedy; None if they can."""
+def kernels_problem(index: int) -> str | None:
+    """Why our kernels cannot run on the GPU of this index, with the remedy; None if they can."""
     try:
-        from mpi_ops.kernels import device  # noqa: F401
+        from mpi_ops.kernels import device
     except ImportError as error:
         return f"CuPy does not import ({error}): `pip install gq-horovod[cuda12]`"
-    return None
+    return device.problem(index)
 
 
 @cache
-def say_once() -> None:
-    """Log, on the first rank, what keeps gradients on a GPU from being reduced there."""
+def say_once(index: int) -> None:
+    """Log, on the first rank, what keeps gradients on the GPU of this index from its kernels."""
     if hvd.rank() != 0:
         return
     problems = []
@@ -46,8 +46,8 @@ def say_once() -> None:
         problems.append(
             f"Horovod was built without NCCL, so codes travel through host memory; {_BUILD}"
         )
-    if (problem := kernels_problem()) is not None:
-        problems.append(f"{problem}; without it they are copied to the host whole")
+    if (problem := kernels_problem(index)) is not None:
+        problems.append(f"{problem}; until then they are copied to the host whole")
     for problem in problems:
         _log.say(
             logging.WARNING,

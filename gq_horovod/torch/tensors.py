@@ -25,7 +25,9 @@ def dense(tensor: torch.Tensor) -> bool:
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy, where kernels can read it, contiguous."""
-    if not tensor.is_cpu and not (tensor.is_cuda and gpus.kernels_problem() is None):
+    if not tensor.is_cpu and not (
+        tensor.is_cuda and gpus.kernels_problem(tensor.get_device()) is None
+    ):
         tensor = tensor.to("cpu")
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 

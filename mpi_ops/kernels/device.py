@@ -25,7 +25,7 @@ from cupy_backends.cuda.libs import nvrtc
 from numpy.typing import NDArray
 
 from .. import lanes
-from . import host
+from . import code_cache, host
 from .interface import SIGNATURES, Buffer, Kernels, Tensors
 
 # The flags are part of the arithmetic, like those of the host library: no fused multiply-add, IEEE
@@ -91,12 +91,9 @@ def compile_kernels(dtype: str | None, target: str, *options: str) -> tuple[byte
     architecture as NVRTC names it: "sm_80" gives a cubin, "compute_80" gives PTX. Raises
     RuntimeError with the log if compiling fails.
     """
-    defines = [f"-DGQ_THREADS={THREADS}"]
-    if dtype is not None:
-        defines.append(f"-DGQ_ELEMENT={ELEMENTS[dtype]}")
     program = nvrtc.createProgram(source(), "device.cu", [], [])
     try:
-        nvrtc.compileProgram(program, [*OPTIONS, *defines, *options, f"-arch={target}"])
+        nvrtc.compileProgram(program, [*_options(dtype, target), *options])
         get = nvrtc.getCUBIN if target.startswith("sm_") else nvrtc.getPTX
         return get(program), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
@@ -108,14 +105,32 @@ def compile_kernels(dtype: str | None, target: str, *options: str) -> tuple[byte
         nvrtc.destroyProgram(program)
 
 
-@cache
-def _machine_code(dtype: str | None, capability: int) -> bytes:
+def _options(dtype: str | None, target: str) -> list[str]:
+    element = [] if dtype is None else [f"-DGQ_ELEMENT={ELEMENTS[dtype]}"]
+    return [*OPTIONS, f"-DGQ_THREADS={THREADS}", *element, f"-arch={target}"]
+
+
+def _target(capability: int) -> str:
+    """The architecture to compile for."""
     known = nvrtc.getSupportedArchs()
     if capability in known:
-        return compile_kernels(dtype, f"sm_{capability}")[0]
+        return f"sm_{capability}"
+    older = [arch for arch in known if arch < capability]
+    if not older:
+        version = ".".join(map(str, nvrtc.getVersion()))
+        raise RuntimeError(
+            f"mpi_ops.kernels.device: the GPU must have compute capability {min(known)} or more "
+            f"for NVRTC {version}, got {capability}; install CuPy and NVRTC of an older CUDA."
+        )
     # A newer GPU than NVRTC knows: its driver compiles the PTX of an older one.
-    older = max(arch for arch in known if arch < capability)
-    return compile_kernels(dtype, f"compute_{older}")[0]
+    return f"compute_{max(older)}"
+
+
+@cache
+def _machine_code(dtype: str | None, capability: int) -> bytes:
+    target = _target(capability)
+    parts = [source(), *_options(dtype, target), *map(str, nvrtc.getVersion())]
+    return code_cache.cached(parts, lambda: compile_kernels(dtype, target)[0])
 
 
 @cache
@@ -142,6 +157,30 @@ def _launch(name: str, dtype: str | None, threads: int, *arguments: Any, variant
     typed = zip(_argument_types(name), arguments, strict=True)
     kernel = _kernel(name + variant, dtype, runtime.getDevice())
     kernel((grid,), (THREADS,), tuple(kind(argument) for kind, argument in typed))
+
+
+@cache
+def problem(device: int) -> str | None:
+    """Why kernels cannot run on a GPU, with the remedy; None if they can.
+
+    Loads a module, which shows whether the driver takes what NVRTC makes.
+    """
+    try:
+        runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        return (
+            f"CuPy cannot use the driver ({error}): install a CuPy of the driver's CUDA "
+            "(`nvidia-smi` shows which), or a newer driver"
+        )
+    try:
+        with cupy.cuda.Device(device):
+            _module(None, device)
+    except (ImportError, RuntimeError) as error:  # of NVRTC, of the driver, or of this module
+        return (
+            f"the kernels do not load ({error}): install CuPy and NVRTC of the driver's CUDA "
+            "(`nvidia-smi` shows which)"
+        )
+    return None
 
 
 # ------------------------------------------------------------------------------------------ kernels

@@ -80,7 +80,7 @@ def test_the_same_bytes_as_in_host_memory(
     check_replicas(plain(result))
 
 
-# ----------------------------------------------------------------------------- what Horovod is given
+# ---------------------------------------------------------------------------- what Horovod is given
 
 
 def _groups(monkeypatch: pytest.MonkeyPatch) -> list[set[torch.device]]:
@@ -187,7 +187,7 @@ def test_what_keeps_gradients_from_the_gpu_is_said_once(
 ) -> None:
     monkeypatch.setattr(gpus, "horovod_takes_them", lambda: takes)
     monkeypatch.setattr(hvd, "nccl_built", lambda: nccl)
-    monkeypatch.setattr(gpus, "kernels_problem", lambda: kernels)
+    monkeypatch.setattr(gpus, "kernels_problem", lambda _: kernels)
     compression = plugin.GlobalQSGD(transport=TRANSPORT)
     gradient = gradients((5000,))[hvd.rank()]
     with caplog.at_level(logging.WARNING):

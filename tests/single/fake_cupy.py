@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib
 import mmap
+import os
 import subprocess
 import sys
 import types
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+
+from mpi_ops.kernels.code_cache import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("emulation") / "emulation.cpp"
@@ -278,6 +281,7 @@ def modules() -> dict[str, types.ModuleType]:
             {
                 "NVRTCError": NVRTCError,
                 "getSupportedArchs": lambda: (70, 80, 90),
+                "getVersion": lambda: (12, 9),
                 "createProgram": lambda source, *_: {"source": source},
                 "compileProgram": lambda program, options: program.update(options=options),
                 "getCUBIN": machine_code,
@@ -322,12 +326,17 @@ def installed(
 
     before = {name: sys.modules.pop(name, None) for name in FAKED}
     sys.modules.update(modules())
+    kept = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = ""  # no code of a real compiler is looked for
     try:
         device = importlib.import_module("mpi_ops.kernels.device")
         elements = {dtype: device.ELEMENTS[dtype] for dtype in dtypes}
         Module.built, Module.launches = build(directory, elements), []
         yield device
     finally:
+        os.environ.pop(VARIABLE)
+        if kept is not None:
+            os.environ[VARIABLE] = kept
         vars(package).pop("device", None)
         for name, module in before.items():
             sys.modules.pop(name, None)

@@ -18,12 +18,13 @@ except Exception as error:
 # V100, T4, A100, A10, L4, H100, B200, RTX 50.
 ARCHITECTURES = [arch for arch in (70, 75, 80, 86, 89, 90, 100, 120) if arch in KNOWN]
 DTYPES = ["float32", "float64", "float16", "bfloat16", None]  # None: the kernels of codes
+OLDEST = ARCHITECTURES[0]
 # All of them for the oldest and for one that is common; float32 and codes for the others.
 MATRIX = [
     (architecture, dtype)
     for architecture in ARCHITECTURES
     for dtype in DTYPES
-    if architecture in (70, 90) or dtype in ("float32", None)
+    if architecture in (OLDEST, 90) or dtype in ("float32", None)
 ]
 KERNELS = {
     "tensors": {
@@ -44,7 +45,8 @@ def device() -> Any:
 
 
 def test_nvrtc_knows_what_clouds_have() -> None:
-    assert {70, 75, 80, 86, 89, 90} <= set(ARCHITECTURES)
+    dropped = {70} if nvrtc.getVersion() >= (13, 0) else set[int]()
+    assert {70, 75, 80, 86, 89, 90} - dropped <= set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), MATRIX)
@@ -65,7 +67,7 @@ def test_kernels_keep_to_registers(architecture: int, dtype: str | None, device:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_arithmetic_is_that_of_the_host(dtype: str | None, device: Any) -> None:
     """No fused multiply-add, no flushing of denormals, no approximate division or root."""
-    code, _ = device.compile_kernels(dtype, "compute_70")
+    code, _ = device.compile_kernels(dtype, f"compute_{OLDEST}")
     assert not re.findall(
         r"\w+\.(?:\w+\.)*(?:ftz|approx|full)\S*|fma\.\S*|mad\.f\S*", code.decode()
     )
@@ -79,7 +81,7 @@ def test_what_the_check_of_the_arithmetic_would_find(
         name = option.partition("=")[0]
         options = [own for own in device.OPTIONS if not own.startswith(name)]
         monkeypatch.setattr(device, "OPTIONS", [*options, option])
-        assert word in device.compile_kernels("float32", "compute_70")[0].decode()
+        assert word in device.compile_kernels("float32", f"compute_{OLDEST}")[0].decode()
         monkeypatch.undo()
 
 

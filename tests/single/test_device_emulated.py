@@ -6,6 +6,7 @@ import importlib
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fake_cupy
@@ -37,6 +38,7 @@ import mpi_ops
 from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
+from mpi_ops.kernels.code_cache import VARIABLE
 from mpi_ops.kernels.interface import Buffer
 from mpi_ops.scheme import Scheme
 
@@ -178,6 +180,75 @@ def test_a_newer_gpu_gets_the_code_of_an_older_one(
     for capability in (80, 86, 120):
         device._machine_code.__wrapped__("float32", capability)
     assert [target for _, target in asked] == ["sm_80", "compute_80", "compute_90"]
+
+
+def test_an_older_gpu_than_the_compiler_knows_is_named(device: Any) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"compute capability 70 or more for NVRTC 12\.9, got 61"
+    ):
+        device._machine_code.__wrapped__("float32", 61)
+
+
+def test_kernels_that_do_not_load_are_a_problem_with_a_remedy(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver too old for CuPy, too old for what NVRTC makes, an old GPU, no NVRTC."""
+    look = device.problem.__wrapped__
+    assert look(0) is None
+
+    def fail(error: Exception) -> Any:
+        def raising(*_: Any) -> None:
+            raise error
+
+        return raising
+
+    unsupported = RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+    for where, name, error in (
+        (device.runtime, "getDeviceCount", device.runtime.CUDARuntimeError("InsufficientDriver")),
+        (device, "_module", unsupported),
+        (device, "_module", ImportError("libnvrtc.so.13")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fail(error))
+            found = look(0)
+        assert str(error) in found
+        assert "install" in found
+    monkeypatch.setattr(device, "_module", device._module.__wrapped__)
+    monkeypatch.setattr(device, "_machine_code", device._machine_code.__wrapped__)
+    monkeypatch.setattr(device.cupy.cuda.Device, "compute_capability", "61")
+    assert "got 61" in look(0)
+
+
+def test_what_was_compiled_is_kept_for_other_processes(
+    device: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever code depends on is another file."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    compiled = []
+
+    def compile_kernels(dtype: str | None, target: str) -> tuple[bytes, str]:
+        compiled.append((dtype, target))
+        return f"{dtype} {target}".encode(), ""
+
+    monkeypatch.setattr(device, "compile_kernels", compile_kernels)
+    code = device._machine_code.__wrapped__
+    for _ in range(2):
+        assert code("float32", 80) == b"float32 sm_80"
+        assert code("float32", 86) == b"float32 compute_80"
+        assert code(None, 80) == b"None sm_80"
+    assert len(compiled) == 3
+    for where, name, value in (
+        (device, "OPTIONS", (*device.OPTIONS, "--more")),
+        (device, "THREADS", 128),
+        (device, "source", lambda: "other"),
+        (device.nvrtc, "getVersion", lambda: (13, 0)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            before = len(compiled)
+            code("float32", 80)
+            code("float32", 80)
+            assert len(compiled) == before + 1, name
 
 
 class Memory:
