@@ -2,10 +2,11 @@
 
 Every transport is made of these four and of its own communication. They work on the tables of a
 `layout`, for tensors that are reduced together; those for a single `Buffer` make a table of it.
-Norms and payloads are NumPy arrays, wherever the tensors lie: tensors on a GPU are measured,
-quantized and dequantized there, on the stream that they name (CuPy's current one if they name
-none), and only what travels passes through host memory. A stage is complete when its function
-returns. What writes the tensors must be complete before, or on that stream.
+Tensors on a GPU are measured, quantized and dequantized there, on the stream that they name (CuPy's
+current one if they name none). Norms and payloads may be CuPy arrays then, and nothing is waited
+for: a stage has been called when its function returns, and follows what that stream had to do. Or
+they are NumPy arrays, and pass through host memory: a stage is complete when its function returns.
+What writes the tensors must be complete before, or on that stream.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from . import lanes
 from .kernels import host
-from .kernels.interface import INT32, SEGMENT, Buffer, Kernels, Tensors, require
+from .kernels.interface import INFINITY as INFINITY
+from .kernels.interface import INT32, ITEM_BYTES, SEGMENT, Buffer, Kernels, Tensors, require
 from .layout import Parcel, layout
 from .scheme import Plan
 from .sizes import payload_dtype as payload_dtype
@@ -27,15 +29,15 @@ from .sizes import reduced_size as reduced_size
 from .sizes import shard_size as shard_size
 from .sizes import share_elements as share_elements
 
+# Of NumPy, or of CuPy where tensors lie on a GPU.
 Norms = NDArray[np.int32]
 Payload = NDArray[Any]  # int32 or uint8, see payload_dtype
 
-INFINITY = 0x7F800000  # bit pattern of the smallest norm that is not finite
 
-
-def kernels_for(tensor: Buffer | Tensors) -> Kernels:
-    """The kernels of the memory in which a tensor lies, or several."""
-    if tensor.memory == "host":
+def kernels_for(tensor: Buffer | Tensors | Payload) -> Kernels:
+    """The kernels of the memory in which a tensor lies, or several, or norms and codes."""
+    memory = tensor.memory if isinstance(tensor, Buffer | Tensors) else ""
+    if memory == "host" or isinstance(tensor, np.ndarray):
         return host.KERNELS
     from .kernels import device  # imports CuPy
 
@@ -54,7 +56,7 @@ def measure(x: Tensors, segments: NDArray[Any], plan: Plan, out: Norms, gaps: bo
     with kernels.on_device_of(x):
         staged = kernels.staging(out)
         if gaps:
-            staged[...] = 0
+            staged.fill(0)
         norm = "l2norm" if plan.norm == "l2" else "absmax"
         kernels.measure_table(norm, x.dtype, segments, plan.block_size or 0, staged)
         kernels.download(staged, out)
@@ -88,7 +90,9 @@ def reduce_share(
 
     Standard: the exact sum of the lanes. Exponential: the mean, rounded once. Two-hop: the norms of
     the mean's blocks, and the mean rounded by them; takes the `norms` of the share (see
-    `norms_of_share`). `segments` are the share's (`Parcel.share`), with their dithers.
+    `norms_of_share`). `segments` are the share's (`Parcel.share`), with their dithers. Where all
+    arrays are on a GPU (not for standard levels) that is where they are reduced, on CuPy's current
+    stream.
     """
     if plan.levels == "standard":
         total: Payload = np.add.reduce(pieces, axis=0, dtype=np.int32, out=out)
@@ -97,14 +101,14 @@ def reduce_share(
         assert norms is not None
         _requantize(list(pieces), segments, norms, plan, out)
         return out
-    host.KERNELS.reduce_table(
+    kernels_for(out).reduce_table(
         list(pieces), segments, bits=plan.bits, factor=1.0 / plan.world_size, out=out
     )
     end = 0
     if len(segments):
         last = segments[-1]
         end = int(last["payload"]) + payload_size(int(last["elements"]), plan)
-    out[end:] = 0  # what lies beyond the tensors
+    out[end:].fill(0)  # what lies beyond the tensors
     return out
 
 
@@ -114,7 +118,8 @@ def _requantize(
     """Decode all ranks' codes of a share, and quantize their mean."""
     count = pieces[0].size // lanes.ROW * (lanes.ROW * (lanes.WORD_BITS // plan.bits))
     block_size = plan.block_for(count)
-    mean = host.mean_standard(
+    kernels = kernels_for(out)
+    mean = kernels.mean_standard(
         pieces,
         norms,
         count=count,
@@ -125,14 +130,13 @@ def _requantize(
     )
     number = lanes.blocks(count, block_size)
     own_norms, codes = out[:number], out[number:]
-    measure_one = host.l2norm if plan.norm == "l2" else host.absmax
+    measure_one = kernels.l2norm if plan.norm == "l2" else kernels.absmax
     measure_one(Buffer.of(mean), block_size, out=own_norms)
     # No mean exceeds the norm that it was decoded with, but for rounding, which must not make Inf.
-    finite = norms < INFINITY
-    np.minimum(own_norms, norms, out=own_norms, where=finite)
+    kernels.bound_norms(own_norms, norms)
     own = segments.copy()
-    own["x"] = host.KERNELS.address(mean) + mean.itemsize * own["x"] if count else 0
-    host.KERNELS.quantize_table(
+    own["x"] = kernels.address(mean) + ITEM_BYTES["float32"] * own["x"] if count else 0
+    kernels.quantize_table(
         *("float32", own, own_norms, codes),
         block_size=plan.block_size or 0,
         bits=plan.bits,
@@ -140,7 +144,7 @@ def _requantize(
         square=plan.square,
     )
     if not len(own):
-        codes[:] = 0
+        codes.fill(0)
 
 
 def dequantize_parcel(
@@ -163,7 +167,8 @@ def dequantize_parcel(
             divisor=divisor,
             square=plan.square,
         )
-        kernels.wait()
+        if there is not payload:  # the values came from the host, and go with it
+            kernels.wait()
 
 
 def norms_of_share(norms: Norms, count: int, rank: int, plan: Plan) -> Norms:
@@ -174,8 +179,11 @@ def norms_of_share(norms: Norms, count: int, rank: int, plan: Plan) -> Norms:
     if plan.block_size is None:
         return norms
     size = share_elements(count, plan) // plan.block_size
-    own = np.zeros(size, dtype=np.int32)
     there = norms[rank * size : (rank + 1) * size]
+    if there.size == size:
+        return there
+    own: Norms = kernels_for(norms).empty(size, INT32)
+    own.fill(0)
     own[: there.size] = there
     return own
 

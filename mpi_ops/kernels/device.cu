@@ -180,10 +180,12 @@ GQ_HD void random_column(const Random& random, int64_t group, uint32_t mask, uin
 
 // ------------------------------------------------------------------------------------- quantizing
 
-// kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere.
+// kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere. The first
+// rows have the random numbers of the group `start`.
 template <int kLanes, bool kSquare, typename T>
 GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, const int32_t* norms,
-                                  int bits, int levels, const Dither& dither, int32_t* payload) {
+                                  int bits, int levels, const Dither& dither, int64_t start,
+                                  int32_t* payload) {
   const int lanes = kLanes > 0 ? kLanes : 32 / bits;
   const int walk = kLanes > 0 ? kGroupRows : walk_rows(lanes);
   const float limit = limit_of<kSquare>(levels);
@@ -199,7 +201,7 @@ GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, cons
       float values[kGroupRows];
       load_group(x, row, count, values);
       uint32_t words[4];
-      const int64_t group = row / kGroupRows;
+      const int64_t group = start + row / kGroupRows;
       random_column(dither.random, group, dither_mask(dither, static_cast<uint64_t>(group)), words);
 #pragma unroll
       for (int h = 0; h < kGroupRows; ++h) {
@@ -311,6 +313,60 @@ GQ_HD void dequantize_exponential_rows(const uint8_t* codes, int64_t count, int6
   }
 }
 
+// ----------------------------------------------------------------------- the mean of several codes
+
+// The mean of a lane in this thread's column, from the sum of all inputs' levels.
+GQ_HD void store_mean(int32_t sum, float ranks_levels, int64_t row, int64_t count, float norm,
+                      float* out) {
+  // Divided first: where all ranks are at the largest level, the mean is the norm exactly.
+  const float mean = static_cast<float>(sum) / ranks_levels * norm;
+  const int64_t i = row * kRow + column();
+  if (i < count) out[i] = smaller(larger(mean, -norm), norm);
+}
+
+// Levels by the same norms are added as integers, which is exact. kLanes is the number of lanes
+// where sums of all of them are kept in registers, 0 elsewhere.
+template <int kLanes>
+GQ_HD void mean_standard_rows(const int32_t* const* payloads, int inputs, int64_t count,
+                              int64_t block, const int32_t* norms, int bits, bool square,
+                              int64_t divisor, float* out) {
+  const int lanes = kLanes > 0 ? kLanes : 32 / bits;
+  const float ranks_levels = static_cast<float>(divisor);
+  const int64_t rows = rows_of(count);
+  for (int64_t first = warp() * lanes; first < rows; first += warps() * lanes) {
+    const int64_t at = first / lanes * kRow + column();
+    RowNorms row_norms(norms, block, first);
+    int32_t sums[kLanes > 0 ? kLanes : 1] = {};
+    if (kLanes > 0) {
+      for (int i = 0; i < inputs; ++i) {
+        int32_t word = payloads[i][at];
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) {
+          const int32_t code = lowest_lane(word, bits);
+          word = drop_lane(word, code, bits);
+          sums[k] += level_of(code, square);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < (kLanes > 0 ? kLanes : lanes); ++k) {
+      if (first + k >= rows) break;
+      row_norms.advance();
+      if (kLanes == 0) {
+        sums[0] = 0;
+        for (int i = 0; i < inputs; ++i) {
+          int32_t word = payloads[i][at];
+          for (int below = 0; below < k; ++below)
+            word = drop_lane(word, lowest_lane(word, bits), bits);
+          sums[0] += level_of(lowest_lane(word, bits), square);
+        }
+      }
+      store_mean(sums[kLanes > 0 ? k : 0], ranks_levels, first + k, count,
+                 norm_of(row_norms.current), out);
+    }
+  }
+}
+
 // --------------------------------------------------------------------- reducing exponential codes
 
 // This thread's bytes of a group of rows; zeros beyond the end.
@@ -376,9 +432,12 @@ GQ_HD void store_rounded(const float sums[kGroupRows], float factor, const Rando
   }
 }
 
+// Of `bytes` bytes from `place` on, which have the random numbers of the group `start` and of those
+// that follow.
 template <int kBits>
 GQ_HD void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
-                                   float factor, const Random& random, uint8_t* out) {
+                                   float factor, const Random& random, int64_t place, int64_t start,
+                                   uint8_t* out) {
   constexpr int kByteRows = kGroupRows * kBits / 8;
   constexpr int kGroupBytes = kByteRows * kRow;
   for (int64_t group = warp(); group * kGroupBytes < bytes; group += warps()) {
@@ -386,10 +445,10 @@ GQ_HD void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int6
     float sums[kGroupRows];
     for (int i = 0; i < inputs; ++i) {
       uint8_t own[kByteRows];
-      load_bytes<kByteRows>(codes[i], begin, bytes, own);
+      load_bytes<kByteRows>(codes[i] + place, begin, bytes, own);
       add_decoded<kBits>(own, i == 0, sums);
     }
-    store_rounded<kBits>(sums, factor, random, group, begin, bytes, out);
+    store_rounded<kBits>(sums, factor, random, start + group, begin, bytes, out + place);
   }
 }
 
@@ -451,8 +510,9 @@ GQ_HD void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes, con
 
 // ---------------------------------------------------------------------------------------- kernels
 
-// The parameters are those of the host library (SIGNATURES in interface.py), but for the norms and
-// for the dither, which comes by value. `bits` has been checked.
+// The parameters are those of the host library (SIGNATURES in interface.py), but for the norms, for
+// the dither, which comes by value, and for parts of a tensor: `start` is the group in its dither
+// that they begin with, `place` where they lie in all codes. `bits` has been checked.
 
 // GQ_THREADS is the size of a thread block. Half of an SM's threads or more fit into its registers,
 // which hides the latency of memory.
@@ -481,9 +541,10 @@ GQ_KERNEL gq_l2norm_of_partial(const double* partial, int64_t count, int64_t blo
 // their registers would add up. And for square levels, which have eight bits or less.
 #define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE)                                                \
   GQ_KERNEL NAME(const Element* x, int64_t count, int64_t block, const int32_t* norms, int bits, \
-                 int levels, int, uint64_t key, uint64_t stream, int32_t* payload) {             \
+                 int levels, int, uint64_t key, uint64_t stream, int32_t* payload,               \
+                 int64_t start) {                                                                \
     quantize_standard_rows<LANES, SQUARE>(x, count, block, norms, bits, levels,                  \
-                                          dither_of(random_of(key, stream)), payload);           \
+                                          dither_of(random_of(key, stream)), start, payload);    \
   }
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2, false)
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4, false)
@@ -520,12 +581,32 @@ GQ_KERNEL gq_dequantize_exponential(const uint8_t* codes, int64_t count, int64_t
 #else  // codes have no element type: one module for them
 
 GQ_KERNEL gq_reduce_exponential(const uint8_t* const* codes, int inputs, int64_t bytes, int bits,
-                                float factor, uint64_t key, uint64_t stream, uint8_t* out) {
+                                float factor, uint64_t key, uint64_t stream, uint8_t* out,
+                                int64_t place, int64_t start) {
   const Random random = random_of(key, stream);
   if (bits == 8)
-    reduce_exponential_rows<8>(codes, inputs, bytes, factor, random, out);
+    reduce_exponential_rows<8>(codes, inputs, bytes, factor, random, place, start, out);
   else
-    reduce_exponential_rows<4>(codes, inputs, bytes, factor, random, out);
+    reduce_exponential_rows<4>(codes, inputs, bytes, factor, random, place, start, out);
+}
+
+#define GQ_MEAN_STANDARD(NAME, LANES)                                                            \
+  GQ_KERNEL NAME(const int32_t* const* payloads, int inputs, int64_t count, int64_t block,       \
+                 const int32_t* norms, int bits, int square, int64_t divisor, float* out) {      \
+    mean_standard_rows<LANES>(payloads, inputs, count, block, norms, bits, square != 0, divisor, \
+                              out);                                                              \
+  }
+GQ_MEAN_STANDARD(gq_mean_standard_2, 2)
+GQ_MEAN_STANDARD(gq_mean_standard_4, 4)
+GQ_MEAN_STANDARD(gq_mean_standard_8, 8)
+GQ_MEAN_STANDARD(gq_mean_standard, 0)
+
+// The smaller one of each two norms, where the second is finite.
+GQ_KERNEL gq_bound_norms(int32_t* own, const int32_t* norms, int64_t count) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i < count; i += threads)
+    if (norm_is_finite(norms[i]) && norms[i] < own[i]) own[i] = norms[i];
 }
 
 GQ_KERNEL gq_add_exponential(const uint8_t* in, uint8_t* inout, int64_t bytes, int bits,

@@ -54,8 +54,14 @@ _SIGNATURES = {
     "absmax": "dplllp",
     "l2norm": "dplllpp",
     "l2norm_of_partial": "dplllp",
+    # For a part of a tensor: the group in its dither that it begins with; its place in all codes.
+    "quantize_standard": SIGNATURES["quantize_standard"] + "l",
+    "reduce_exponential": SIGNATURES["reduce_exponential"] + "ll",
+    "bound_norms": "ppl",
 }
-# Numbers of lanes for which quantize_standard has a kernel of its own.
+# What of them a call for whole tensors leaves out.
+_PART = {"quantize_standard": (0,), "reduce_exponential": (0, 0)}
+# Numbers of lanes for which these have kernels of their own.
 _OWN_KERNEL = (2, 4, 8)
 
 
@@ -210,14 +216,20 @@ class Device(Kernels):
         with cupy.cuda.Device(_device_of(pointer)), stream:
             yield
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def upload(self, array: Any) -> Any:
         return cupy.asarray(array)
 
-    def staging(self, array: NDArray[Any]) -> Any:
+    def staging(self, array: Any) -> Any:
+        if isinstance(array, cupy.ndarray):
+            return array
         return self.empty(array.size, array.dtype)
 
-    def download(self, staged: Any, array: NDArray[Any]) -> None:
-        staged.get(out=array)
+    def download(self, staged: Any, array: Any) -> None:
+        if staged is not array:
+            staged.get(out=array)
+
+    def bound_norms(self, own: Any, norms: Any) -> None:
+        _launch("bound_norms", None, own.size, self.address(own), self.address(norms), own.size)
 
     def wait(self) -> None:
         cupy.cuda.get_current_stream().synchronize()
@@ -240,14 +252,23 @@ class Device(Kernels):
             threads = norms.size * lanes.ROW
             _launch("l2norm_of_partial", x.dtype, threads, pointers[0], *shape, pointers[1])
 
-    def launch(self, name: str, dtype: str | None, elements: int, *arguments: Any) -> None:
+    def launch(
+        self,
+        name: str,
+        dtype: str | None,
+        elements: int,
+        *arguments: Any,
+        part: tuple[int, ...] = (),
+    ) -> None:
+        """The same; `part` is what _SIGNATURES have for parts of tensors."""
         threads = -(-lanes.rows(elements) // ELEMENTS_PER_THREAD) * lanes.ROW
         variant = ""
-        if name == "quantize_standard":
-            number = lanes.WORD_BITS // arguments[4]  # of lanes; see SIGNATURES
+        if name in ("quantize_standard", "mean_standard"):
+            number = lanes.WORD_BITS // arguments[4 if name == "quantize_standard" else 5]  # lanes
             variant = f"_{number}" if number in _OWN_KERNEL else ""
-            variant += "_square" if arguments[6] else ""
-        _launch(name, dtype, threads, *arguments, variant=variant)
+            variant += "_square" if name == "quantize_standard" and arguments[6] else ""
+        part = part or _PART.get(name, ())
+        _launch(name, dtype, threads, *arguments, *part, variant=variant)
 
     # ------------------------------------------------------------------------------------- tables
 
@@ -274,25 +295,21 @@ class Device(Kernels):
         square: bool,
     ) -> None:
         for x, block, own in _each(dtype, segments, block_size):
-            assert own["group"] == 0, "only a rank's share begins elsewhere, and lies in the host"
             measure = lanes.standard_words if levels else lanes.exponential_bytes
             size = measure(x.size, bits) if x.pointer else 0
             place = own["payload"]
-            payload[place + size : own["stop"]] = 0
+            payload[place + size : own["stop"]].fill(0)
             if not x.pointer:
                 continue
             out = payload[place : place + size]
             by = norms[own["norms"] :][: lanes.blocks(x.size, block)]
             dither = np.ascontiguousarray(own["random"])
             if levels:
-                self.quantize_standard(
-                    *(x, by),
-                    block_size=block,
-                    bits=bits,
-                    levels=levels,
-                    dither=dither,
-                    square=square,
-                    out=out,
+                self.launch(
+                    *("quantize_standard", dtype, x.size, x.pointer, x.size, block),
+                    *(self.address(by), bits, levels, square, *self.random(dither)),
+                    self.address(out),
+                    part=(own["group"],),
                 )
             else:
                 self.quantize_exponential(
@@ -324,6 +341,25 @@ class Device(Kernels):
             else:
                 self.dequantize_exponential(codes, by, x, block_size=block, bits=bits)
 
+    def reduce_table(
+        self,
+        inputs: Sequence[Any],
+        segments: NDArray[Any],
+        *,
+        bits: int,
+        factor: float,
+        out: Any,
+    ) -> None:
+        table = self.table(inputs)
+        for own in segments:
+            size = lanes.exponential_bytes(int(own["elements"]), bits)
+            dither = np.ascontiguousarray(own["random"])
+            self.launch(
+                *("reduce_exponential", None, size * 8 // bits, table, len(inputs), size, bits),
+                *(factor, *self.random(dither), self.address(out)),
+                part=(own["payload"], own["group"]),
+            )
+
 
 def _each(dtype: str, segments: NDArray[Any], block_size: int) -> Iterator[tuple[Buffer, int, Any]]:
     """The segments of a table, with their block sizes."""
@@ -343,6 +379,7 @@ def own_stream(device: int) -> Any:
 
 
 KERNELS = Device()
+mean_standard = KERNELS.mean_standard
 absmax = KERNELS.absmax
 l2norm = KERNELS.l2norm
 quantize_standard = KERNELS.quantize_standard

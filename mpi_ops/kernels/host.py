@@ -17,16 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import lanes
-
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
 from .interface import (
-    INT32,
+    INFINITY,
     SIGNATURES,
     TABLE_SIGNATURES,
     Kernels,
-    check_square,
     host_address,
     require,
 )
@@ -92,7 +89,7 @@ _TYPES = {
     "f": ctypes.c_float,
     "r": ctypes.c_void_p,
 }
-_SIGNATURES = {**SIGNATURES, **TABLE_SIGNATURES, "mean_standard": "pillpiilp", "philox": "ppip"}
+_SIGNATURES = {**SIGNATURES, **TABLE_SIGNATURES, "philox": "ppip"}
 
 
 @cache
@@ -152,41 +149,8 @@ class Host(Kernels):
                 f"mpi_ops.kernels.host: kernel {name} refused its arguments ({status})."
             )
 
-    def mean_standard(
-        self,
-        payloads: Sequence[NDArray[np.int32]],
-        norms: NDArray[np.int32],
-        *,
-        count: int,
-        block_size: int,
-        bits: int,
-        levels: int,
-        square: bool = False,
-    ) -> NDArray[np.float32]:
-        """The mean of what several ranks' payloads of `count` elements stand for, float32.
-
-        They are quantized by the same `norms`, with `levels` levels on each side of zero, even ones
-        or, with `square`, square ones (see `quantize_standard`), and need not fit their lanes when
-        added: the sums are integers of 32 bits. Elements of a block whose norm is not finite become
-        NaN; no |result| exceeds its norm.
-        """
-        name = "mean_standard"
-        self._check_norms(name, norms, count, block_size)
-        require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
-        check_square(name, square, bits)
-        divisor = lanes.units(levels, square) * len(payloads)
-        summed = "levels**2 x ranks" if square else "levels x ranks"
-        require(name, summed, 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
-        words = lanes.standard_words(count, bits)
-        for index, payload in enumerate(payloads):
-            self._check_array(name, f"payloads[{index}]", payload, INT32, words)
-        mean = np.empty(count, dtype=np.float32)
-        self.launch(
-            *(name, None, count),
-            *(self.table(payloads), len(payloads), count, block_size, self.address(norms)),
-            *(bits, square, divisor, self.address(mean)),
-        )
-        return mean
+    def bound_norms(self, own: NDArray[np.int32], norms: NDArray[np.int32]) -> None:
+        np.minimum(own, norms, out=own, where=norms < INFINITY)
 
     # ------------------------------------------------------------------------------------- tables
 
@@ -257,7 +221,6 @@ class Host(Kernels):
         factor: float,
         out: NDArray[np.uint8],
     ) -> None:
-        """`reduce_exponential` of the segments of several inputs, a row each, to `out`."""
         own = self.address(segments), len(segments)
         arguments = self.table(inputs), len(inputs), *own, bits, factor, self.address(out)
         self.launch("reduce_exponential_table", None, 0, *arguments)

@@ -36,6 +36,7 @@ SIGNATURES = {
     "dequantize_exponential": "dpllpiip",
     "reduce_exponential": "pilifrp",
     "add_exponential": "pplir",
+    "mean_standard": "pillpiilp",
 }
 
 # Of one call for the tensors of a bucket: the segments and their number in place of a pointer and a
@@ -63,6 +64,8 @@ SEGMENT = np.dtype(
         ("group", np.int64),  # the lanes.GROUP elements, in its dither, that it begins with
     ]
 )
+
+INFINITY = 0x7F800000  # bit pattern of the smallest norm that is not finite
 
 Array = Any  # numpy.ndarray in host memory, cupy.ndarray on a device
 
@@ -210,20 +213,27 @@ class Kernels(ABC):
         """What to call kernels in, so that they run on the device of a buffer."""
 
     @abstractmethod
-    def upload(self, array: NDArray[Any]) -> Array:
-        """The values of an array in host memory, where kernels can read them."""
+    def upload(self, array: Array) -> Array:
+        """The values of an array, where kernels can read them: the array itself if they can."""
 
     @abstractmethod
-    def staging(self, array: NDArray[Any]) -> Array:
-        """Where kernels can write what `download` is to bring into an array in host memory."""
+    def staging(self, array: Array) -> Array:
+        """Where kernels can write what `download` is to bring into an array, or the array."""
 
     @abstractmethod
-    def download(self, staged: Array, array: NDArray[Any]) -> None:
-        """Wait for the kernels that write `staged`, and have its values in `array`."""
+    def download(self, staged: Array, array: Array) -> None:
+        """Wait for the kernels that write `staged`, and have its values in `array`.
+
+        Nothing is waited for where both are the same.
+        """
 
     @abstractmethod
     def wait(self) -> None:
         """Wait for the kernels that were called."""
+
+    @abstractmethod
+    def bound_norms(self, own: Array, norms: Array) -> None:
+        """Lower `own` norms to `norms`, where those are finite."""
 
     @abstractmethod
     def measure(self, name: str, x: Buffer, block_size: int, norms: Array) -> None:
@@ -455,7 +465,55 @@ class Kernels(ABC):
         # Its threads take eight bytes each, of either width.
         self.launch(name, None, size, source, target, size, bits, *self.random(dither))
 
+    def mean_standard(
+        self,
+        payloads: Sequence[Array],
+        norms: Array,
+        *,
+        count: int,
+        block_size: int,
+        bits: int,
+        levels: int,
+        square: bool = False,
+    ) -> Array:
+        """The mean of what several ranks' payloads of `count` elements stand for, float32.
+
+        They are quantized by the same `norms`, with `levels` levels on each side of zero, even ones
+        or, with `square`, square ones (see `quantize_standard`), and need not fit their lanes when
+        added: the sums are integers of 32 bits. Elements of a block whose norm is not finite become
+        NaN; no |result| exceeds its norm.
+        """
+        name = "mean_standard"
+        self._check_norms(name, norms, count, block_size)
+        require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
+        check_square(name, square, bits)
+        divisor = lanes.units(levels, square) * len(payloads)
+        summed = "levels**2 x ranks" if square else "levels x ranks"
+        require(name, summed, 1 <= divisor < 2**31, "between 1 and 2**31 - 1", divisor)
+        words = lanes.standard_words(count, bits)
+        for index, payload in enumerate(payloads):
+            self._check_array(name, f"payloads[{index}]", payload, INT32, words)
+        mean = self.empty(count, np.float32)
+        self.launch(
+            *(name, None, count),
+            *(self.table(payloads), len(payloads), count, block_size, self.address(norms)),
+            *(bits, square, divisor, self.address(mean)),
+        )
+        return mean
+
     # ------------------------------------------------------------------------------------- tables
+
+    @abstractmethod
+    def reduce_table(
+        self,
+        inputs: Sequence[Array],
+        segments: NDArray[Any],
+        *,
+        bits: int,
+        factor: float,
+        out: Array,
+    ) -> None:
+        """`reduce_exponential` of the segments of several inputs, a row each, to `out`."""
 
     @abstractmethod
     def measure_table(

@@ -17,13 +17,16 @@ from device_cases import (  # noqa: F401 the cases are collected here
     same,
     test_absmax,
     test_add_exponential,
+    test_bound_norms,
     test_codec_gives_the_same_payloads,
     test_dequantize_standard,
     test_exponential,
     test_l2norm,
     test_l2norm_adds_in_the_order_of_the_host,
+    test_mean_standard,
     test_quantize_standard,
     test_reduce_exponential,
+    test_shares_of_a_bucket,
     test_the_operation_adds_wherever_the_codes_lie,
 )
 from reference import buffer

@@ -17,8 +17,10 @@ from reference import DTYPES, INF_BITS, NAN_BITS, ROW, Array, buffer, float_bits
 from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
-from mpi_ops.kernels.interface import Buffer
+from mpi_ops.kernels.interface import Buffer, Tensors
+from mpi_ops.layout import layout
 from mpi_ops.scheme import Scheme
+from mpi_ops.stages import Stages
 
 KEY = dither(7, "layer.weight", step=2**31 + 5, rank=3, stage=Stage.QUANTIZE)
 # Of a rank whose dither repels those of others, at whatever index of the strata.
@@ -267,6 +269,91 @@ def test_codec_gives_the_same_payloads(
         got, out = on_device(device, np.zeros_like(x))
         codec.dequantize(reduced, norms, plan, out)
         same(got, mean)
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("bits", lanes.STANDARD_BITS)
+def test_mean_standard(bits: int, number: int, device: Any) -> None:
+    asarray = device.cupy.asarray
+    for count in SIZES:
+        words = lanes.standard_words(count, bits)
+        payloads = [random_bytes(4 * words, seed).view(np.int32) for seed in range(number)]
+        for block in block_sizes(count):
+            norms = norms_of(count, block)
+            args = {"count": count, "block_size": block, "bits": bits}
+            args["levels"] = 2 ** (bits - 1) - 1
+            for square in {False, bits <= lanes.SQUARE_BITS}:
+                args["square"] = square
+                got = device.mean_standard([*map(asarray, payloads)], asarray(norms), **args)
+                same(got, host.mean_standard(payloads, norms, **args))
+
+
+@pytest.mark.usefixtures("grid")
+def test_bound_norms(device: Any) -> None:
+    asarray = device.cupy.asarray
+    odd = np.array([INF_BITS - 1, INF_BITS, NAN_BITS, 0x7FFFFFFF, 0, 1], dtype=np.int32)
+    values = np.resize(np.concatenate([odd, float_bits([0.5, 1.0, FLT_MAX])]), 1000)
+    own, norms = values.copy(), np.repeat(values[:9], 112)[:1000]
+    there = asarray(own)
+    device.KERNELS.bound_norms(there, asarray(norms))
+    host.KERNELS.bound_norms(own, norms)
+    same(there, own)
+    assert np.all(own[norms < INF_BITS] <= norms[norms < INF_BITS])
+    np.testing.assert_array_equal(own[norms >= INF_BITS], values[norms >= INF_BITS])
+
+
+@pytest.mark.parametrize("norm", ["max", "l2"])
+@pytest.mark.parametrize(
+    ("levels", "bits", "block"),
+    [
+        *(("two-hop", bits, 256) for bits in (2, 4, 5, 8, 10)),
+        ("two-hop", 8, 96),
+        ("two-hop", 8, None),
+        ("exponential", 8, None),
+        ("exponential", 4, 256),
+    ],
+)
+def test_shares_of_a_bucket(
+    levels: str, bits: int, block: int | None, norm: str, device: Any
+) -> None:
+    """Shares begin anywhere in a tensor, and hold several, and ends of tensors and of parcels."""
+    asarray = device.cupy.asarray
+    plan = Scheme(levels=levels, bits=bits, block_size=block, norm=norm).plan(3)
+    counts = (1000,) if not plan.mixes_tensors else (1000, 33, 5000, 4096, 7, 2000)
+    own = layout(counts, plan, 6000)
+    rng = np.random.default_rng(bits)
+    inputs = [[rng.normal(size=count).astype(np.float32) for count in counts] for _ in range(3)]
+    inputs[1][0][700] = np.inf
+    steps = np.arange(len(counts), dtype=np.uint32)
+    every = [
+        Stages(own, tuple(f"w{place}" for place in range(len(counts))), 5, rank)
+        for rank in range(3)
+    ]
+    tensors = [
+        Tensors(np.array([buffer(x).pointer for x in xs], dtype=np.uint64), "float32", xs)
+        for xs in inputs
+    ]
+    measured = np.zeros((3, own.norm_count), dtype=np.int32)
+    for stages, x, out in zip(every, tensors, measured, strict=True):
+        stages.measure(x, out)
+    norms = measured.max(axis=0)
+    dtype = codec.payload_dtype(plan)
+    for parcel in own.parcels:
+        codes = np.stack(
+            [
+                stages.quantize(parcel, x, steps, norms, np.empty(parcel.size, dtype))
+                for stages, x in zip(every, tensors, strict=True)
+            ]
+        )
+        pieces = codes.reshape(3, 3, -1)
+        for rank, stages in enumerate(every):
+            mine = np.ascontiguousarray(pieces[:, rank]).reshape(-1)
+            expected = np.full(parcel.reduced_size, 77, dtype)
+            stages.reduce(parcel, mine, steps, norms, expected)
+            out = asarray(np.full(parcel.reduced_size, 78, dtype))
+            assert stages.reduce(parcel, asarray(mine), steps, asarray(norms), out) is out
+            same(out, expected)
 
 
 @pytest.mark.parametrize("places", list(itertools.product(["host", "device"], repeat=2)))

@@ -33,7 +33,10 @@ KERNELS = {
         *(f"gq_quantize_standard{variant}_square" for variant in ("", "_4", "_8")),
         *("gq_quantize_exponential", "gq_dequantize_exponential"),
     },
-    "codes": {"gq_reduce_exponential", "gq_add_exponential"},
+    "codes": {
+        *("gq_reduce_exponential", "gq_add_exponential", "gq_bound_norms"),
+        *(f"gq_mean_standard{variant}" for variant in ("", "_2", "_4", "_8")),
+    },
 }
 
 

@@ -27,6 +27,11 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
 #else
   GQ_RUN(gq_reduce_exponential);
   GQ_RUN(gq_add_exponential);
+  GQ_RUN(gq_mean_standard_2);
+  GQ_RUN(gq_mean_standard_4);
+  GQ_RUN(gq_mean_standard_8);
+  GQ_RUN(gq_mean_standard);
+  GQ_RUN(gq_bound_norms);
 #endif
   return "no such kernel";
 }
