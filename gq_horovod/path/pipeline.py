@@ -31,6 +31,9 @@ from mpi_ops.stages import Stages, Steps
 
 from ..log import Log, Rarely
 from .config import Plan
+from .memory import Handle as Handle
+from .memory import Memory as Memory
+from .memory import Waiting
 
 _log = Log(__name__)
 _not_finite = Rarely()
@@ -52,18 +55,11 @@ PRESENT = -1
 POLL_SECONDS = 50e-6
 
 
-class Handle(Protocol):
-    """A collective operation in flight."""
-
-    def ready(self) -> bool:
-        """Whether wait() would return at once."""
-
-    def wait(self) -> Any:
-        """The result, after blocking until it is there. Raises if the operation failed."""
-
-
 class Collectives(Protocol):
-    """Asynchronous collectives on NumPy arrays, matched between ranks by name."""
+    """Asynchronous collectives on NumPy arrays, matched between ranks by name.
+
+    Where tensors lie on a GPU, their memory says whether these get CuPy arrays.
+    """
 
     def allreduce_max(self, array: NDArray[np.int32], name: str) -> Handle:
         """Element-wise maximum over ranks; may overwrite `array`."""
@@ -94,20 +90,6 @@ class Exchanges(Protocol):
         deliver: Callable[[Parcel, Payload], None],
     ) -> Handle:
         """Reduce `x`; `stages` are those of this rank, `deliver` takes codes."""
-
-
-class Memory:
-    """What the norms and the codes of a bucket lie in, step after step."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, Array] = {}
-
-    def take(self, name: str, size: int, dtype: Any) -> Array:
-        """An array that was given out before under that name, or a new one."""
-        own = self._arrays.get(name)
-        if own is None or own.size != size or own.dtype != dtype:
-            own = self._arrays[name] = np.empty(size, dtype)
-        return own
 
 
 @dataclass(frozen=True)
@@ -211,8 +193,9 @@ def dequantize(task: Task, parcel: Parcel, reduced: Reduced, out: Tensors) -> No
     """Decode a parcel to its parts of `out`."""
     reduced.stages.dequantize(parcel, reduced.payload, reduced.norms, out)
     if task.observe is not None:
+        norms = task.memory.values(reduced.norms)
         for place, piece in enumerate(parcel.pieces):
-            task.observe(task, piece.tensor, stages.chunk_of(parcel, place, reduced.norms), out)
+            task.observe(task, piece.tensor, stages.chunk_of(parcel, place, norms), out)
 
 
 @dataclass(frozen=True)
@@ -262,17 +245,34 @@ class Shared(NamedTuple):
 
 def global_norms(task: Task, *beside: int) -> Generator[Handle, Any, Shared]:
     """The norms of all ranks, and the maximum over ranks of what goes beside them."""
-    count = task.stages.layout.norm_count
+    memory, count = task.memory, task.stages.layout.norm_count
     there = [int(own != 0) for own in task.x.pointers] if len(task.counts) > 1 else []
-    both = task.memory.take("norms", count + len(there) + len(beside), np.int32)
-    task.stages.measure(task.x, both[:count])
-    warn_unless_all_finite(both[:count], task.stages, task.steps)
-    both[count:] = [*there, *beside]
-    both = yield task.collectives.allreduce_max(both, task.operation(stages.NORM))
-    norms, seen, others = np.split(both, [count, count + len(there)])
+    tail = [*there, *beside]
+    own = memory.take(stages.NORM, count + len(tail), np.int32)
+    task.stages.measure(task.x, own[:count])
+    largest = memory.largest(own[:count]) if _log.on(logging.WARNING) and count else []
+    sent = yield from memory.send(stages.NORM, own, tail)
+    if isinstance(sent, np.ndarray):
+        warn_unless_all_finite(sent[:count], task.stages, task.steps)
+    both = yield task.collectives.allreduce_max(sent, task.operation(stages.NORM))
+    flags, *found = yield from memory.read(both[count:], *largest)
+    if any(one.max() >= codec.INFINITY for one in found):
+        yield from _warn_of_unseen(task)
+    seen, others = np.split(flags, [len(there)])
     if there and task.seen is not None:
         task.seen(seen)
-    return Shared(norms, others)
+    return Shared(memory.receive(stages.NORM, both[:count]), others)
+
+
+def _warn_of_unseen(task: Task) -> Waiting:
+    """Log which tensors have norms that are not finite, where the host has not seen them.
+
+    They are measured again: the norms of all ranks are in their place by now.
+    """
+    own = task.memory.take(f"own {stages.NORM}", task.stages.layout.norm_count, np.int32)
+    task.stages.measure(task.x, own)
+    (norms,) = yield from task.memory.read(own)
+    warn_unless_all_finite(norms, task.stages, task.steps)
 
 
 def quantize(
@@ -304,10 +304,11 @@ def _sum(
     sums = []
     for parcel in own.layout.parcels:
         name = part(parcel.index)
-        payload = quantize(task, own, parcel, norms, name)
-        sums.append((parcel, task.collectives.allreduce_sum(payload, task.operation(name))))
-    for parcel, handle in sums:
-        deliver(parcel, Reduced(own, norms, (yield handle)))
+        codes = quantize(task, own, parcel, norms, name)
+        sent = yield from task.memory.send(name, codes)
+        sums.append((parcel, name, task.collectives.allreduce_sum(sent, task.operation(name))))
+    for parcel, name, handle in sums:
+        deliver(parcel, Reduced(own, norms, task.memory.receive(name, (yield handle))))
 
 
 def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliver) -> Reduction:
@@ -332,7 +333,7 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
 
     Two hops: Alltoall of codes, Allgather of the reduced shares.
     """
-    own = task.stages
+    own, memory = task.stages, task.memory
     norms, (present,) = yield from global_norms(task, PRESENT)
     if present != PRESENT:
         yield from _sum_without_the_joined(task, norms, deliver)
@@ -340,17 +341,19 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
     received = []
     for parcel in own.layout.parcels:
         name = stages.codes(parcel.index)
-        codes = quantize(task, own, parcel, norms, name)
-        received.append((parcel, task.collectives.alltoall(codes, task.operation(name))))
+        sent = yield from memory.send(name, quantize(task, own, parcel, norms, name))
+        received.append((parcel, name, task.collectives.alltoall(sent, task.operation(name))))
     means = []
-    for parcel, handle in received:
-        pieces = yield handle
+    for parcel, name, handle in received:
+        pieces = memory.receive(name, (yield handle))
         name = stages.mean(parcel.index)
-        out = task.memory.take(name, parcel.reduced_size, codec.payload_dtype(own.plan))
-        share = own.reduce(parcel, pieces, task.steps, norms, out)
-        means.append((parcel, task.collectives.allgather(share, task.operation(name))))
-    for parcel, handle in means:
-        deliver(parcel, Reduced(own, norms, (yield handle)))
+        out = memory.take(name, parcel.reduced_size, codec.payload_dtype(own.plan))
+        with memory.entered():
+            share = own.reduce(parcel, pieces, task.steps, norms, out)
+        sent = yield from memory.send(name, share)
+        means.append((parcel, name, task.collectives.allgather(sent, task.operation(name))))
+    for parcel, name, handle in means:
+        deliver(parcel, Reduced(own, norms, memory.receive(name, (yield handle))))
 
 
 def exchange(task: Task, deliver: Deliver) -> Reduction:
@@ -536,14 +539,16 @@ class Pipeline:
         """Advance the reductions whose operations are complete. Whether any was.
 
         About in the order in which those operations began; with `patience`, until so many in a row
-        are not complete. Of the tensors that an accelerator has still to write, which it does in
-        the order of their hooks, until one is not.
+        are not complete. Of the tensors that an accelerator has still to write, which each does in
+        the order of their hooks, until one of it is not.
         """
         with self._lock:
             before, missed = self._advances, 0
+            busy: list[Any] = []  # streams of the devices that have still to write a tensor
             for reduction in list(self._unwritten.values()):
-                if not self._advance(reduction) and patience is not None:
-                    break
+                stream = reduction.task.x.stream
+                if not (stream in busy or self._advance(reduction)) and patience is not None:
+                    busy.append(stream)
             for reduction in list(self._waiting.values()):
                 if self._advance(reduction):
                     missed = 0

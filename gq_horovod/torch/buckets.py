@@ -26,8 +26,9 @@ from mpi_ops.kernels.host import Tensors
 from ..guards.stats import Sample
 from ..path import agreement, buckets, token
 from ..path.config import Config, Plan
-from ..path.pipeline import Handle, InFlight, Memory, Method, Task
-from . import gpus, tensors
+from ..path.memory import Memory, Resident, memory_for
+from ..path.pipeline import Handle, InFlight, Method, Task
+from . import gpus, numbering, tensors
 from .collectives import Every, written
 from .group import Group
 
@@ -146,14 +147,16 @@ class Bucket:
         there = members[0].device if grouped and gpus.horovod_takes_them() else _HOST
         with torch.inference_mode(False):  # they outlive a region of that mode
             self._marks = gpus.placed(torch.tensor(self.marks, dtype=torch.float64), there)
+        numbering.note_operation(gpus.reduces_there(there))
         self.run: Run | None = None  # the last one
         self.agreed: agreement.Same | None = None  # until it is known that all ranks have it
         self.absent: list[int] = []  # members that no rank had in the last run
+        self._memory: Memory | None = None
         self._renew()
 
     def _renew(self) -> None:
         """Memory that nothing else uses: an operation that was given up may still write to it."""
-        self.memory = Memory()
+        self._memory = None
         with torch.inference_mode(False):
             self._tokens = torch.empty_like(self._marks)
             self.tokens = list(self._tokens)
@@ -172,6 +175,15 @@ class Bucket:
         """Take a tensor; its token, and what decompress() has to know."""
         run = self.open(owner)
         return self.tokens[place], run.arrive(place, tensor, step)
+
+    def memory_for(self, x: Tensors) -> Memory:
+        """What norms and codes of its tensors lie in."""
+        if self._memory is None:
+            # Messages between ranks are made in host memory.
+            on_host = self.group.exchanges is not None
+            self._memory = Memory() if on_host else memory_for(x, self.group.resident)
+            numbering.note_operation(isinstance(self._memory, Resident))
+        return self._memory
 
     def places(self) -> list[Member]:
         """Its members, as those who look them up need them."""
@@ -280,7 +292,7 @@ class Run:
             exchanges=group.exchanges,
             method=bucket.maker._method(),
             state=group.memories.setdefault(bucket.members[0].key, {}),
-            memory=bucket.memory,
+            memory=bucket.memory_for(x),
             seen=self._see,
             observe=self._observe if self._samples else None,
         )
@@ -305,6 +317,8 @@ class Run:
         sample, result = self._samples.get(place), self._results[place]
         if sample is None or result is None:
             return
+        if result.is_cuda:
+            gpus.follow_kernels(result.device)
         plan = task.plan
         name = f"{task.keys[place]}.{chunk.index}"
         step = int(self.steps[place])
@@ -321,6 +335,8 @@ class Run:
         self.taken += 1
         result = self._results[place]
         assert result is not None
+        if result.is_cuda:
+            gpus.follow_kernels(result.device)
         sample = self._samples.get(place)
         if sample is not None:
             bucket = self.bucket

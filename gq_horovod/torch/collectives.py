@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..path.pipeline import Array
-from . import numbering
+from . import gpus, numbering
+
+_NO_STREAM: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class Written(NamedTuple):
@@ -67,13 +70,18 @@ class Operation(NamedTuple):
         output = hvd.synchronize(self.number)
         if isinstance(output, tuple):  # alltoall also returns the received splits
             output = output[0]
+        if output.is_cuda:
+            return gpus.as_array(output)
         array: Array = output.numpy()
         return array
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """Horovod's operations on NumPy arrays, among the ranks of one process set."""
+    """Horovod's operations on NumPy arrays, among the ranks of one process set.
+
+    And on CuPy arrays, which the stream of our kernels writes and reads.
+    """
 
     process_set: Any
 
@@ -90,14 +98,19 @@ class Collectives:
         return self._start(hvd.allgather_async, array, name)
 
     def _start(
-        self, function: Callable[..., int], array: Array, name: str, **options: Any
+        self, function: Callable[..., int], array: Any, name: str, **options: Any
     ) -> Operation:
         if torch.is_inference_mode_enabled():
             # Horovod's thread, which is in no such mode, allocates what an Alltoall returns.
             with torch.inference_mode(False):
                 return self._start(function, array, name, **options)
-        tensor = torch.from_numpy(array)
-        with numbering.OURS:
+        if isinstance(array, np.ndarray):
+            tensor, stream = torch.from_numpy(array), _NO_STREAM
+        else:
+            tensor = gpus.as_tensor(array)
+            # Horovod takes it when the current stream has done what it has to do now.
+            stream = torch.cuda.stream(gpus.kernel_stream(tensor.device))
+        with numbering.OURS, stream:
             number = function(tensor, name=name, process_set=self.process_set, **options)
         return Operation(number, numbering.session())
 

@@ -317,6 +317,7 @@ class TorchFrontend(Frontend):
             gpus.say_once(tensor.get_device())
             if not gpus.horovod_takes_them():
                 handed = handed.to("cpu")
+        numbering.note_operation(gpus.reduces_there(handed.device))
         self._hand(handed, Handed(name, tensor.shape, tensor.dtype, False))
         return handed, _Left(tensor.dtype, tensor.device)
 
@@ -585,6 +586,9 @@ class TorchFrontend(Frontend):
             loaded=describe_loaded(loaded, process_set.rank(), plan.world_size),
             first_step=before,
             base=before,
+            resident=(
+                self.config.transport == "horovod" and self._method() is None and gpus.resident()
+            ),
         )
         if trying:
             speaks = group.rank == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -13,12 +14,20 @@ from ..log import Log
 
 _log = Log(__name__)
 
+# 0: norms and codes of gradients on a GPU pass through host memory, also where Horovod has NCCL.
+VARIABLE = "GQ_HOROVOD_GPU_CODES"
+
 _BUILD = "build it with HOROVOD_GPU_OPERATIONS=NCCL"
 
 
 def horovod_takes_them() -> bool:
     """Whether Horovod can be given tensors on a GPU: one built without CUDA ends the process."""
     return bool(hvd.cuda_built() or hvd.rocm_built())
+
+
+def reduces_there(device: torch.device) -> bool:
+    """Whether Horovod reduces a tensor of this device on a GPU, and not a copy in host memory."""
+    return device.type == "cuda" and bool(hvd.nccl_built())
 
 
 @cache
@@ -29,6 +38,16 @@ def kernels_problem(index: int) -> str | None:
     except ImportError as error:
         return f"CuPy does not import ({error}): `pip install gq-horovod[cuda12]`"
     return device.problem(index)
+
+
+def resident() -> bool:
+    """Whether codes of this rank's gradients can stay on its GPU: Horovod takes them there.
+
+    A rank that has not used a GPU yet cannot say so, and has no gradients on one.
+    """
+    if os.environ.get(VARIABLE, "1") == "0" or not torch.cuda.is_initialized():
+        return False
+    return bool(hvd.nccl_built()) and kernels_problem(torch.cuda.current_device()) is None
 
 
 @cache
@@ -70,6 +89,32 @@ def kernel_stream(device: torch.device) -> torch.cuda.ExternalStream:
     return torch.cuda.ExternalStream(own_stream(device.index).ptr, device=device)
 
 
+def as_tensor(array: Any) -> torch.Tensor:
+    """A CuPy array as a tensor that shares its memory. Orders nothing."""
+    return torch.as_tensor(array, device=torch.device("cuda", array.device.id))
+
+
+def as_array(reduced: torch.Tensor) -> Any:
+    """What Horovod has made, as a CuPy array that shares its memory, for our kernels."""
+    import cupy
+
+    own = kernel_stream(reduced.device)
+    if _completes_early():  # Horovod has told its stream to wait, which is PyTorch's default one
+        own.wait_stream(torch.cuda.default_stream(reduced.device))
+    reduced.record_stream(own)
+    return cupy.asarray(reduced)
+
+
+def follow_kernels(device: torch.device) -> None:
+    """Let what PyTorch does from here on wait for the kernels that were called so far."""
+    torch.cuda.current_stream(device).wait_stream(kernel_stream(device))
+
+
+def _completes_early() -> bool:
+    """Whether Horovod calls operations complete that a GPU is still at."""
+    return os.environ.get("HOROVOD_ENABLE_ASYNC_COMPLETION", "0") not in ("", "0")
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that has nothing to do."""
@@ -82,7 +127,7 @@ def values_of(reduced: torch.Tensor) -> list[float]:
     Horovod says that an operation is complete when the GPU is done with it, so nobody has to wait
     for what else PyTorch's stream has to do. (Not if it is told to say so before.)
     """
-    if reduced.is_cpu or os.environ.get("HOROVOD_ENABLE_ASYNC_COMPLETION", "0") not in ("", "0"):
+    if reduced.is_cpu or _completes_early():
         values: list[float] = reduced.tolist()
         return values
     with torch.cuda.stream(_side_stream(reduced.device)):

@@ -40,6 +40,7 @@ class Group:
     base: int  # the first step of a tensor that was not reduced since the ranks last agreed
     joins: int = 0  # calls of hvd.join() before the ranks last agreed
     exchanges: Exchanges | None = None  # where codes travel as messages
+    resident: bool = False  # whether codes of gradients on a GPU stay there; agreed among ranks
     trials: Trials | None = None  # where levels="auto"
     census: log.Census | None = None  # of its tensors, on the rank that logs them
     steps: dict[str, int] = field(default_factory=dict)  # the next one of each tensor, by its key
@@ -108,11 +109,13 @@ class Group:
         """
         checksum = agreement.checksum(self.steps)
         trials = (0, 0) if self.trials is None else self.trials.outcome()
-        return [self.first_step, self.end_step, checksum, agreement.LARGEST - checksum, *trials]
+        steps = (self.first_step, self.end_step, checksum, agreement.LARGEST - checksum)
+        return [*steps, int(not self.resident), *trials]
 
     def adopt(self, agreed: list[int]) -> None:
         """Go on from the largest numbers() of all ranks."""
-        self.first_step, base, checksum, complement, *trials = agreed
+        self.first_step, base, checksum, complement, staged, *trials = agreed
+        self.resident = not staged
         if checksum + complement != agreement.LARGEST:  # not as many reductions on every rank
             self.steps.clear()
         if not self.steps:

@@ -45,6 +45,13 @@ _JOINED = (
     "cannot do then; use GlobalQSGD or no compression, or give every rank equally many batches.)"
 )
 
+# A rank that has joined takes part in operations of one device alone, and waits for ever in others.
+_JOIN_REFUSED = (
+    "hvd.join: no rank may join while gradients are reduced on GPUs and in host memory, because "
+    "Horovod lets a rank that has joined take part in operations of one kind only. Give every rank "
+    "equally many batches, or set GQ_HOROVOD_GPU_CODES=0 and min_elements=0 on all ranks."
+)
+
 _wanted = True
 
 # Names that came once. What a program calls by ever new names is no part of a step.
@@ -121,6 +128,7 @@ class Library:
         self.session = object()  # between one hvd.shutdown() and the next
         self.joins = 0  # calls of hvd.join()
         self.explainers: weakref.WeakSet[Explainer] = weakref.WeakSet()
+        self.places: set[bool] = set()  # whether operations of a step are on a GPU; see join
         self._lock = threading.RLock()
         # Handles that were given out to others; None before our first operation, when Horovod's own
         # numbers are right.
@@ -145,6 +153,8 @@ class Library:
 
         def start(*arguments: Any) -> int:
             if kind == "join":
+                if len(self.places) > 1:
+                    raise RuntimeError(_JOIN_REFUSED)
                 # What this rank has begun must be over before it joins: others may still start an
                 # operation for it that Horovod cannot do without this rank.
                 for pipeline in pipelines():
@@ -201,6 +211,7 @@ class Library:
             self.session = object()
             self._others = None
             self._names.clear()
+            self.places.clear()
             return self.original.horovod_torch_reset()
 
 
@@ -221,6 +232,12 @@ def library() -> Library | None:
     """What stands in the place of Horovod's library; None where nothing does."""
     found = hvd_ops.mpi_lib
     return found if isinstance(found, Library) else None
+
+
+def note_operation(on_gpu: bool) -> None:
+    """Remember that gradients are reduced on a GPU, or in host memory, in this session."""
+    if (own := library()) is not None:
+        own.places.add(on_gpu)
 
 
 def session() -> object:

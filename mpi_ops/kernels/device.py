@@ -12,17 +12,19 @@ Importing this module imports CuPy, so callers import it where they have a buffe
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 from cupy.cuda import runtime
 from cupy_backends.cuda.libs import nvrtc
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .. import lanes
 from . import code_cache, host
@@ -209,15 +211,17 @@ class Device(Kernels):
     def table(self, arrays: Sequence[Any]) -> Any:
         return cupy.asarray(np.array([self.address(array) for array in arrays], dtype=np.uint64))
 
-    @contextmanager
-    def on_device_of(self, buffer: Buffer | Tensors) -> Iterator[None]:
-        stream = nullcontext() if buffer.stream is None else buffer.stream
+    def on_device_of(self, buffer: Buffer | Tensors) -> AbstractContextManager[None]:
         pointer = buffer.pointer if isinstance(buffer, Buffer) else int(buffer.pointers.max())
-        with cupy.cuda.Device(_device_of(pointer)), stream:
-            yield
+        return on(device_of(pointer), buffer.stream)
 
     def upload(self, array: Any) -> Any:
-        return cupy.asarray(array)
+        if isinstance(array, cupy.ndarray):
+            return array
+        staged, there = pinned(array.size, array.dtype), self.empty(array.size, array.dtype)
+        staged[:] = array
+        begin_copy(staged, there)
+        return there
 
     def staging(self, array: Any) -> Any:
         if isinstance(array, cupy.ndarray):
@@ -226,7 +230,7 @@ class Device(Kernels):
 
     def download(self, staged: Any, array: Any) -> None:
         if staged is not array:
-            staged.get(out=array)
+            array[:] = begin_copy(staged, pinned(array.size, array.dtype)).wait()
 
     def bound_norms(self, own: Any, norms: Any) -> None:
         _launch("bound_norms", None, own.size, self.address(own), self.address(norms), own.size)
@@ -368,6 +372,62 @@ def _each(dtype: str, segments: NDArray[Any], block_size: int) -> Iterator[tuple
         yield x, block_size or lanes.whole_tensor_block(x.size), own
 
 
+@contextmanager
+def on(device: int | None, stream: Any) -> Iterator[None]:
+    """Call kernels on a device, and on a stream; None: on the current one."""
+    with cupy.cuda.Device(device), nullcontext() if stream is None else stream:
+        yield
+
+
+# -------------------------------------------------------------------------------------- copies
+
+
+def pinned(size: int, dtype: DTypeLike) -> NDArray[Any]:
+    """An array in host memory that a GPU copies from and to while the host goes on; from a pool."""
+    size_bytes = size * np.dtype(dtype).itemsize
+    # Views keep the memory.
+    return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(size_bytes, 1)), dtype, size)
+
+
+class Copying(NamedTuple):
+    """A copy in flight."""
+
+    event: Any
+    target: Any
+
+    def ready(self) -> bool:
+        """Whether it is complete, and with it what its stream had to do before."""
+        return bool(self.event.done)
+
+    def wait(self) -> Any:
+        """The target, after blocking until it is complete."""
+        self.event.synchronize()
+        return self.target
+
+
+# With both arrays: whoever has begun a copy may forget it, and pools give memory out again.
+_copying: deque[tuple[Copying, Any]] = deque()
+_keeping = threading.Lock()
+
+
+def begin_copy(source: Any, target: Any) -> Copying:
+    """Copy between a contiguous array on the device and one of `pinned`, on the current stream."""
+    stream = cupy.cuda.get_current_stream()
+    addresses = [
+        own.data.ptr if isinstance(own, cupy.ndarray) else own.ctypes.data
+        for own in (target, source)
+    ]
+    runtime.memcpyAsync(*addresses, source.nbytes, runtime.memcpyDefault, stream.ptr)
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record(stream)
+    copying = Copying(event, target)
+    with _keeping:
+        while _copying and _copying[0][0].ready():
+            _copying.popleft()
+        _copying.append((copying, source))
+    return copying
+
+
 @cache
 def own_stream(device: int) -> Any:
     """A stream for kernels that are not to wait for what the device's other streams have to do."""
@@ -407,7 +467,7 @@ def prepare_addition() -> bool:
     return len(devices) > 0
 
 
-def _device_of(pointer: int) -> int | None:
+def device_of(pointer: int) -> int | None:
     """The device on which memory lies; None for memory of the host."""
     try:
         attributes = runtime.pointerGetAttributes(pointer)
@@ -421,7 +481,7 @@ def add_anywhere(
     source: int, target: int, size: int, *, bits: int, dither: NDArray[np.uint32]
 ) -> None:
     """`add_exponential` where the target lies, host or device; it is done when this returns."""
-    from_device, to_device = _device_of(source), _device_of(target)
+    from_device, to_device = device_of(source), device_of(target)
     if to_device is None:
         if from_device is not None:
             staged = np.empty(size, dtype=np.uint8)

@@ -19,7 +19,9 @@ import fake_cupy
 import fake_gpu
 from fake_gpu import as_numpy, on_gpu, plain
 
+from gq_horovod import log
 from gq_horovod import torch as plugin
+from gq_horovod.path import pipeline
 from gq_horovod.torch import buckets, gpus
 from gq_horovod.torch.collectives import Written
 
@@ -55,9 +57,41 @@ class _Event:
         assert self._asked >= 3, "a hook waits for the GPU"
 
 
+@pytest.fixture(params=["staged", "resident"])
+def resident(request: pytest.FixtureRequest, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether Horovod has NCCL, so that codes stay on the GPU."""
+    if request.param == "resident" and TRANSPORT == "mpi":
+        pytest.skip("messages are made in host memory")
+    monkeypatch.setattr(hvd, "nccl_built", lambda: int(request.param == "resident"))
+    return bool(request.param == "resident")
+
+
+FLAGS = 64  # bytes, which say what is there; norms and codes are more
+
+
+def _require_residence(resident: bool) -> None:
+    """No norms and no codes have come to the host; or norms, codes and shares have."""
+    assert fake_gpu.crossings == []
+    large = [size for size in fake_cupy.downloads if size > FLAGS]
+    assert bool(large) != resident, large
+
+
+KERNELS = {
+    "standard": {"gq_absmax", "gq_quantize_standard_4", "gq_dequantize_standard"},
+    "exponential": {
+        *("gq_absmax", "gq_quantize_exponential", "gq_dequantize_exponential"),
+        "gq_reduce_exponential",
+    },
+    "two-hop": {
+        *("gq_absmax", "gq_quantize_standard_4_square", "gq_dequantize_standard"),
+        *("gq_mean_standard_4", "gq_bound_norms"),
+    },
+}
+
+
 @pytest.mark.parametrize("levels", LEVELS)
 def test_the_same_bytes_as_in_host_memory(
-    levels: Any, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+    levels: Any, resident: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = gradients((7, 1003), tag=19)
     own = inputs[hvd.rank()]
@@ -71,13 +105,119 @@ def test_the_same_bytes_as_in_host_memory(
     launches = fake_cupy.Module.launches
     launches.clear()
     result = mean(on_gpu(own))
-    kernels = {kernel for kernel, *_ in launches}
     streams = {stream for *_, stream in launches}
-    assert len(kernels) == 3, kernels  # norms, quantize, dequantize; codes are reduced on the host
+    if TRANSPORT == "horovod":
+        assert {kernel for kernel, *_ in launches} == KERNELS[levels]
+    _require_residence(resident)
     assert len(streams) == 1
     assert fake_cupy.DEFAULT_STREAM not in streams
     assert torch.equal(plain(result), expected)
     check_replicas(plain(result))
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_buckets_of_several_steps(
+    levels: Any, resident: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several chunks and parcels; memory that is used again; a rank that lacks a gradient."""
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 8192)
+    shapes = [(70, 100), (20_000,), (5000,), (64, 64), (9001,)]
+
+    def train(there: Any) -> list[torch.Tensor]:
+        parameters = [torch.nn.Parameter(there(torch.zeros(shape))) for shape in shapes]
+        named = [(f"{name}.{number}", one) for number, one in enumerate(parameters)]
+        compression = plugin.GlobalQSGD(levels=levels, bucket_bytes=60_000, transport=TRANSPORT)
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(parameters, lr=1.0), named, compression=compression
+        )
+        results = []
+        for step in range(3):
+            for place, (parameter, shape) in enumerate(zip(parameters, shapes, strict=True)):
+                parameter.grad = there(gradients(shape, tag=10 * step + place)[hvd.rank()])
+                if place == 2 and step and hvd.rank() == 0:
+                    parameter.grad.zero_()  # handed over by synchronize()
+                    continue
+                optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+            optimizer.synchronize()
+            results += [plain(one.grad).clone() for one in parameters]
+        return results
+
+    expected = train(torch.clone)
+    got = train(on_gpu)
+    _require_residence(resident)
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one, other)
+        check_replicas(other)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_what_is_not_finite_reaches_every_rank_and_is_named(
+    levels: Any,
+    resident: bool,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    if hvd.rank() == hvd.size() - 1:
+        own[300] = torch.inf
+    compression = plugin.GlobalQSGD(levels=levels, block_size=256, transport=TRANSPORT)
+    expected = plugin.allreduce(own, name, compression=compression)
+    monkeypatch.setattr(pipeline, "_not_finite", log.Rarely())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        result = plain(plugin.allreduce(on_gpu(own), f"{name}.gpu", compression=compression))
+    assert torch.isnan(result[256:512]).all()
+    assert torch.isfinite(result[:256]).all()
+    assert torch.equal(result.isnan(), expected.isnan())
+    said = [one for one in caplog.records if getattr(one, "event", "") == "not-finite"]
+    names = [f"{name}.gpu"] if hvd.rank() == hvd.size() - 1 else []
+    assert [one.fields["tensor"] for one in said] == names
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", LEVELS)
+def test_ranks_agree_whether_codes_stay(
+    levels: Any, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one rank's cannot, those of all ranks pass through host memory."""
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
+    expected = plugin.allreduce(own, name, compression=compression)
+    if hvd.rank() == 0:
+        monkeypatch.setenv(gpus.VARIABLE, "0")
+    compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
+    result = plugin.allreduce(on_gpu(own), name, compression=compression)
+    _require_residence(resident=False)
+    assert torch.equal(plain(result), expected)
+
+
+def test_statistics_of_a_gpu(resident: bool, name: str) -> None:
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    found = []
+    for there in (torch.clone, on_gpu):
+        compression = plugin.GlobalQSGD(stats=1, transport=TRANSPORT)
+        plugin.allreduce(there(own), name, compression=compression)
+        found.append(compression.stats[name])
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_nobody_joins_where_horovod_would_wait_for_ever(
+    name: str, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lets a rank that has joined take part in operations on GPUs, or in those of hosts."""
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    plugin.allreduce(on_gpu(own), name, compression=compression)
+    if not resident:
+        assert hvd.join() >= 0
+        plugin.allreduce(on_gpu(own[:30]), f"{name}.host", compression=compression)
+        assert hvd.join() >= 0
+        monkeypatch.setattr(hvd, "nccl_built", lambda: 1)
+        plugin.allreduce(on_gpu(own[:30]), f"{name}.gpu", compression=compression)
+    with pytest.raises(RuntimeError, match=f"{gpus.VARIABLE}=0"):
+        hvd.join()
 
 
 # ---------------------------------------------------------------------------- what Horovod is given

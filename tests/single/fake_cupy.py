@@ -16,7 +16,7 @@ import subprocess
 import sys
 import types
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _allocations: dict[int, int] = {}  # address and size of what is alive
 
 
+# What lives until the streams are done: what was given to one may be freed before it is.
+_kept: list[Any] = []
+# Bytes of each copy to host memory.
+downloads: list[int] = []
+
+
 def memory(size: int) -> np.ndarray:
     """`size` bytes of 0xA5 at the end of a page."""
     pages = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -46,6 +52,8 @@ def memory(size: int) -> np.ndarray:
     assert _libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     inside = whole[pages - size : pages]
     inside[:] = 0xA5
+    if Stream.deferred:
+        _kept.append(inside)
     _allocations[inside.ctypes.data] = size
     weakref.finalize(region, _allocations.pop, inside.ctypes.data, None)
     return inside
@@ -76,11 +84,17 @@ class ndarray:
         return ndarray(self._values[key])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._values[key] = value._values if isinstance(value, ndarray) else value
+        assert isinstance(value, ndarray), "CuPy compiles a kernel for this; use fill()"
+        target, source = self._values[key], value._values
+        Stream.current().give(lambda: target.__setitem__(..., source))
 
     @property
     def data(self) -> Any:
         return types.SimpleNamespace(ptr=self._values.ctypes.data)
+
+    @property
+    def device(self) -> Any:
+        return types.SimpleNamespace(id=0)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -100,19 +114,16 @@ class ndarray:
         return self
 
     def fill(self, value: Any) -> None:
-        self._values.fill(value)
+        assert value == 0, "CuPy compiles a kernel for this"
+        Stream.current().give(lambda: self._values.fill(0))
 
     def reshape(self, *shape: int) -> ndarray:
         return ndarray(self._values.reshape(*shape))
 
-    def get(self, out: np.ndarray | None = None) -> np.ndarray:
-        if out is None:
-            return self._values.copy()
-        assert (out.shape, out.dtype) == (self.shape, self.dtype)
-        assert out.flags.c_contiguous
-        out[...] = self._values
+    def get(self) -> np.ndarray:
         Stream.current().synchronize()
-        return out
+        downloads.append(self._values.nbytes)
+        return self._values.copy()
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
@@ -123,6 +134,13 @@ def empty(shape: Any, dtype: Any = float) -> ndarray:
 def asarray(values: Any) -> ndarray:
     if isinstance(values, ndarray):
         return values
+    if hasattr(values, "__cuda_array_interface__"):
+        described = values.__cuda_array_interface__
+        dtype, shape = np.dtype(described["typestr"]), described["shape"]
+        size = int(np.prod(shape)) * dtype.itemsize
+        region = (ctypes.c_uint8 * size).from_address(described["data"][0])
+        region._owner = values
+        return ndarray(np.frombuffer(region, dtype).reshape(shape))
     if isinstance(values, list):
         values = np.stack([own._values for own in values])
     array = empty(values.shape, values.dtype)
@@ -168,12 +186,16 @@ class Module:
         sizes = (ctypes.c_int * len(cells))(*(own.itemsize for own in cells))
         emulate = self._library.emulate
         emulate.restype = ctypes.c_char_p
-        problem = emulate(
-            name.encode(), grid[0], block[0], len(cells), kinds.encode(), sizes, places
-        )
-        assert problem is None, f"{name}: {problem.decode()}"
+
+        def run(keep: Any = (cells, arguments)) -> None:
+            problem = emulate(
+                name.encode(), grid[0], block[0], len(cells), kinds.encode(), sizes, places
+            )
+            assert problem is None, f"{name}: {problem.decode()}"
+
         stream = Stream.current()
         stream.running += 1
+        stream.give(run)
         self.launches.append((name, grid[0], block[0], stream))
 
 
@@ -193,18 +215,29 @@ class Device:
 
 
 class Stream:
-    """Knows whether it is the current one, and how many kernels nobody has waited for."""
+    """Knows whether it is the current one, and how many kernels nobody has waited for.
 
-    ptr = 0
+    Where streams are deferred, those that do not block do nothing before somebody waits.
+    """
+
+    deferred: ClassVar[bool] = False
     _entered: ClassVar[list[Stream]] = []
+    _made: ClassVar[dict[int, Stream]] = {}
 
     def __init__(self, null: bool = False, non_blocking: bool = False, priority: int = 0) -> None:
         assert non_blocking != null
+        self.ptr = 0 if null else len(self._made) + 1
+        self._made[self.ptr] = self
         self.running = 0
+        self._work: list[Callable[[], Any]] = []
 
     @classmethod
     def current(cls) -> Stream:
         return cls._entered[-1] if cls._entered else DEFAULT_STREAM
+
+    @classmethod
+    def of(cls, pointer: int) -> Stream:
+        return cls._made[pointer]
 
     def __enter__(self) -> Stream:
         self._entered.append(self)
@@ -213,11 +246,50 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         assert self._entered.pop() is self
 
+    def give(self, work: Callable[[], Any]) -> None:
+        """Something to do after all that it has."""
+        self._work.append(work)
+        if self.ptr == 0 or not self.deferred:
+            self.flush()
+
+    def flush(self) -> None:
+        """Do it all."""
+        while self._work:
+            self._work.pop(0)()
+
     def synchronize(self) -> None:
+        self.flush()
         self.running = 0
 
 
 DEFAULT_STREAM = Stream(null=True)
+
+
+class Event:
+    """What a stream had to do; where streams are deferred, done the third time somebody asks."""
+
+    def __init__(self, disable_timing: bool = False) -> None:
+        self._asked, self._stream = 0, DEFAULT_STREAM
+
+    def record(self, stream: Stream) -> None:
+        self._stream = stream
+
+    @property
+    def done(self) -> bool:
+        self._asked += 1
+        if self._asked >= 3 or not Stream.deferred:
+            self._stream.flush()
+            self._stream.running = 0
+            return True
+        return False
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+def pinned(size: int) -> bytearray:
+    """Memory of the host, of 0x5A."""
+    return bytearray(b"\x5a" * size)
 
 
 def pointer_attributes(pointer: int) -> Any:
@@ -228,6 +300,13 @@ def pointer_attributes(pointer: int) -> Any:
 
 def copy(target: int, source: int, size: int, *_: Any) -> None:
     ctypes.memmove(target, source, size)
+    if is_device(source) and not is_device(target):
+        downloads.append(size)
+
+
+def copy_later(target: int, source: int, size: int, kind: int, stream: int) -> None:
+    """On a stream; whoever calls it keeps the memory."""
+    Stream.of(stream).give(lambda: copy(target, source, size))
 
 
 def machine_code(program: dict[str, Any]) -> bytes:
@@ -258,6 +337,8 @@ def modules() -> dict[str, types.ModuleType]:
                 "Module": Module,
                 "Device": Device,
                 "Stream": Stream,
+                "Event": Event,
+                "alloc_pinned_memory": pinned,
                 "get_current_stream": Stream.current,
             },
         ),
@@ -271,7 +352,7 @@ def modules() -> dict[str, types.ModuleType]:
                 "memoryTypeDevice": 2,
                 "memoryTypeManaged": 3,
                 "memcpy": copy,
-                "memcpyAsync": copy,
+                "memcpyAsync": copy_later,
                 "memcpyDeviceToHost": 2,
                 "memcpyDefault": 4,
             },

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fake_cupy
+import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
+from horovod.torch import mpi_ops as hvd_ops
 
-from gq_horovod.torch import gpus
+from gq_horovod.torch import buckets, gpus, numbering
 
 GPU = torch.device("cuda", 0)
 # Bytes of each tensor that was copied to the host, since somebody has cleared it.
@@ -36,7 +38,10 @@ class GpuTensor(torch.Tensor):
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return fake_cupy.ndarray(plain(self).detach().numpy()).__cuda_array_interface__
+        own = plain(self).detach()
+        described = fake_cupy.ndarray(own.numpy()).__cuda_array_interface__
+        assert own.data_ptr() == described["data"][0]
+        return described
 
     @classmethod
     def __torch_function__(
@@ -101,38 +106,20 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 _to.__name__ = "to"  # by which __torch_function__ knows it
 
 
-class Event:
-    """What the GPU had to do at some moment; `pending` of them are not done yet."""
-
-    pending = 0
-    asked = 0
-
-    def query(self) -> bool:
-        type(self).asked += 1
-        return Event.pending == 0
-
-    def synchronize(self) -> None:
-        assert Event.pending == 0, "waits for the GPU"
-
-
 class Stream:
-    """A stream of PyTorch's; the current one is the last that was entered."""
+    """A stream of PyTorch's, or that of the kernels; the current one is the last that was entered.
+
+    What PyTorch itself does is done at once.
+    """
 
     entered: ClassVar[list[Stream]] = []
-    default: Stream
+    default: ClassVar[Stream]
 
     def __init__(self, pointer: int = 0, device: Any = None) -> None:
-        self.cuda_stream = pointer
-        self.waits: list[Any] = []  # for events
-
-    def record_event(self, event: Any = None) -> Event:
-        return event or Event()
-
-    def wait_event(self, event: Any) -> None:
-        self.waits.append(event)
+        self.kernels = fake_cupy.Stream.of(pointer)
 
     def wait_stream(self, stream: Stream) -> None:
-        self.waits.append(stream)
+        stream.kernels.flush()
 
     def synchronize(self) -> None:
         raise AssertionError("waits for all that a stream has to do")
@@ -154,25 +141,76 @@ def _entering(stream: Stream) -> Iterator[None]:
         Stream.entered.pop()
 
 
+class Written:
+    """A gradient that was written when its hook came; `Handle` of the pipeline."""
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+_plain_as_tensor = torch.as_tensor
+
+
+def _as_tensor(array: Any, **options: Any) -> torch.Tensor:
+    if isinstance(array, fake_cupy.ndarray):
+        assert options == {"device": GPU}
+        return torch.from_numpy(array._values).as_subclass(GpuTensor)
+    return _plain_as_tensor(array, **options)
+
+
+def _after_the_current_stream(original: Any) -> Any:
+    """A function of Horovod's, which reads a tensor when the current stream is done."""
+
+    def start(tensor: Any, *rest: Any) -> int:
+        own = tensor[0] if isinstance(tensor, (tuple, list)) else tensor
+        if own.is_cuda:
+            Stream.current().kernels.flush()
+        return original(tensor, *rest)
+
+    return start
+
+
 @contextlib.contextmanager
 def installed(
     directory: Path, monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, ...] = ("float32",)
 ) -> Iterator[Any]:
-    """A GPU with CuPy beside PyTorch; gives device.py. Horovod has been built for it."""
+    """A GPU with CuPy beside PyTorch; gives device.py. Horovod has been built for it, with NCCL.
+
+    The stream of the kernels does what it is given as late as it may.
+    """
     with fake_cupy.installed(directory, dtypes) as device, monkeypatch.context() as patch:
+        patch.setattr(fake_cupy.Stream, "deferred", True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "current_stream", Stream.current)
+        patch.setattr(torch.cuda, "default_stream", lambda device=None: Stream.default)
         patch.setattr(torch.cuda, "ExternalStream", Stream)
         patch.setattr(torch.cuda, "Stream", lambda device=None: Stream())
         patch.setattr(torch.cuda, "stream", _entering)
-        patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+        # Whose memory is not given out again before the stream is done.
+        patch.setattr(torch.Tensor, "record_stream", lambda own, _: fake_cupy._kept.append(own))
         patch.setattr(torch.Tensor, "to", _to)
+        patch.setattr(torch, "as_tensor", _as_tensor)
+        patch.setattr(buckets, "written", lambda values: Written() if values.is_cuda else None)
         patch.setattr(gpus, "horovod_takes_them", lambda: True)
+        patch.setattr(hvd, "nccl_built", lambda: 1)
+        for name in ("_allreduce_async", "_alltoall_async", "_allgather_async"):
+            patch.setattr(hvd_ops, name, _after_the_current_stream(getattr(hvd_ops, name)))
         for cached in gpus.CACHED:
             cached.cache_clear()
         crossings.clear()
+        fake_cupy.downloads.clear()
+        places = set() if (library := numbering.library()) is None else {*library.places}
         yield device
+        device.own_stream(0).flush()
+        if (library := numbering.library()) is not None:
+            library.places = places
     for cached in gpus.CACHED:
         cached.cache_clear()
+    fake_cupy._kept.clear()
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -298,7 +298,7 @@ def test_callback_of_the_operation(
     np.testing.assert_array_equal(own, expected)
 
     monkeypatch.setattr(op, "_driver_is_there", lambda: False)
-    monkeypatch.setattr(device, "_device_of", None)
+    monkeypatch.setattr(device, "device_of", None)
     op._operation(8, 5)
     made[1](Memory(source.ctypes.data, 300), Memory(target.ctypes.data, 300), None)
     np.testing.assert_array_equal(target, expected)
