@@ -44,6 +44,23 @@ def kernels_for(tensor: Buffer | Tensors | Payload) -> Kernels:
     return device.KERNELS
 
 
+def near(norms: Norms, x: Tensors) -> Norms:
+    """Norms where the kernels for `x` read them: no stage that gets these brings them there."""
+    kernels = kernels_for(x)
+    with kernels.on_device_of(x):
+        there: Norms = kernels.upload(norms)
+    return there
+
+
+def values(array: Any) -> NDArray[Any]:
+    """Norms or codes in host memory. Waits for the current stream where they lie on a GPU."""
+    if isinstance(array, np.ndarray):
+        return array
+    found = np.empty(array.size, array.dtype)
+    kernels_for(array).download(array, found)
+    return found
+
+
 # ------------------------------------------------------------------------------- of many tensors
 
 

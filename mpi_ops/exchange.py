@@ -48,16 +48,20 @@ class Exchange:
 
     def run(self) -> Steps:
         """Do it; every parcel is delivered at the end. One is delivered after its x was read."""
+        near = codec.near(self.norms, self.x)
         window: deque[Steps] = deque()
         for parcel in self.stages.layout.parcels:
             if len(window) == CHUNKS_IN_FLIGHT:
                 yield from _oldest(window)
-            window.append(self._reduce(parcel))
+            window.append(self._reduce(parcel, near))
         while window:
             yield from _oldest(window)
 
-    def _reduce(self, parcel: Parcel) -> Steps:
-        """Quantize a parcel, reduce this rank's share of it, gather all shares."""
+    def _reduce(self, parcel: Parcel, near: codec.Norms) -> Steps:
+        """Quantize a parcel, reduce this rank's share of it, gather all shares.
+
+        `near` are the norms where x lies.
+        """
         comm, stages = self.comm, self.stages
         tag = self.first_tag + 2 * (parcel.index % CHUNKS_IN_FLIGHT)
         # Each rank begins with its neighbour, so that not all of them send to the same one first.
@@ -69,7 +73,7 @@ class Exchange:
         payload = reduced.reshape(-1)[: parcel.size].reshape(comm.size, parcel.share_size)
         pieces = np.empty_like(payload)
         requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
-        stages.quantize(parcel, self.x, self.steps, self.norms, payload.reshape(-1))
+        stages.quantize(parcel, self.x, self.steps, near, payload.reshape(-1))
         requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
         pieces[comm.rank] = payload[comm.rank]
         yield from finish(requests)

@@ -433,8 +433,10 @@ def _reduction(
     numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
     x, target = Tensors.of(prepared.x), Tensors.of(prepared.target)
 
+    near = codec.near(norms, target)
+
     def decode(parcel: Parcel, payload: codec.Payload) -> None:
-        stages.dequantize(parcel, payload, norms, target)
+        stages.dequantize(parcel, payload, near, target)
 
     yield from Exchange(channel.comm, first_tag, x, numbers, norms, stages, decode).run()
     if not prepared.average:

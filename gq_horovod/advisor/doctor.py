@@ -46,6 +46,7 @@ _DRIVER = "libcuda.so.1"
 _MOUNTED_DRIVERS = ("/usr/local/nvidia/lib64",)  # GKE
 # The first version of the driver for a major version of CUDA (NVIDIA's CUDA Compatibility guide).
 _OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
+_CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 # What Horovod may have been built with.
 _PARTS = ("mpi", "gloo", "nccl", "cuda")
 
@@ -79,6 +80,7 @@ def facts() -> Facts:
         "mpi": _attempt(_mpi),
         "gpu": _attempt(_gpus),
         "driver": _attempt(_driver),
+        "gpu kernels": _attempt(_gpu_kernels),
         "cuda-aware MPI": _cuda_aware(),
         "variables": {
             name: value
@@ -88,7 +90,7 @@ def facts() -> Facts:
     }
     for package in ("numpy", "torch", "tensorflow", "keras", "tf-keras", "mpi4py", "rich"):
         found[package] = _version(package)
-    found["cupy"] = next(filter(None, map(_version, ("cupy-cuda12x", "cupy-cuda13x"))), None)
+    found["cupy"] = next(filter(None, map(_version, _CUPY)), None)
     return found
 
 
@@ -194,6 +196,15 @@ def _driver() -> dict[str, str | None]:
         raise RuntimeError(f"cuDriverGetVersion returned {status}")
     found["cuda"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
     return found
+
+
+def _gpu_kernels() -> str | None:
+    """Why our kernels cannot run on the first GPU; None if they can, or if there is none."""
+    if not _gpus() or not any(map(_version, _CUPY)):
+        return None
+    from mpi_ops.kernels import device
+
+    return device.problem(0)
 
 
 def _cuda_aware() -> bool | None:
@@ -353,6 +364,9 @@ def _of_gpus(found: Facts) -> list[Finding]:
     if found["cupy"] is None:
         remedy = "`pip install gq-horovod[cuda12]`; without it gradients are quantized on the CPU"
         findings.append(Finding("CuPy", "wrong", "not installed", remedy))
+    elif problem := _error(found["gpu kernels"]) or found["gpu kernels"]:
+        remedy = "install CuPy and NVRTC of the driver's CUDA: gq-horovod[cuda12] or [cuda13]"
+        findings.append(Finding("CuPy", "wrong", f"{found['cupy']}: {problem}", remedy))
     else:
         findings.append(Finding("CuPy", "ok", found["cupy"]))
     findings += _of_horovod_on_gpus(found)

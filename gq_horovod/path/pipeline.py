@@ -368,9 +368,10 @@ def exchange(task: Task, deliver: Deliver) -> Reduction:
         yield from _sum_without_the_joined(task, norms, deliver)
         return
     number, own = int(numbers[0]) - 1, task.stages
+    near = codec.near(norms, task.x)
 
     def deliver_reduced(parcel: Parcel, payload: Payload) -> None:
-        deliver(parcel, Reduced(own, norms, payload))
+        deliver(parcel, Reduced(own, near, payload))
 
     yield task.exchanges.start(number, task.x, task.steps, norms, own, deliver_reduced)
 

@@ -146,7 +146,8 @@ class Bucket:
             gpus.say_once(members[0].device.index)
         there = members[0].device if grouped and gpus.horovod_takes_them() else _HOST
         with torch.inference_mode(False):  # they outlive a region of that mode
-            self._marks = gpus.placed(torch.tensor(self.marks, dtype=torch.float64), there)
+            marks = torch.tensor(self.marks, dtype=torch.float64, device=_HOST)
+            self._marks = gpus.placed(marks, there)
         numbering.note_operation(gpus.reduces_there(there))
         self.run: Run | None = None  # the last one
         self.agreed: agreement.Same | None = None  # until it is known that all ranks have it

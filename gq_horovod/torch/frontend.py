@@ -609,8 +609,9 @@ class GlobalQSGD(TorchFrontend, Compression):
     anything else is left to Horovod. A NaN or Inf on any rank makes its block NaN on every rank; a
     block of zeros stays zeros. As without compression, an optimizer's gradients are replaced where
     they lie, and tensors of hvd.allreduce are left alone. Gradients on a GPU are quantized there
-    with CuPy, and only codes and norms pass through host memory; without CuPy they are staged there
-    whole.
+    with CuPy. Codes and norms stay there where Horovod has NCCL, and pass through host memory where
+    it has not; without CuPy gradients are staged there whole. hvd.join() is refused where Horovod
+    reduces on GPUs.
 
     Raises ConfigMismatchError at the first step, on every rank, if the ranks are configured
     differently.

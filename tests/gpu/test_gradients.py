@@ -49,21 +49,52 @@ def test_a_hook_leaves_the_gpu_its_work(levels: Any) -> None:
     assert 0 < error < (0.4 if levels == "exponential" else 0.02)
 
 
-def test_a_mean_of_its_own_is_not_written_too_early() -> None:
-    """Its memory has been another tensor's, with which the GPU is not done."""
-    from gq_horovod.torch import tensors
+def test_a_mean_of_its_own_waits_for_nothing() -> None:
+    """Its memory has been no other tensor's with which the GPU is not done, and so it is at once.
+
+    Nor is it another one's before PyTorch's stream is done with it.
+    """
+    from gq_horovod.torch import gpus, tensors
 
     values = torch.ones(ELEMENTS, device="cuda")
     other = torch.full_like(values, 2.0)
     doubled = torch.empty_like(values)
-    pointer = other.data_ptr()
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     torch.mul(other, 2, out=doubled)
     del other  # PyTorch hands its memory out again
     output = tensors.new_output(values, values.dtype)
-    assert output.data_ptr() == pointer
-    with torch.cuda.stream(torch.cuda.Stream()):
-        output.zero_()
+    busy = not torch.cuda.current_stream().query()
+    with torch.cuda.stream(gpus.kernel_stream(output.device)):
+        output.fill_(3.0)
+    gpus.follow_kernels(output.device)
+    tripled = output * 3
+    del output
+    again = tensors.new_output(values, values.dtype)
+    with torch.cuda.stream(gpus.kernel_stream(again.device)):
+        again.zero_()
     torch.cuda.synchronize()
+    assert busy
     assert torch.equal(doubled, torch.full_like(values, 4.0))
+    assert torch.equal(tripled, torch.full_like(values, 9.0))
+
+
+@pytest.mark.parametrize("stays", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_the_same_bytes_as_in_host_memory(
+    levels: Any, dtype: torch.dtype, stays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether codes pass through host memory or, where Horovod has NCCL, stay on the GPU."""
+    from gq_horovod.torch import GlobalQSGD, allreduce, gpus
+
+    monkeypatch.setenv(gpus.VARIABLE, stays)
+    own = torch.randn(ELEMENTS + 77, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for place in ("cpu", "cuda"):
+        compression = GlobalQSGD(levels=levels, block_size=256)
+        for _ in range(3):  # memory of the first is used again
+            result = allreduce(own.to(place), "tensor", compression=compression)
+            results.append(result.cpu())
+    for step in range(3):
+        assert torch.equal(results[step], results[step + 3])

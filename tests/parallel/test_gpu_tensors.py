@@ -143,6 +143,8 @@ def test_buckets_of_several_steps(
         return results
 
     expected = train(torch.clone)
+    # Messages wait for their codes, which the kernels' stream has made soon after the norms came.
+    monkeypatch.setattr(fake_cupy.Event, "waits_allowed", TRANSPORT == "mpi")
     got = train(on_gpu)
     _require_residence(resident)
     for one, other in zip(expected, got, strict=True):
@@ -280,7 +282,8 @@ def test_groups_with_tensors_that_are_left_to_horovod(
     for theirs, ours in zip(expected, got, strict=True):
         for one, other in zip(theirs, ours, strict=True):
             assert other.device == fake_gpu.GPU
-            assert torch.equal(plain(other), one)
+            # Horovod adds those of three ranks in any order.
+            torch.testing.assert_close(plain(other), one)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

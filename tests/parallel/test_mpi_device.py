@@ -14,7 +14,7 @@ from mpi4py import MPI
 sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
 import fake_cupy
 
-from mpi_ops import allreduce
+from mpi_ops import allreduce, layout
 
 COMM = MPI.COMM_WORLD
 
@@ -61,3 +61,17 @@ def test_a_result_in_other_memory_is_refused(cupy: Any) -> None:
 def test_other_dtypes_are_refused(cupy: Any) -> None:
     with pytest.raises(TypeError, match="array must have one of the dtypes"):
         allreduce(cupy.asarray(np.ones(100, dtype=np.int32)), COMM)
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_norms_go_to_the_gpu_once(cupy: Any, levels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many chunks there are, to quantize with and to decode with."""
+    monkeypatch.setattr(layout, "message_elements", lambda count: 4096)
+    own = cupy.asarray(np.random.default_rng(COMM.rank).standard_normal(40_000, dtype=np.float32))
+    count = -(-40_000 // 256)
+    fake_cupy.uploads.clear()
+    allreduce(own, COMM.Dup(), levels=levels, block_size=256)
+    of_norms = [size for size in fake_cupy.uploads if size // 4 in range(count, 2 * count)]
+    quantized_and_decoded = 2
+    assert len(of_norms) <= quantized_and_decoded, fake_cupy.uploads
+    assert len(of_norms) >= 1

@@ -39,8 +39,9 @@ _allocations: dict[int, int] = {}  # address and size of what is alive
 
 # What lives until the streams are done: what was given to one may be freed before it is.
 _kept: list[Any] = []
-# Bytes of each copy to host memory.
+# Bytes of each copy to host memory, and from it.
 downloads: list[int] = []
+uploads: list[int] = []
 
 
 def memory(size: int) -> np.ndarray:
@@ -268,6 +269,8 @@ DEFAULT_STREAM = Stream(null=True)
 class Event:
     """What a stream had to do; where streams are deferred, done the third time somebody asks."""
 
+    waits_allowed: ClassVar[bool] = True
+
     def __init__(self, disable_timing: bool = False) -> None:
         self._asked, self._stream = 0, DEFAULT_STREAM
 
@@ -284,6 +287,7 @@ class Event:
         return False
 
     def synchronize(self) -> None:
+        assert self.waits_allowed or self._asked >= 3, "waits for the GPU"
         self._stream.synchronize()
 
 
@@ -300,8 +304,8 @@ def pointer_attributes(pointer: int) -> Any:
 
 def copy(target: int, source: int, size: int, *_: Any) -> None:
     ctypes.memmove(target, source, size)
-    if is_device(source) and not is_device(target):
-        downloads.append(size)
+    if is_device(source) != is_device(target):
+        (downloads if is_device(source) else uploads).append(size)
 
 
 def copy_later(target: int, source: int, size: int, kind: int, stream: int) -> None:

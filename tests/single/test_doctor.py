@@ -34,6 +34,7 @@ GOOD: Facts = {
     "mpi": {"library": "Open MPI v4.1.8", "threads": "multiple"},
     "gpu": [],
     "driver": {"built for": None, "cuda": None, "mounted": None},
+    "gpu kernels": None,
     "cuda-aware MPI": None,
     "variables": {"HOROVOD_CACHE_CAPACITY": "8192"},
     "numpy": "2.0.2",
@@ -106,6 +107,8 @@ BREAKAGES = [
     ),
     ({"driver": {**DRIVER, "cuda": "12.8"}}, "NVIDIA driver", "wrong", "a PyTorch for CUDA 12"),
     ({"driver": DRIVER}, "NVIDIA driver", "note", "CUDA_VISIBLE_DEVICES"),
+    ({**GPU, "gpu kernels": "they do not load"}, "CuPy", "wrong", "the driver's CUDA"),
+    ({**GPU, "gpu kernels": ERROR}, "CuPy", "wrong", "the driver's CUDA"),
     (
         {**GPU, "horovod.nccl": False, "horovod.cuda": False},
         *("Horovod on GPUs", "wrong", "HOROVOD_GPU_OPERATIONS=NCCL"),

@@ -515,6 +515,21 @@ def test_tensors_that_are_being_written_are_in_nobodys_way() -> None:
     assert "late.3.norm" in {name for _, name in job.network.log}
 
 
+def test_one_device_does_not_hold_back_the_tensors_of_another() -> None:
+    """A process may have a model on several GPUs; each writes its own in order."""
+    job = Job(1)
+    writing = [Writing(x) for x in gradients(4, 100)]
+    for index, own in enumerate(writing):
+        task = job.task(0, own.x, f"late.{index}")
+        there = task.x._replace(stream=f"of device {index % 2}")
+        job.pipelines[0].submit(dataclasses.replace(task, x=there, written=own))
+    for index in (1, 2):
+        writing[index].complete()
+    job.pipelines[0].poll(pipeline._PATIENCE)
+    # The second device's first one; that of the first device is not written yet.
+    assert [name for _, name in job.network.log] == ["late.1.norm"]
+
+
 def test_finishing_one_tensor_advances_the_others() -> None:
     job = Job(1)
     x = np.ones(100, dtype=np.float32)
