@@ -154,7 +154,8 @@ class Library:
         def start(*arguments: Any) -> int:
             if kind == "join":
                 if len(self.places) > 1:
-                    raise RuntimeError(_JOIN_REFUSED)
+                    # No RuntimeError, which Horovod takes for a failed operation.
+                    raise ValueError(_JOIN_REFUSED)
                 # What this rank has begun must be over before it joins: others may still start an
                 # operation for it that Horovod cannot do without this rank.
                 for pipeline in pipelines():

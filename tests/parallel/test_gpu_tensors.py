@@ -218,8 +218,23 @@ def test_nobody_joins_where_horovod_would_wait_for_ever(
         assert hvd.join() >= 0
         monkeypatch.setattr(hvd, "nccl_built", lambda: 1)
         plugin.allreduce(on_gpu(own[:30]), f"{name}.gpu", compression=compression)
-    with pytest.raises(RuntimeError, match=f"{gpus.VARIABLE}=0"):
+    with pytest.raises(ValueError, match=f"{gpus.VARIABLE}=0"):
         hvd.join()
+
+
+@pytest.mark.parametrize("early", ["0", "1"])
+def test_operations_that_are_called_complete_early(
+    early: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Horovod then has its stream wait for a GPU, and ours has to wait for that."""
+    if TRANSPORT == "mpi":
+        pytest.skip("no operations of Horovod's on a GPU")
+    monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", early)
+    awaited = []
+    monkeypatch.setattr(fake_gpu.Stream, "awaited", awaited.append, raising=False)
+    compression = plugin.GlobalQSGD(levels="two-hop")
+    plugin.allreduce(on_gpu(gradients((6000,))[hvd.rank()]), name, compression=compression)
+    assert (fake_gpu.Stream.default in awaited) == (early == "1")
 
 
 # ---------------------------------------------------------------------------- what Horovod is given

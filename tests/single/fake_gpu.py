@@ -7,7 +7,7 @@ says when the GPU has done what it was given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,7 +118,10 @@ class Stream:
     def __init__(self, pointer: int = 0, device: Any = None) -> None:
         self.kernels = fake_cupy.Stream.of(pointer)
 
+    awaited: ClassVar[Callable[[Stream], None]] = staticmethod(lambda stream: None)
+
     def wait_stream(self, stream: Stream) -> None:
+        self.awaited(stream)
         stream.kernels.flush()
 
     def synchronize(self) -> None:
