@@ -101,6 +101,7 @@ class _OnGpu(Memory):
             return self._device.KERNELS.empty(size, dtype)
 
     def _pinned(self, name: str, size: int, dtype: Any) -> Array:
+        """An array in host memory that the GPU copies from and to, as by `take`."""
         return self._take(f"{name}, pinned", size, dtype, self._device.pinned)
 
 
@@ -116,12 +117,14 @@ class Staged(_OnGpu):
         return sent
 
     def receive(self, name: str, array: Array) -> Array:
-        name = f"{name}, received"
-        there = self.take(name, array.size, array.dtype)
-        pinned = self._pinned(name, array.size, array.dtype)
-        pinned[:] = array
+        there = self.take(f"{name}, received", array.size, array.dtype)
+        sent = self._arrays.get(f"{name}, pinned")
+        if sent is None or not np.may_share_memory(array, sent):  # not an operation in place
+            pinned = self._pinned(f"{name}, received", array.size, array.dtype)
+            pinned[:] = array
+            array = pinned
         with self.entered():
-            self._device.begin_copy(pinned, there)
+            self._device.begin_copy(array, there)
         return there
 
 
