@@ -21,7 +21,7 @@ _BUILD = "build it with HOROVOD_GPU_OPERATIONS=NCCL"
 
 
 def horovod_takes_them() -> bool:
-    """Whether Horovod can be given tensors on a GPU: one built without CUDA ends the process."""
+    """Whether Horovod can be given tensors on a GPU: one built without CUDA stops with an error."""
     return bool(hvd.cuda_built() or hvd.rocm_built())
 
 
