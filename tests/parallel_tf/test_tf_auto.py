@@ -241,6 +241,7 @@ def test_two_instances_at_a_time(name: str, chosen: list[Any]) -> None:
     """In one graph: each has trials of its own."""
     first, second = (GlobalQSGD(levels="auto", min_elements=0, seed=seed) for seed in (1, 2))
     names = [f"{name}.{own}" for own in "ab"]
+
     @tf.function
     def step(x: Any) -> Any:
         pairs = zip(names, (first, second), strict=True)

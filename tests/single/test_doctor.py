@@ -45,8 +45,11 @@ GOOD: Facts = {
 }
 DRIVER = {"built for": "13.0", "cuda": "13.0", "mounted": None}
 GPU = {
-    **{"gpu": ["H100"], "cupy": "14.2.0", "driver": DRIVER},
-    **{"horovod.nccl": True, "horovod.cuda": True},
+    "gpu": ["H100"],
+    "cupy": "14.2.0",
+    "driver": DRIVER,
+    "horovod.nccl": True,
+    "horovod.cuda": True,
 }
 
 
