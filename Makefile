@@ -54,8 +54,15 @@ format: setup ## let ruff and clang-format rewrite the sources
 check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
 	$(VENV)/python -m pytest tests -m check $(PYTEST_ARGS)
 
+# Tests of one process go several at a time; those that start ranks want the cores for themselves.
+ALONE := tests/single tests/deploy
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
-	$(VENV)/python -m pytest tests $(PYTEST_ARGS)
+	$(call tests,$(ALONE) -n logical --maxprocesses 8)
+	$(call tests,tests $(ALONE:%=--ignore=%))
+
+# Where PYTEST_ARGS selects none of them (exit status 5), the others may still have some.
+tests = $(VENV)/python -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; \
+	[ $$status = 5 ] && [ -n "$(PYTEST_ARGS)" ] || exit $$status; }
 
 demo: setup ## train the example with and without compression
 	$(VENV)/python examples/deeplight/demo.py
