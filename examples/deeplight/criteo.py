@@ -3,18 +3,17 @@
 A line is a label (0 or 1), thirteen whole numbers (counts, some negative) and 26 categories (up to
 eight hexadecimal digits), each of which may be missing. Files ending in .gz are read as they are.
 
-A sample becomes 39 rows of one embedding table, as the flights do: a number's bucket or a
-category's value is hashed together with its field. Nothing is read ahead and nothing is kept but a
-window of batches, so files may be of any length. A line that is none of these is left out, named in
-a warning with file and line, and counted; too many of them are an error.
+A sample becomes 13 numbers and 26 rows of its fields' tables, to which the categories are hashed.
+Nothing is read ahead and nothing is kept but a window of batches, so files may be of any length. A
+line that is none of these is left out, named in a warning with file and line, and counted; too many
+of them are an error.
 
-It knows no Horovod.
+`synthetic` makes samples of the same form without a file. It knows no Horovod.
 """
 
 from __future__ import annotations
 
 import gzip
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,15 @@ from common.rejects import Rejects
 NUMBERS, CATEGORIES = 13, 26
 NUM_FIELDS = NUMBERS + CATEGORIES
 
+# Rows of the fields' tables in the runs of arXiv 2305.18627 (the authors' repository
+# sands-lab/global-qsgd, commit 13d702f).
+ROWS = (
+    *(1,) * NUMBERS,
+    *(15_040_574, 35_017, 17_195, 7_374, 20_127, 4, 7_111, 1_397, 63, 10_260_959, 939_647),
+    *(285_463, 11, 2_210, 10_874, 117, 5, 971, 15, 15_604_226, 4_668_632, 13_476_290, 357_276),
+    *(12_277, 100, 35),
+)
+
 # One line in ten is held out where there is no file of held-out lines: Criteo's own test files have
 # no labels.
 HELD_OUT_EVERY = 10
@@ -39,7 +47,8 @@ FIRST_REJECTS = 100
 # without line ends must not be read into memory.
 LONGEST = 4096
 
-Samples = tuple[np.ndarray, np.ndarray]  # (N, NUM_FIELDS) int64 rows, (N,) float32 labels
+# (N, NUM_FIELDS) int64, numbers and rows; (N,) float32 labels
+Samples = tuple[np.ndarray, np.ndarray]
 
 _LINE = re.compile(
     rb"([01])((?:\t(?:-?[0-9]{1,18})?){%d})((?:\t[0-9a-fA-F]{0,8}){%d})" % (NUMBERS, CATEGORIES)
@@ -49,7 +58,7 @@ _CATEGORY = re.compile(rb"[0-9a-fA-F]{0,8}")
 
 # Values of a field are below 2**40, so fields and values do not mix before they are hashed.
 _FIELD_BITS = 40
-_MISSING = 2**36  # is no category and no bucket
+_MISSING = 2**36  # is no category
 
 
 def complaint(line: bytes) -> str | None:
@@ -78,31 +87,48 @@ def values(line: bytes) -> tuple[int, list[int]] | None:
     if match is None:
         return None
     label, numbers, categories = match.groups()
-    found = [bucket(int(text)) if text else _MISSING for text in numbers.split(b"\t")[1:]]
+    found = [int(text) if text else 0 for text in numbers.split(b"\t")[1:]]
     found += [int(text, 16) if text else _MISSING for text in categories.split(b"\t")[1:]]
     return int(label), found
 
 
-def bucket(number: int) -> int:
-    """The bucket of a number: floor(log(x)**2) above 2, as usual for these data; below, itself.
+def shrunk(factor: int) -> tuple[int, ...]:
+    """The sizes of ROWS divided by a factor, 2 or more where there was more than one row."""
+    return tuple(own if own == 1 else max(own // factor, 2) for own in ROWS)
 
-    Buckets of small and of large numbers do not overlap: these are from 1 + 2**32 on. Numbers of -8
-    and less share a bucket.
+
+def hashed(found: list[list[int]], rows: Sequence[int]) -> np.ndarray:
+    """Samples (N, NUM_FIELDS) int64: numbers as they are, categories as rows of their tables.
+
+    The hash is pandas' for integers, the same in every process. It is of value and field, so that
+    fields of equal size do not put the same values together.
     """
-    if number > 2:
-        return 2**32 + int(math.log(number) ** 2)
-    return max(number, -8) + 8
+    samples = np.array(found, dtype=np.int64).reshape(-1, NUM_FIELDS)
+    keys = samples[:, NUMBERS:].astype(np.uint64)
+    keys += np.arange(NUMBERS, NUM_FIELDS, dtype=np.uint64) << np.uint64(_FIELD_BITS)
+    codes = pd.util.hash_array(keys.ravel()).reshape(keys.shape)
+    samples[:, NUMBERS:] = codes % np.array(rows[NUMBERS:], dtype=np.uint64)
+    return samples
 
 
-def hashed(found: list[list[int]], rows: int) -> np.ndarray:
-    """Rows of the embedding table, (N, NUM_FIELDS) int64 in [0, rows), of the values of samples.
+def synthetic(count: int, rows: Sequence[int], seed: Sequence[int]) -> Samples:
+    """Samples of Criteo's form, made from a seed.
 
-    The hash is pandas' for integers, the same in every process.
+    Categories follow Zipf's law, as clicks do roughly: the k-th of a field is 1/k as frequent as
+    the first, so most rows of a large table are never touched. Numbers are log-normal. The label
+    depends on all fields a little, so that there is something to learn.
     """
-    keys = np.array(found, dtype=np.uint64).reshape(-1, NUM_FIELDS)
-    keys += np.arange(NUM_FIELDS, dtype=np.uint64) << np.uint64(_FIELD_BITS)
-    codes = pd.util.hash_array(keys.ravel()) % np.uint64(rows)
-    return codes.astype(np.int64).reshape(keys.shape)
+    random = np.random.default_rng(seed)
+    samples = np.empty((count, NUM_FIELDS), dtype=np.int64)
+    samples[:, :NUMBERS] = np.exp(random.normal(1.5, 1.5, (count, NUMBERS)))
+    sizes = np.array(rows[NUMBERS:], dtype=np.float64)
+    share = random.random((count, CATEGORIES))
+    samples[:, NUMBERS:] = np.minimum((sizes + 1) ** share - 1, sizes - 1)
+    logit = 0.2 * (np.log1p(samples[:, :NUMBERS]) - 1.5).sum(axis=1) - 1
+    keys = samples[:, NUMBERS:].astype(np.uint64) + np.arange(CATEGORIES, dtype=np.uint64) * 2**40
+    weights = pd.util.hash_array(keys.ravel()).reshape(keys.shape) / 2**64 - 0.5
+    logit += weights.sum(axis=1)
+    return samples, (random.random(count) < 1 / (1 + np.exp(-logit))).astype(np.float32)
 
 
 class Reader:
@@ -113,12 +139,14 @@ class Reader:
     batches, whatever they have to leave out of them.
     """
 
-    def __init__(self, path: Path, rows: int, rank: int, size: int, max_rejected: float) -> None:
+    def __init__(
+        self, path: Path, rows: Sequence[int], rank: int, size: int, max_rejected: float
+    ) -> None:
         """Open nothing yet.
 
         Arguments:
             path: the file.
-            rows: of the embedding table.
+            rows: of the fields' tables.
             rank, size: which of how many ranks reads.
             max_rejected: share of this rank's lines that may be left out, beside the first
                 FIRST_REJECTS.

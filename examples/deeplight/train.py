@@ -2,6 +2,7 @@
 
     mpirun -np 4 python train.py --compression standard
     mpirun ... python train.py --preset criteo --data train.txt.gz --compression exponential
+    mpirun ... python train.py --preset criteo --data synthetic --compression two-hop
 
 What is special about this workload is here; the loop around it, with all options that workloads
 share, is in examples/common/loop.py.
@@ -20,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
 import criteo
 import data
 import horovod.torch as hvd
+import model
+import numpy as np
 import torch
 from common import loop
-from model import DeepFwFM
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -50,8 +52,6 @@ def evaluate(model: nn.Module, fields: Tensor, clicked: Tensor) -> tuple[float, 
 class Flights:
     """The data of the preset "flights": all in memory."""
 
-    FIELDS = data.NUM_FIELDS
-
     def __init__(self, options: argparse.Namespace) -> None:
         if options.rows != data.TABLE_ROWS:
             raise ValueError(
@@ -77,21 +77,32 @@ class Flights:
     def counters(self) -> dict[str, int]:
         return {}
 
+    def model(self) -> nn.Module:
+        options = self._options
+        hidden = (options.units,) * options.layers
+        return model.DeepFwFM(options.rows, data.NUM_FIELDS, options.dim, hidden)
 
-class Criteo:
-    """The data of the preset "criteo": read from the file in every epoch."""
 
-    FIELDS = criteo.NUM_FIELDS
+class Clicks:
+    """What the data of Criteo's presets have in common: the model with the paper's tables."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.rows = criteo.shrunk(options.shrink) if options.shrink > 1 else criteo.ROWS
+
+    def model(self) -> nn.Module:
+        options = self._options
+        return model.DeepLight(self.rows, options.dim, (options.units,) * options.layers)
+
+
+class Criteo(Clicks):
+    """A file in Criteo's format, which is read in every epoch."""
+
     WINDOW = 16  # batches of a rank that are shuffled together
 
     def __init__(self, options: argparse.Namespace) -> None:
-        if options.data is None:
-            raise ValueError(
-                "--preset criteo: expected --data with a file in Criteo's format, got none; or "
-                "take --preset flights, which needs no data."
-            )
-        self._options = options
-        self.steps = None  # nobody has counted the lines
+        super().__init__(options)
+        self.steps: int | None = None  # nobody has counted the lines
         self._readers: list[criteo.Reader] = []
         self._reader = self._open(options.data)
         if options.test_data:
@@ -115,7 +126,7 @@ class Criteo:
 
     def _open(self, path: Path) -> criteo.Reader:
         options = self._options
-        reader = criteo.Reader(path, options.rows, hvd.rank(), hvd.size(), options.max_rejected)
+        reader = criteo.Reader(path, self.rows, hvd.rank(), hvd.size(), options.max_rejected)
         self._readers.append(reader)
         return reader
 
@@ -128,6 +139,94 @@ class Criteo:
 
     def counters(self) -> dict[str, int]:
         return {"rejected_lines": sum(len(reader.rejects) for reader in self._readers)}
+
+
+class Sample(Criteo):
+    """The first so many lines of a file, in memory, which an epoch repeats, as the paper's does."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self._fields, self._clicked = self._reader.samples(self._keep, options.samples)
+        _require_enough(options)
+        self.steps = options.repeat * (options.samples // (options.batch_size * hvd.size()))
+        own = torch.tensor([len(self._clicked), self.counters()["rejected_lines"]])
+        found, rejected = hvd.allreduce(own, op=hvd.Sum, name="samples").tolist()
+        if found + rejected < options.samples:
+            raise ValueError(
+                f"{options.data}: expected {options.samples} lines for training, got "
+                f"{found + rejected}; lower --samples, or take 0 for the file as it is."
+            )
+        self.sizes |= {"train_samples": found}
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        size = self._options.batch_size
+        assert self.steps is not None
+        passes = self.steps // self._options.repeat  # batches of one
+        for step in range(skip, self.steps):
+            number, place = divmod(step, passes)
+            seed = (self._options.seed, epoch, number, hvd.rank())
+            order = np.random.default_rng(seed).permutation(len(self._clicked))
+            # Where lines were left out, some samples come twice, so that all ranks have a batch.
+            rows = np.resize(order, passes * size)[place * size :][:size]
+            yield torch.from_numpy(self._fields[rows]), torch.from_numpy(self._clicked[rows])
+
+
+class Synthetic(Sample):
+    """Samples of the same form that need no file, different ones on each rank."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        Clicks.__init__(self, options)
+        _require_enough(options)
+        rank, size = hvd.rank(), hvd.size()
+        self.steps = options.repeat * (options.samples // (options.batch_size * size))
+        share = -(-options.samples // size)
+        self._fields, self._clicked = criteo.synthetic(share, self.rows, (options.seed, 0, rank))
+        share = -(-min(options.eval_rows, 2**14) // size)
+        held_out = criteo.synthetic(share, self.rows, (options.seed, 1, rank))
+        self.held_out = torch.from_numpy(held_out[0]), torch.from_numpy(held_out[1])
+        self.sizes = {"train_samples": options.samples, "test_samples": share * size}
+        self.sizes["synthetic"] = True
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+def _require_enough(options: argparse.Namespace) -> None:
+    """Raise ValueError where an epoch would have no batch."""
+    least = options.batch_size * hvd.size()
+    if options.samples < least:
+        raise ValueError(
+            f"--samples: expected a batch of {options.batch_size} for each of {hvd.size()} ranks, "
+            f"{least} samples or more, got {options.samples}."
+        )
+
+
+def clicks(options: argparse.Namespace) -> Clicks:
+    """The data that the options ask for."""
+    if options.data is None:
+        raise ValueError(
+            f"--preset {options.preset}: expected --data with a file in Criteo's format or "
+            "'synthetic', got none; or take --preset flights, which needs no data."
+        )
+    if str(options.data) == "synthetic":
+        return Synthetic(options)
+    return Sample(options) if options.samples else Criteo(options)
+
+
+# Settings of the authors' runs (sands-lab/global-qsgd, commit 13d702f).
+CRITEO = {
+    "batch_size": 512,
+    "lr": 1e-3,
+    "l2": 6e-7,
+    "epochs": 1,
+    "eval_every": 1000,
+    "samples": 32_768,
+    "repeat": 100,
+    "shrink": 1,
+    "dim": 10,
+    "units": 400,
+    "layers": 3,
+}
 
 
 class DeepLight(loop.Workload):
@@ -148,26 +247,31 @@ class DeepLight(loop.Workload):
             "units": 256,
             "layers": 2,
         },
-        # The paper's 607,959,381 parameters; docs/workloads.md says how they came about.
-        "criteo": {
-            "batch_size": 2048,
-            "lr": 1e-3,
-            "epochs": 1,
-            "eval_every": 1000,
-            "rows": 55_241_858,
-            "dim": 10,
-            "units": 300,
-            "layers": 3,
-        },
+        # The paper's: 607,959,381 parameters, 32,768 samples that an epoch repeats 100 times.
+        "criteo": CRITEO,
+        # The same with tables of a five-hundredth of the rows: 1.7 M parameters.
+        "criteo-small": {**CRITEO, "shrink": 500, "batch_size": 64, "eval_every": 100},
     }
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rows", type=int, help="of the embedding table")
+        parser.add_argument("--rows", type=int, help="of the flights' embedding table")
+        parser.add_argument(
+            "--shrink",
+            type=int,
+            help="Criteo: divides the rows of the paper's tables",
+        )
         parser.add_argument("--dim", type=int, help="length of an embedding")
         parser.add_argument("--units", type=int, help="of a hidden layer")
         parser.add_argument("--layers", type=int, help="hidden layers")
-        parser.add_argument("--data", type=Path, help="Criteo's file, tab-separated; .gz too")
+        parser.add_argument("--l2", type=float, default=0.0, help="weight decay of Adam")
+        parser.add_argument(
+            "--data", type=Path, help="Criteo's file, tab-separated, .gz too; or 'synthetic'"
+        )
+        parser.add_argument(
+            "--samples", type=int, help="Criteo: lines for training; 0 reads the whole file"
+        )
+        parser.add_argument("--repeat", type=int, help="how often an epoch goes through --samples")
         parser.add_argument("--test-data", type=Path, help="held-out lines (else every tenth)")
         parser.add_argument("--eval-rows", type=int, default=2**20, help="held-out lines to use")
         parser.add_argument(
@@ -176,16 +280,16 @@ class DeepLight(loop.Workload):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self._data = Flights(options) if options.preset == "flights" else Criteo(options)
+        self._data: Any = Flights(options) if options.preset == "flights" else clicks(options)
         self.steps_per_epoch = self._data.steps
 
     def model(self) -> nn.Module:
-        options = self.options
-        hidden = (options.units,) * options.layers
-        return DeepFwFM(options.rows, self._data.FIELDS, options.dim, hidden)
+        made: nn.Module = self._data.model()
+        return made
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.Adam(model.parameters(), lr=self.options.lr)
+        options = self.options
+        return torch.optim.Adam(model.parameters(), lr=options.lr, weight_decay=options.l2)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int | None) -> Any:
         if steps is None:

@@ -102,7 +102,7 @@ class Run:
         return tuple(self.start[key] for key in GROUP)
 
 
-GROUP = ("workload", "preset", "ranks", "hosts", "batch_size")
+GROUP = ("workload", "preset", "ranks", "hosts", "batch_size", "synthetic")
 
 # What the events must have, beside "event" and the workload's metric. Numbers, but for the texts of
 # "start"; true or false is no number.
@@ -184,6 +184,7 @@ def _require_numbers(
 def _started(path: Path, number: int, event: dict[str, Any], before: Run | None) -> Run:
     """The run that a "start" event begins, or goes on with."""
     _require_numbers(path, number, event, _TEXTS, str)
+    event.setdefault("synthetic", False)  # whether samples were made on the fly
     step = event.get("resumed_from", 0)
     if before is None or step == 0:
         return Run(path, event, step=step)
@@ -268,7 +269,8 @@ def _group(runs: list[Run]) -> dict[str, Any]:
     _, published = PUBLISHED_QUALITY.get(workload, ("", {}))
     for name, row in rows.items():
         method, _, options = name.partition(" ")
-        row["published_quality"] = published.get(method) if options in ("", "8 bit") else None
+        comparable = options in ("", "8 bit") and not first.start["synthetic"]
+        row["published_quality"] = published.get(method) if comparable else None
     return {
         **{key: first.start[key] for key in GROUP},
         "parameters": first.start["parameters"],
@@ -387,6 +389,8 @@ def _remarks_on(group: dict[str, Any]) -> Iterator[str]:
             "MB/step is empty where the ranks sent nothing through the interface (--interface): "
             "on one host they use its memory."
         )
+    if group["synthetic"]:
+        yield "Synthetic data: speed compares with the paper's, quality does not."
     parameters = group["published_parameters"]
     if any(row["published_quality"] is not None for row in group["rows"]):
         yield f"paper: {SOURCE}, full runs, 8 bits."

@@ -277,6 +277,8 @@ def command_complaints(documents: list[Document]) -> list[str]:
         if option not in paths:
             complaints.append(f"{option} is not given")
     for option, value in paths.items():
+        if (option, value) == ("--data", "synthetic"):  # made on the fly
+            continue
         lasting = option != "--cache"  # which a worker prepares anew
         if not lies_under(value, writable(worker, lasting)):
             kind = "claimed volume" if lasting else "volume"

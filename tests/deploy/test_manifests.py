@@ -6,6 +6,7 @@ import ast
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,11 +25,13 @@ from checks import (
 LOCAL = "overlays/local-cpu/deeplight/standard"
 
 
-WORKERS = {"local-cpu": 2, "gke-64xa100": 64}
+METHODS = {"none", "fp16", "standard", "exponential", "two-hop", "auto"}
+WORKERS = {"local-cpu": 2, "gke-64xa100": 64, "gke-64-cpu": 64}
 # Samples, streams or images of a step of all ranks, which the learning rates were chosen for.
 GLOBAL_BATCH = {
     ("deeplight", "local-cpu"): 2048,
-    ("deeplight", "gke-64xa100"): 2048,
+    ("deeplight", "gke-64xa100"): 64 * 512,  # the paper's
+    ("deeplight", "gke-64-cpu"): 2048,
     ("transformer-xl", "local-cpu"): 16,
     ("transformer-xl", "gke-64xa100"): 256,
     ("wide-resnet", "local-cpu"): 64,
@@ -40,12 +43,10 @@ def test_there_is_an_overlay_for_every_cluster_workload_and_method() -> None:
     clusters = {path.name for path in (K8S / "clusters").iterdir()}
     workloads = {path.name for path in (K8S / "workloads").iterdir()}
     methods = {path.name for path in (K8S / "methods").iterdir()}
-    assert clusters == {"local-cpu", "gke-64xa100"}
-    assert workloads == {"deeplight", "transformer-xl", "wide-resnet"}
-    assert methods == {"none", "fp16", "standard", "exponential"}
-    assert set(OVERLAYS) == {
-        f"overlays/{c}/{w}/{m}" for c in clusters for w in workloads for m in methods
-    }
+    assert clusters == set(WORKERS)
+    assert workloads == {workload for workload, _ in GLOBAL_BATCH}
+    assert methods == METHODS
+    assert set(OVERLAYS) == {f"overlays/{c}/{w}/{m}" for w, c in GLOBAL_BATCH for m in methods}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -74,12 +75,18 @@ def test_a_workload_has_the_hyperparameters_of_its_preset(overlay: str) -> None:
     """The manifests name the learning rate and epochs that the preset has anyway."""
     config = only(render(K8S / overlay), "ConfigMap")["data"]
     script = ast.parse((ROOT / "examples" / config["EXAMPLE"] / "train.py").read_text())
+    named = {
+        node.targets[0].id: node.value
+        for node in script.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
     presets = {
-        key.value: value
+        key.value: found
         for node in ast.walk(script)
         if isinstance(node, ast.Dict)
         for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant) and isinstance(value, ast.Dict)
+        if isinstance(found := named.get(getattr(value, "id", ""), value), ast.Dict)
+        and isinstance(key, ast.Constant)
     }
     preset = {
         key.value: value.value
@@ -92,6 +99,55 @@ def test_a_workload_has_the_hyperparameters_of_its_preset(overlay: str) -> None:
     assert int(config["EPOCHS"]) == preset["epochs"]
 
 
+# Of the models of gke-64xa100: as their tests count them.
+PARAMETERS = {
+    "deeplight": 607_959_381,
+    "transformer-xl": 191_950_298,
+    "wide-resnet": 126_886_696,
+}
+GIB = 1 << 30
+A100_BYTES = 40 * 10**9
+STATE_BYTES = 12  # of a parameter, in a checkpoint: weights and two moments of Adam in float32
+
+
+@pytest.mark.parametrize("overlay", [own for own in OVERLAYS if "/gke-64xa100/" in own])
+def test_a_node_with_a_gpu_trains_on_it_and_holds_the_model(overlay: str) -> None:
+    assert gpu_complaints(render(K8S / overlay), overlay.split("/")[2]) == []
+
+
+def gpu_complaints(documents: list[dict[str, Any]], workload: str) -> list[str]:
+    """What keeps a workload from training on its node's GPU, or its state from fitting."""
+    config, job = only(documents, "ConfigMap")["data"], only(documents, "MPIJob")
+    (worker,) = pods(job)["Worker"]["spec"]["containers"]
+    limits, volumes = worker["resources"]["limits"], only(documents, "PersistentVolumeClaim")
+    state = PARAMETERS[workload] * STATE_BYTES
+    found = []
+    if config["DEVICE"] != "cuda" or limits.get("nvidia.com/gpu") != "1":
+        found.append("the model is not on the GPU")
+    # On the GPU a gradient beside it, and as much again for what is reduced and for activations.
+    if state + 2 * 4 * PARAMETERS[workload] > A100_BYTES:
+        found.append("the model does not fit on the GPU")
+    # A rank that resumes reads the whole state into host memory.
+    if int(limits["memory"].removesuffix("Gi")) * GIB < 2 * state + 8 * GIB:
+        found.append("the state does not fit into host memory")
+    # A new checkpoint is whole before the one before it goes; six methods, each with its own.
+    storage = volumes["spec"]["resources"]["requests"]["storage"]
+    if int(storage.removesuffix("Ti")) << 40 < 2 * len(METHODS) * state:
+        found.append("the checkpoints of all methods do not fit into the volume")
+    return found
+
+
+def test_a_node_with_a_gpu_that_does_not_use_it() -> None:
+    documents = render(K8S / "overlays/gke-64xa100/deeplight/none")
+    only(documents, "ConfigMap")["data"]["DEVICE"] = "cpu"
+    spec = only(documents, "MPIJob")["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]
+    spec["containers"][0]["resources"]["limits"]["memory"] = "16Gi"
+    assert gpu_complaints(documents, "deeplight") == [
+        "the model is not on the GPU",
+        "the state does not fit into host memory",
+    ]
+
+
 def test_methods_differ_in_names_and_compression_only() -> None:
     def without_method(overlay: str) -> str:
         _, _, workload, method = overlay.split("/")
@@ -100,7 +156,7 @@ def test_methods_differ_in_names_and_compression_only() -> None:
 
     for workload, cluster in GLOBAL_BATCH:
         overlays = [overlay for overlay in OVERLAYS if f"/{cluster}/{workload}/" in overlay]
-        assert len(overlays) == 4
+        assert len(overlays) == len(METHODS)
         assert len({without_method(overlay) for overlay in overlays}) == 1
 
 

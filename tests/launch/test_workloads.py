@@ -39,7 +39,15 @@ def train(folder: Path, data: Path) -> Job:
     """Run the example in two ranks, with its output in a folder."""
     logs = folder / f"log-{len(list(folder.glob('log-*')))}"
     logs.mkdir(parents=True)
-    small = ["--rows=2000", "--dim=4", "--units=16", "--layers=1", "--lr=0.01", "--batch-size=32"]
+    small = [
+        "--shrink=10000",
+        "--samples=0",
+        "--dim=4",
+        "--units=16",
+        "--layers=1",
+        "--lr=0.01",
+        "--batch-size=32",
+    ]
     command = ["examples/deeplight/train.py", "--preset=criteo", f"--data={data}", *small]
     command += [f"--max-steps={STEPS}", "--compression=exponential", "--eval-every=30"]
     command += [f"--checkpoint={folder / 'checkpoint'}", f"--checkpoint-every={EVERY}"]

@@ -20,9 +20,9 @@ pytest.importorskip("pandas")
 
 import criteo  # noqa: E402
 from common.rejects import TooManyRejectedError  # noqa: E402
-from model import DeepFwFM  # noqa: E402
+from model import DeepLight, parameter_count  # noqa: E402
 
-ROWS = 1000
+ROWS = (1,) * 13 + tuple(range(1000, 1026))
 
 
 def line(number: int) -> bytes:
@@ -128,27 +128,20 @@ def test_what_is_wrong_is_said(text: bytes, reason: str) -> None:
     assert criteo.values(text) is None
 
 
-def test_buckets_of_numbers() -> None:
-    small = [criteo.bucket(number) for number in (-100, -8, -1, 0, 1, 2)]
-    assert small == [0, 0, 7, 8, 9, 10]
-    for number in (3, 10, 1000, 10**17):
-        assert criteo.bucket(number) == 2**32 + math.floor(math.log(number) ** 2)
-    assert len({criteo.bucket(number) for number in range(3, 10**5)}) == 132
-    assert criteo.bucket(10**18 - 1) < 2**36
-
-
-# Of the fields I1, I2, I3 and C26 of line(3).
-EXPECTED_ROWS = (1010017, 257654, 187690, 154531)
+# Of the fields C1, C2 and C26 of line(3).
+EXPECTED_ROWS = (14076600, 23417, 23)
 
 
 def test_rows_are_those_of_every_process() -> None:
     (found,) = (parsed[1] for parsed in [criteo.values(line(3))] if parsed)
-    rows = criteo.hashed([found], 2**20)[0]
-    assert rows.min() >= 0
-    assert len(set(rows)) == criteo.NUM_FIELDS
-    assert tuple(rows[[0, 1, 2, 38]]) == EXPECTED_ROWS
-    # The field is hashed too: one value is not one row in all fields.
-    assert len(set(criteo.hashed([[5] * criteo.NUM_FIELDS], 2**20)[0])) == criteo.NUM_FIELDS
+    rows = criteo.hashed([found], criteo.ROWS)[0]
+    assert list(rows[:3]) == [3, 4, 0]  # numbers as they are; the third is missing
+    assert (rows >= 0).all()
+    assert (rows[13:] < criteo.ROWS[13:]).all()
+    assert tuple(rows[[13, 14, 38]]) == EXPECTED_ROWS
+    # The field is hashed too: one value is not one row in all fields of equal size.
+    same = criteo.hashed([[5] * criteo.NUM_FIELDS], (1,) * 13 + (2**20,) * 26)[0]
+    assert len(set(same[13:])) == criteo.CATEGORIES
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -285,7 +278,82 @@ def test_line_ends_of_windows(tmp_path: Path) -> None:
 def test_the_paper_s_number_of_parameters() -> None:
     train = pytest.importorskip("train", reason="needs Horovod", exc_type=ImportError)
     preset = train.DeepLight.PRESETS["criteo"]
+    assert preset["shrink"] == 1
+    hidden = (preset["units"],) * preset["layers"]
     with torch.device("meta"):
-        hidden = (preset["units"],) * preset["layers"]
-        model = DeepFwFM(preset["rows"], criteo.NUM_FIELDS, preset["dim"], hidden)
+        model = DeepLight(criteo.ROWS, preset["dim"], hidden)
+    parts = parameter_count(criteo.ROWS, preset["dim"], hidden)
     assert sum(parameter.numel() for parameter in model.parameters()) == 607_959_381
+    assert sum(parts.values()) == 607_959_381
+    assert parts["embeddings"] == 607_479_830
+
+
+@pytest.mark.parametrize(("factor", "least"), [(500, 2), (10**8, 2), (1, 4)])
+def test_smaller_tables_have_the_same_structure(factor: int, least: int) -> None:
+    rows = criteo.shrunk(factor)
+    assert len(rows) == criteo.NUM_FIELDS
+    assert rows[: criteo.NUMBERS] == (1,) * criteo.NUMBERS
+    assert min(rows[criteo.NUMBERS :]) == least
+    with torch.device("meta"):
+        model = DeepLight(rows, 10, (400,))
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert counted == sum(parameter_count(rows, 10, (400,)).values())
+
+
+def test_the_model_computes_what_its_formula_says() -> None:
+    """Against loops over fields and pairs."""
+    torch.manual_seed(0)
+    rows = (1, 1, 5, 7)
+    model = DeepLight(rows, dim=3, hidden=(6, 4)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.requires_grad_(False)
+    fields = torch.tensor([[0, 20, 4, 6], [3, 0, 0, 1], [-2, 1, 2, 2]])
+    found = model(fields)
+    for sample, logit in zip(fields.tolist(), found.tolist(), strict=True):
+        vectors = [
+            table.weight[0] * math.log1p(max(value, 0)) if own == 1 else table.weight[value]
+            for own, table, value in zip(rows, model.tables, sample, strict=True)
+        ]
+        expected = float(model.bias) + float(model.field_bias.sum())
+        expected += sum(
+            float(own @ vector) for own, vector in zip(model.first, vectors, strict=True)
+        )
+        for i in range(4):
+            for j in range(i):
+                weight = float(model.pair_weight[i, j] + model.pair_weight[j, i]) / 2
+                expected += weight * float(vectors[i] @ vectors[j])
+        expected += float(model.deep(torch.cat(vectors)))
+        assert logit == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_field_of_one_row_is_a_number() -> None:
+    with pytest.raises(ValueError, match="expected fields of one row first"):
+        DeepLight((1, 5, 1))
+
+
+# --------------------------------------------------------------------------------------- synthetic
+
+
+def test_synthetic_samples() -> None:
+    rows = criteo.shrunk(100)
+    fields, clicked = criteo.synthetic(20_000, rows, (1, 2))
+    assert fields.shape == (20_000, criteo.NUM_FIELDS)
+    assert (fields >= 0).all()
+    assert (fields[:, 13:] < rows[13:]).all()
+    assert 0.2 < clicked.mean() < 0.8
+    again, _ = criteo.synthetic(20_000, rows, (1, 2))
+    other, _ = criteo.synthetic(20_000, rows, (1, 3))
+    np.testing.assert_array_equal(again, fields)
+    assert (other != fields).any()
+
+
+def test_synthetic_categories_follow_zipf_s_law() -> None:
+    """The k-th category comes with probability log((k + 1) / k) / log(n + 1): nearly 1 / k."""
+    size, count = 1000, 200_000
+    fields, _ = criteo.synthetic(count, (1,) * 13 + (size,) * 26, (0,))
+    seen = np.bincount(fields[:, 13], minlength=size) / count
+    for k in (1, 2, 10, 100):
+        expected = math.log((k + 1) / k) / math.log(size + 1)
+        error = math.sqrt(expected / count)
+        assert abs(seen[k - 1] - expected) < 5 * error

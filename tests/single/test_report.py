@@ -23,7 +23,7 @@ def events(method: str = "none", seed: int = 0, **changes: Any) -> list[dict[str
     start = {"workload": "deeplight", "preset": "flights", "compression": method, "seed": seed}
     start |= {"bits": None, "power_rank": None, "transport": "horovod", "batch_size": 512}
     start |= {"ranks": 4, "hosts": 4, "parameters": 3_597_838, "metric": "auc"}
-    start |= {"higher_is_better": True, "steps": figures["steps"]}
+    start |= {"higher_is_better": True, "steps": figures["steps"], "synthetic": False}
     start |= {key: value for key, value in changes.items() if key in start}
     found: list[dict[str, Any]] = [{"event": "start", **start}]
     for step in range(1, figures["steps"] + 1):
@@ -85,12 +85,25 @@ def test_seeds_are_averaged_and_other_settings_are_not(tmp_path: Path) -> None:
 
 def test_runs_that_do_not_compare_are_apart(tmp_path: Path) -> None:
     for number, change in enumerate(
-        ({}, {"ranks": 2}, {"hosts": 1}, {"batch_size": 64}, {"preset": "criteo"})
+        (
+            *({}, {"ranks": 2}, {"hosts": 1}, {"batch_size": 64}, {"preset": "criteo"}),
+            {"synthetic": True},
+        )
     ):
         write(tmp_path / f"{number}.jsonl", events(**change))
     runs, remarks = report.collect(tmp_path)
-    assert len(report.summarize(runs)) == 5
+    assert len(report.summarize(runs)) == 6
     assert remarks == []
+
+
+def test_quality_on_synthetic_data_does_not_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"workload": "wide-resnet", "metric": "accuracy", "synthetic": True}
+    write(tmp_path / "a.jsonl", events("powersgd", **run))
+    assert rows_of(tmp_path)["powersgd"]["published_quality"] is None
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "Synthetic data: speed compares with the paper's" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
