@@ -137,6 +137,9 @@ class Workload:
 
 # ----------------------------------------------------------------------------------------- options
 
+# In place of a path in --data: samples of the preset's shapes, made from the seed.
+SYNTHETIC = "synthetic"
+
 # What may differ between a run and the one that resumes it.
 FREE = {"metrics", "tensorboard", "interface", "cache", "max_steps", "eval_every"}
 FREE |= {"checkpoint", "checkpoint_every", "device"}

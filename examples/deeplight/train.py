@@ -208,7 +208,7 @@ def clicks(options: argparse.Namespace) -> Clicks:
             f"--preset {options.preset}: expected --data with a file in Criteo's format or "
             "'synthetic', got none; or take --preset flights, which needs no data."
         )
-    if str(options.data) == "synthetic":
+    if str(options.data) == loop.SYNTHETIC:
         return Synthetic(options)
     return Sample(options) if options.samples else Criteo(options)
 

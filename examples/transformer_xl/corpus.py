@@ -193,6 +193,24 @@ def python_sources() -> list[bytes]:
 
 
 @functools.cache
+def synthetic(vocabulary: int, tokens: int, held_out: int, seed: int) -> Corpus:
+    """Return a text without any sense, made from a seed.
+
+    Ids follow Zipf's law, as words do roughly: the k-th is 1/k as frequent as the first. Half of
+    them are what the one before says, so that there is something to learn.
+    """
+    random = np.random.default_rng((seed, vocabulary))
+    count = tokens + held_out
+    ids = np.minimum((vocabulary + 1.0) ** random.random(count) - 1, vocabulary - 1).astype(
+        np.int64
+    )
+    follows = random.random(count) < 0.5
+    for _ in range(4):  # chains of more are one in sixteen, and end there
+        ids[1:] = np.where(follows[1:], (31 * ids[:-1] + 7) % vocabulary, ids[1:])
+    text = ids.astype(np.int32)
+    return Corpus(text[:tokens], text[tokens:], vocabulary)
+
+
 def source_bytes() -> Corpus:
     """Python's sources byte by byte: every twentieth module is for validation.
 

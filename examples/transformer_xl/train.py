@@ -86,7 +86,12 @@ class LanguageModel(loop.Workload):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--data", type=Path, help="folder of wiki.train.tokens and others")
+        parser.add_argument(
+            "--data", type=Path, help="folder of wiki.train.tokens and others; or 'synthetic'"
+        )
+        parser.add_argument(
+            "--tokens", type=int, default=10_000_000, help="of synthetic data (10,000,000)"
+        )
         parser.add_argument("--length", type=int, help="tokens of a segment")
         parser.add_argument("--warm-up", type=int, help="steps in which the learning rate rises")
         parser.add_argument("--evaluation-streams", type=int, help="streams of the held-out text")
@@ -113,10 +118,15 @@ class LanguageModel(loop.Workload):
         options = self.options
         if options.preset == "source":
             return corpus.source_bytes()
+        if str(options.data) == loop.SYNTHETIC:
+            vocabulary = WIKITEXT103.vocabulary if options.preset == "wikitext103" else 1000
+            held_out = options.evaluation_streams * (options.length + 1)
+            return corpus.synthetic(vocabulary, options.tokens, held_out, options.seed)
         if options.data is None:
             raise ValueError(
                 f"--preset {options.preset}: expected --data with the folder of wiki.train.tokens "
-                "and wiki.valid.tokens, got none; or take --preset source, which needs no data."
+                "and wiki.valid.tokens, or 'synthetic', got none; or take --preset source, which "
+                "needs no data."
             )
         return loop.first_rank_first(
             lambda: corpus.wikitext(options.data, options.cache, self._rejects)
@@ -179,7 +189,11 @@ class LanguageModel(loop.Workload):
         return {"perplexity": math.exp(loss), "validation_loss": loss}
 
     def describe(self) -> dict[str, Any]:
-        return {"streams": self._train.streams, "vocabulary": self._shape.vocabulary}
+        return {
+            "streams": self._train.streams,
+            "vocabulary": self._shape.vocabulary,
+            "synthetic": str(self.options.data) == loop.SYNTHETIC,
+        }
 
     def counters(self) -> dict[str, int]:
         # The first rank reads the text; others may find its ids in the cache.

@@ -76,6 +76,37 @@ class Digits:
         return self._images[rows], self._labels[rows]
 
 
+class Synthetic:
+    """Images without any sense, of which each rank has a few hundred in memory.
+
+    A class has a pattern, and an image is that and noise, so that there is something to learn.
+    """
+
+    IMAGES = 256  # of a rank; others are these again
+
+    def __init__(self, options: argparse.Namespace, classes: int) -> None:
+        self.training, self.validation = options.images, max(options.images // 64, 1)
+        size = options.image_size
+        random = np.random.default_rng((options.seed, hvd.rank()))
+        labels = random.integers(classes, size=self.IMAGES)
+        shape = (self.IMAGES, 3, size, size)
+        images = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+        for image, label in zip(images, labels, strict=True):
+            pattern = np.random.default_rng((options.seed, 1, int(label)))
+            image += torch.from_numpy(pattern.standard_normal((3, 1, size), dtype=np.float32))
+        self._images, self._labels = images, torch.from_numpy(labels)
+
+    def training_batches(self, rows: Iterator[np.ndarray], epoch: int) -> Iterator[Batch]:
+        return map(self._pair, rows)
+
+    def validation_batches(self, rows: Iterator[np.ndarray]) -> Iterator[Batch]:
+        return map(self._pair, rows)
+
+    def _pair(self, rows: np.ndarray) -> Batch:
+        chosen = torch.from_numpy(rows % self.IMAGES)
+        return self._images[chosen], self._labels[chosen]
+
+
 class Folder:
     """FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, decoded by threads."""
 
@@ -152,7 +183,12 @@ class ImageClassifier(loop.Workload):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--data", type=Path, help="folder of train/CLASS and val/CLASS")
+        parser.add_argument(
+            "--data", type=Path, help="folder of train/CLASS and val/CLASS; or 'synthetic'"
+        )
+        parser.add_argument(
+            "--images", type=int, default=128_000, help="of synthetic data (128,000)"
+        )
         parser.add_argument("--image-size", type=int, default=224, help="pixels (default 224)")
         parser.add_argument("--threads", type=int, default=4, help="that decode images (4)")
         parser.add_argument("--warm-up", type=int, help="steps in which the learning rate rises")
@@ -169,6 +205,9 @@ class ImageClassifier(loop.Workload):
         self._source: Source
         if options.preset == "digits":
             self._source = Digits()
+        elif str(options.data) == loop.SYNTHETIC:
+            self._shape = WIDE_RESNET_101_2
+            self._source = Synthetic(options, self._shape.classes)
         else:
             self._source = self._folder()
         self._global_batch = options.batch_size * hvd.size()
@@ -179,7 +218,7 @@ class ImageClassifier(loop.Workload):
         if options.data is None:
             raise ValueError(
                 f"--preset {options.preset}: expected --data with a folder of train/CLASS and "
-                "val/CLASS, got none; or take --preset digits, which needs no data."
+                "val/CLASS, or 'synthetic', got none; or take --preset digits, which needs no data."
             )
         folder = Folder(options, self._rejects)
         self._shape = WIDE_RESNET_101_2
@@ -257,7 +296,9 @@ class ImageClassifier(loop.Workload):
 
     def describe(self) -> dict[str, Any]:
         source = self._source
-        return {"images": source.training, "validation_images": source.validation}
+        synthetic = isinstance(source, Synthetic)
+        counts = {"images": source.training, "validation_images": source.validation}
+        return {**counts, "synthetic": synthetic}
 
     def counters(self) -> dict[str, int]:
         rejected = self._rejected()

@@ -126,3 +126,19 @@ def test_a_killed_run_continues_its_curve(tmp_path: Path) -> None:
         assert final["auc"] > 0.8
     losses = [own[0] for own in curve.values()]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_the_paper_s_model_on_synthetic_data(tmp_path: Path) -> None:
+    """Of its structure, with small tables: what anybody can run."""
+    command = ["examples/deeplight/train.py", "--preset=criteo-small", "--data=synthetic"]
+    command += ["--shrink=20000", "--samples=2048", "--repeat=4", "--lr=0.003"]
+    command += ["--compression=two-hop", f"--metrics={tmp_path / 'metrics.jsonl'}"]
+    job = launch("mpirun", 2, command, LIMIT_SECONDS, tmp_path)
+    assert job.status == 0, job.report()
+    start, *_, final = events_of(tmp_path)
+    assert start["synthetic"] is True
+    assert final["replicas_equal"]
+    assert final["steps"] == 4 * 2048 // (2 * 64)
+    assert final["auc"] > 0.55  # of other samples
+    losses = [own[0] for own in measured(events_of(tmp_path)).values()]
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])

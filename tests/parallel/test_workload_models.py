@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import horovod.torch as hvd
@@ -214,3 +215,32 @@ def test_folders_of_images(allowed: int, shared: Path, monkeypatch: pytest.Monke
         job._rejects.reasons["file"] = "broken"
     with pytest.raises(TooManyRejectedError, match=r"1 images cannot be read, and 0 may be left"):
         job.evaluate(job.model())
+
+
+def test_synthetic_images_differ_between_ranks() -> None:
+    options = SimpleNamespace(images=1000, image_size=8, seed=5)
+    source, again = (RESNET.Synthetic(options, 10) for _ in range(2))
+    rows = np.array([3, 700, 3 + source.IMAGES])
+    ((images, labels),) = source.training_batches(iter([rows]), epoch=0)
+    ((same, _),) = again.training_batches(iter([rows]), epoch=1)
+    assert images.shape == (3, 3, 8, 8)
+    assert int(labels.max()) < 10
+    assert torch.equal(images, same)
+    assert torch.equal(images[0], images[2])
+    every = hvd.allgather(images[:1].reshape(1, -1), name="synthetic.images")
+    assert len(torch.unique(every, dim=0)) == hvd.size()
+
+
+def test_a_language_model_on_synthetic_text() -> None:
+    """Whatever the preset, the loop runs on it as on text of the user's."""
+    options = loop.parse(
+        TRANSFORMER.LanguageModel,
+        ["--preset", "text", "--data", "synthetic", "--tokens", "3000", *LANGUAGE[:-2]],
+    )
+    workload = TRANSFORMER.LanguageModel(options)
+    assert workload.describe()["synthetic"]
+    assert workload.describe()["vocabulary"] == 1000
+    model = workload.model()
+    batch = next(workload.batches(0, 0))
+    assert batch[0].shape == (4, 24)
+    assert math.isfinite(float(workload.loss(model, batch)))

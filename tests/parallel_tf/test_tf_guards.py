@@ -295,7 +295,7 @@ def test_states_that_do_not_belong_here() -> None:
         ValueError, match=r"GlobalQSGD.load_state_dict: bits must be None .* got .*4"
     ):
         GlobalQSGD().load_state_dict(state)
-    with pytest.raises(ValueError, match="format must be 'tensorflow 1'"):
+    with pytest.raises(ValueError, match="format must be 'tensorflow 2'"):
         GlobalQSGD(bits=4).load_state_dict({**state, "format": 3})
     with pytest.raises(Exception, match="must be called where TensorFlow executes eagerly"):
         tf.function(lambda: GlobalQSGD().state_dict())()

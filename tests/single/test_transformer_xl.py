@@ -431,3 +431,18 @@ class TestWorkload:
         arguments += ["--data", str(write(tmp_path, b" a b \n"))]
         with pytest.raises(ValueError, match=r"expected 267735 different tokens.*got 3; take"):
             train.LanguageModel(train.loop.parse(train.LanguageModel, arguments))
+
+
+def test_synthetic_text_follows_zipf_s_law_and_itself() -> None:
+    text = corpus.synthetic(1000, 200_000, 500, seed=3)
+    assert (len(text.train), len(text.validation), text.vocabulary) == (200_000, 500, 1000)
+    assert text.train.min() == 0
+    assert text.train.max() < 1000
+    again = corpus.synthetic(1000, 200_000, 500, seed=3)
+    np.testing.assert_array_equal(again.train, text.train)
+    assert (corpus.synthetic(1000, 200_000, 500, seed=4).train != text.train).any()
+    before, after = text.train[:-1].astype(int), text.train[1:]
+    follows = float(np.mean(after == (31 * before + 7) % 1000))
+    assert 0.45 < follows < 0.55
+    seen = np.bincount(text.train, minlength=1000)
+    assert seen[0] > 5 * seen[20]
