@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -29,6 +30,8 @@ from .caller import Caller, Step, find_caller
 from .graph import Counter, Place, Reduction, Ways, around, aside, orders_effects, within
 from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
+
+_log = log.Log(__name__)
 
 DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
@@ -400,6 +403,8 @@ class GlobalQSGD(Compression):
                 if ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = Group(plan, self.begin_log(process_set, plan))
+                if process_set.rank() == 0:
+                    _say_where_gradients_go()
         return self._groups[key]
 
     def _any_plan(self, world_size: int) -> Plan:
@@ -417,6 +422,22 @@ class GlobalQSGD(Compression):
 
         description = agreement.describe(self.config)
         agreement.agree(of_all, description, (), process_set.rank(), process_set.size())
+
+
+@cache
+def _say_where_gradients_go() -> None:
+    """Log, once, that gradients leave the GPUs that TensorFlow uses."""
+    gpus = tf.config.get_visible_devices("GPU")
+    if not gpus:
+        return
+    problem = (
+        "kernels of TensorFlow's graphs run on the host, so gradients are copied there whole, and "
+        "the means back; hide GPUs with tf.config.set_visible_devices([], 'GPU'), or use PyTorch, "
+        "whose gradients are quantized on the GPU"
+    )
+    _log.say(
+        logging.WARNING, "gpu", f"gradients lie on {len(gpus)} GPUs, but {problem}", problem=problem
+    )
 
 
 class _State(tf.train.experimental.PythonState):

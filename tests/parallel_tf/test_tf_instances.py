@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from tf_helpers import check_mean, check_replicas, gradients
 
-from gq_horovod.tensorflow import GlobalQSGD, allreduce
+from gq_horovod.tensorflow import GlobalQSGD, allreduce, frontend
 
 LEVELS = pytest.mark.parametrize("levels", ["standard", "two-hop"])
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -68,3 +68,15 @@ def test_threads_that_begin_at_once(levels: str, shared: str, name: str) -> None
     for index in range(3):
         check_mean(results[index], inputs[index], law)
     check_replicas(*(results[index] for index in range(3)))
+
+
+def test_gradients_that_leave_a_gpu_are_no_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    frontend._say_where_gradients_go.cache_clear()
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [kind] * 2)
+    for place in range(2):  # said once
+        allreduce(tf.ones(5000), f"{name}.{place}", compression=GlobalQSGD(seed=place))
+    frontend._say_where_gradients_go.cache_clear()
+    said = [own.getMessage() for own in caplog.records if "gradients lie on 2 GPUs" in own.message]
+    assert len(said) == (1 if hvd.rank() == 0 else 0)
