@@ -14,55 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..advisor.model import PUBLISHED, WORKLOADS
-
-# ---------------------------------------------------------------------------------------- published
-
-SOURCE = "arXiv 2305.18627 (ECAI 2025)"
-
-# Final quality in the paper's full runs, 8 bits: metric of the workload -> method -> value.
-PUBLISHED_QUALITY: dict[str, tuple[str, dict[str, float]]] = {
-    "transformer-xl": (
-        "perplexity",  # of the test set of WikiText-103
-        {
-            "none": 23.88,
-            "standard": 33.16,
-            "exponential": 24.59,
-            "qsgd": 31.75,
-            "powersgd": 24.28,
-        },
-    ),
-    "wide-resnet": (
-        "accuracy",  # top-1, MiniImageNet
-        {
-            "none": 0.6682,
-            "standard": 0.6929,
-            "exponential": 0.6588,
-            "qsgd": 0.6966,
-            "powersgd": 0.6814,
-        },
-    ),
-}
-# Times as fast as the authors' own float32 tree over send and receive.
-PUBLISHED_SPEED_UPS: dict[str, tuple[tuple[str, float], ...]] = {
-    "deeplight": (
-        ("standard, 4 GPUs of one host", 3.58),
-        ("exponential, 4 GPUs of one host", 3.11),
-        *((what.removeprefix("DeepLight, "), value) for what, value in PUBLISHED[:2]),
-    ),
-}
-_NAMES_IN_PAPER = {
-    "deeplight": "DeepLight",
-    "transformer-xl": "Transformer-XL",
-    "wide-resnet": "Wide-ResNet-101-2",
-}
-PUBLISHED_PARAMETERS = {
-    name: workload.parameters
-    for name, in_paper in _NAMES_IN_PAPER.items()
-    for workload in WORKLOADS
-    if workload.name == in_paper
-}
-
+from .published import (
+    AUTHORS_BASELINE,
+    AUTHORS_HARDWARE,
+    AUTHORS_LOGS,
+    AUTHORS_SOURCE,
+    PUBLISHED_PARAMETERS,
+    PUBLISHED_QUALITY,
+    PUBLISHED_SPEED_UPS,
+    SOURCE,
+)
 
 # --------------------------------------------------------------------------------------------- runs
 
@@ -279,7 +240,25 @@ def _group(runs: list[Run]) -> dict[str, Any]:
         "higher_is_better": bool(first.start.get("higher_is_better", True)),
         "rows": list(rows.values()),
         "published_speed_ups": dict(PUBLISHED_SPEED_UPS.get(workload, ())),
+        "authors_logs": _authors_logs(workload),
     }
+
+
+def _authors_logs(workload: str) -> dict[str, Any] | None:
+    """What the authors' logs say of a workload, with ratios to their own baseline."""
+    if workload not in AUTHORS_LOGS:
+        return None
+    what, columns = AUTHORS_LOGS[workload]
+    rows = {
+        method: {
+            path: {"seconds": times[method], "faster": times["none"] / times[method]}
+            for path, times in columns.items()
+            if method in times
+        }
+        for times in columns.values()
+        for method in times
+    }
+    return {"what": what, "hardware": AUTHORS_HARDWARE, "source": AUTHORS_SOURCE, "rows": rows}
 
 
 METHOD_ORDER = ("none", "fp16", "qsgd", "powersgd", "standard", "exponential", "two-hop", "auto")
@@ -371,8 +350,34 @@ def print_tables(
         console.print(table)
         for remark in _remarks_on(group):
             console.print(remark, highlight=False, soft_wrap=True)
+        if group["authors_logs"]:
+            _print_authors_logs(group["authors_logs"], console, table_of)
     for remark in remarks:
         console.print(remark, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_authors_logs(
+    logs: dict[str, Any],
+    console: Any,
+    table_of: Callable[[str, list[str], list[str]], Any],
+) -> None:
+    """The authors' own figures, a table apart: other hardware, and another baseline."""
+    paths = list(dict.fromkeys(path for row in logs["rows"].values() for path in row))
+    headings = [heading for path in paths for heading in (f"{path}: s", "× their none")]
+    table = table_of(f"The authors' logs, {logs['what']}\n{logs['hardware']}", ["method"], headings)
+    for method, row in logs["rows"].items():
+        cells = []
+        for path in paths:
+            own = row.get(path)
+            cells += [f"{own['seconds']:g}", f"{own['faster']:.2f}"] if own else ["", ""]
+        table.add_row(method, *cells)
+    console.print(table)
+    console.print(
+        f"{logs['source']}. Their none is {AUTHORS_BASELINE}: compare ratios with ratios, not "
+        "seconds with seconds.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _remarks_on(group: dict[str, Any]) -> Iterator[str]:

@@ -96,6 +96,28 @@ def test_runs_that_do_not_compare_are_apart(tmp_path: Path) -> None:
     assert remarks == []
 
 
+@pytest.mark.parametrize(
+    ("workload", "method", "path", "seconds", "faster"),
+    [
+        ("deeplight", "standard 8 bit", "by host memory", 124.7, 3.55),
+        ("deeplight", "qsgd", "P2P", 46.7, 0.87),
+        ("transformer-xl", "standard 4 bit", "by host memory", 0.715, 1.92),
+        ("wide-resnet", "exponential 8 bit", "P2P", 0.103, 0.94),
+    ],
+)
+def test_the_authors_logs_stand_beside(
+    tmp_path: Path, workload: str, method: str, path: str, seconds: float, faster: float
+) -> None:
+    write(tmp_path / "a.jsonl", events(workload=workload))
+    (group,) = report.summarize(report.collect(tmp_path)[0])
+    logs = group["authors_logs"]
+    found = logs["rows"][method][path]
+    assert found["seconds"] == seconds
+    assert found["faster"] == pytest.approx(faster, abs=0.005)
+    assert logs["rows"]["none"][path]["faster"] == 1
+    assert "13d702f" in logs["source"]
+
+
 def test_quality_on_synthetic_data_does_not_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +160,8 @@ def test_tables_and_plots_are_made(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "deeplight (flights), 3,597,838 parameters" in text
     assert "The paper's model has 607,959,381 parameters" in text
     assert "64 cloud nodes, paper: 3.17 times as fast" in text
+    assert "4 × A100-SXM4-80GB of one host" in text
+    assert "compare ratios with ratios" in text
     assert "23.88" in text
     assert "MB/step is empty where" in text
     assert "different numbers of steps" in text
