@@ -159,7 +159,7 @@ class Resident(_OnGpu):
                     copies.append(self._device.begin_copy(part, pinned))
         if copies:
             yield copies[-1]  # which comes after the others
-        return found
+        return [own.copy() for own in found]  # the next one who reads gets the same memory
 
 
 def memory_for(x: Tensors, resident: bool) -> Memory:

@@ -60,6 +60,7 @@ class Operation(NamedTuple):
 
     number: int
     session: object  # after another hvd.init() the same number is that of something else
+    in_place: Any = None  # the CuPy array that has the result
 
     def ready(self) -> bool:
         if self.session is not numbering.session():
@@ -71,7 +72,7 @@ class Operation(NamedTuple):
         if isinstance(output, tuple):  # alltoall also returns the received splits
             output = output[0]
         if output.is_cuda:
-            return gpus.as_array(output)
+            return gpus.as_array(output, self.in_place)
         array: Array = output.numpy()
         return array
 
@@ -104,15 +105,17 @@ class Collectives:
             # Horovod's thread, which is in no such mode, allocates what an Alltoall returns.
             with torch.inference_mode(False):
                 return self._start(function, array, name, **options)
+        in_place = None
         if isinstance(array, np.ndarray):
             tensor, stream = torch.from_numpy(array), _NO_STREAM
         else:
+            in_place = array if function is hvd.allreduce_async_ else None
             tensor = gpus.as_tensor(array)
             # Horovod takes it when the current stream has done what it has to do now.
             stream = torch.cuda.stream(gpus.kernel_stream(tensor.device))
         with numbering.OURS, stream:
             number = function(tensor, name=name, process_set=self.process_set, **options)
-        return Operation(number, numbering.session())
+        return Operation(number, numbering.session(), in_place)
 
 
 def complete(number: int) -> bool:

@@ -94,15 +94,21 @@ def as_tensor(array: Any) -> torch.Tensor:
     return torch.as_tensor(array, device=torch.device("cuda", array.device.id))
 
 
-def as_array(reduced: torch.Tensor) -> Any:
-    """What Horovod has made, as a CuPy array that shares its memory, for our kernels."""
+def as_array(reduced: torch.Tensor, in_place: Any = None) -> Any:
+    """What Horovod has made, as a CuPy array that shares its memory, for our kernels.
+
+    `in_place` is the array that it was made of, where the result has replaced it.
+    """
     import cupy
 
     own = kernel_stream(reduced.device)
     if _completes_early():  # Horovod has told its stream to wait, which is PyTorch's default one
         own.wait_stream(torch.cuda.default_stream(reduced.device))
+    if in_place is not None:
+        return in_place
     reduced.record_stream(own)
-    return cupy.asarray(reduced)
+    with cupy.cuda.Device(reduced.device.index):  # on another one it would be a copy
+        return cupy.asarray(reduced)
 
 
 def follow_kernels(device: torch.device) -> None:

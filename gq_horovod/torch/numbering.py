@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import horovod.torch as hvd
 from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
@@ -47,10 +48,12 @@ _JOINED = (
 
 # A rank that has joined takes part in operations of one device alone, and waits for ever in others.
 _JOIN_REFUSED = (
-    "hvd.join: no rank may join while gradients are reduced on GPUs and in host memory, because "
-    "Horovod lets a rank that has joined take part in operations of one kind only. Give every rank "
-    "equally many batches, or set GQ_HOROVOD_GPU_CODES=0 and min_elements=0 on all ranks."
+    "hvd.join: the device must be that of all operations, because Horovod lets a rank that has "
+    "joined take part in operations on its GPU or in host memory, never in both; got {asked}, and "
+    "gradients are reduced {places}. Give every rank equally many batches; or set "
+    "GQ_HOROVOD_GPU_CODES=0 and min_elements=0 on all ranks, and pass no device."
 )
+_PLACES = {False: "in host memory", True: "on GPUs"}
 
 _wanted = True
 
@@ -153,9 +156,11 @@ class Library:
 
         def start(*arguments: Any) -> int:
             if kind == "join":
-                if len(self.places) > 1:
+                asked = arguments[1] >= 0 and bool(hvd.nccl_built())
+                if self.places - {asked}:
                     # No RuntimeError, which Horovod takes for a failed operation.
-                    raise ValueError(_JOIN_REFUSED)
+                    places = " and ".join(_PLACES[own] for own in sorted(self.places))
+                    raise ValueError(_JOIN_REFUSED.format(asked=_PLACES[asked], places=places))
                 # What this rank has begun must be over before it joins: others may still start an
                 # operation for it that Horovod cannot do without this rank.
                 for pipeline in pipelines():

@@ -619,7 +619,12 @@ GQ_INLINE void for_parts(const Segment* segments, int64_t count, int64_t item, c
     int64_t place = 0;
     for (int64_t i = 0; i < count && place < last; ++i) {
       const Segment& s = segments[i];
-      const int64_t elements = length(s), step = unit(s);
+      const int64_t elements = length(s);
+      if (place + elements < first) {  // another piece has it
+        place += elements + 1;
+        continue;
+      }
+      const int64_t step = unit(s);
       const auto cut = [&](int64_t at) {
         const int64_t whole = at <= place ? 0 : (at - place + step - 1) / step * step;
         return whole < elements ? whole : elements;

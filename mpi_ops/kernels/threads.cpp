@@ -8,6 +8,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <atomic>
@@ -20,6 +21,11 @@
 namespace {
 
 using Work = void (*)(const void* context, int64_t piece);
+
+// The cores of the process when the library was loaded. A thread inherits those of the one that
+// starts it, and OpenMP may have bound that to a single core meanwhile.
+cpu_set_t cores;
+const bool cores_known = sched_getaffinity(0, sizeof cores, &cores) == 0;
 
 std::atomic<int> limit{1};
 std::atomic<int64_t> helped{0};  // pieces that threads have done for a caller
@@ -64,6 +70,7 @@ class Pool {
   }
 
   void serve() {
+    if (cores_known) pthread_setaffinity_np(pthread_self(), sizeof cores, &cores);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return free_ > 0; });

@@ -7,6 +7,7 @@ it is the number of cores that this process may use, divided by the ranks on thi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +20,10 @@ LOCAL_SIZES = (
     "OMPI_COMM_WORLD_LOCAL_SIZE",  # Open MPI
     "MPI_LOCALNRANKS",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_LOCAL_SIZE",  # MVAPICH
+    "PMI_LOCAL_SIZE",  # Cray's PALS and others
     "HOROVOD_LOCAL_SIZE",  # horovodrun over Gloo
 )
+SLURM_LOCAL_SIZES = "SLURM_STEP_TASKS_PER_NODE"  # srun, of each host: "8(x2),4"
 
 
 def set_threads(count: int) -> None:
@@ -80,6 +83,7 @@ def default_threads(environment: Mapping[str, str] = os.environ) -> int:
 def local_ranks(environment: Mapping[str, str]) -> int:
     """Ranks on this host, as the launcher tells; 1 where none does."""
     told = [environment.get(name, "") for name in LOCAL_SIZES]
+    told += re.findall(r"(\d+)(?:\(x\d+\))?", environment.get(SLURM_LOCAL_SIZES, ""))
     return max([int(size) for size in told if size.isdecimal()] + [1])
 
 

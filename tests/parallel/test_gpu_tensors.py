@@ -204,6 +204,22 @@ def test_statistics_of_a_gpu(resident: bool, name: str) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_not_finite_on_one_rank(levels: Any, count: int, name: str, resident: bool) -> None:
+    """It is looked at for the log, and all ranks go on in the same way."""
+    tensors = [own.clone() for own in gradients((6000,), tag=5)[:1] * count]
+    if hvd.rank() == hvd.size() - 1:
+        tensors[0][7] = float("inf")
+    compression = plugin.GlobalQSGD(levels=levels, block_size=None, transport=TRANSPORT)
+    handed = [on_gpu(own) for own in tensors]
+    results = hvd.grouped_allreduce(handed, name=name, compression=compression)
+    for place, result in enumerate(results):
+        found = plain(result)
+        assert bool(found.isnan().all()) == (place == 0)
+        check_replicas(found)
+
+
 @pytest.mark.usefixtures("several_ranks")
 def test_nobody_joins_where_horovod_would_wait_for_ever(
     name: str, resident: bool, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +233,8 @@ def test_nobody_joins_where_horovod_would_wait_for_ever(
         plugin.allreduce(on_gpu(own[:30]), f"{name}.host", compression=compression)
         assert hvd.join() >= 0
         monkeypatch.setattr(hvd, "nccl_built", lambda: 1)
+        with pytest.raises(ValueError, match=r"got on GPUs.* reduced in host memory\."):
+            hvd.join(hvd.local_rank())
         plugin.allreduce(on_gpu(own[:30]), f"{name}.gpu", compression=compression)
     with pytest.raises(ValueError, match=f"{gpus.VARIABLE}=0"):
         hvd.join()

@@ -316,6 +316,13 @@ def test_ranks_on_a_host_divide_its_cores(name: str, monkeypatch: pytest.MonkeyP
         assert chosen_threads({name: "", THREADS_VARIABLE: " "}) == min(cores, DEFAULT_MOST)
 
 
+def test_srun_tells_the_ranks_of_every_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpi_ops.kernels.threads.quota", lambda: 1 << 20)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for told, expected in [("1", 8), ("8(x2)", 2), ("2(x3),16", 1), ("", 8)]:
+        assert chosen_threads({"SLURM_STEP_TASKS_PER_NODE": told}) == expected
+
+
 def test_a_quota_limits_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr("mpi_ops.kernels.threads.quota", lambda: 3)
