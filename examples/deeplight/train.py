@@ -102,7 +102,7 @@ class Criteo(Clicks):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self.steps: int | None = None  # nobody has counted the lines
+        self.steps = None  # nobody has counted the lines
         self._readers: list[criteo.Reader] = []
         self._reader = self._open(options.data)
         if options.test_data:
@@ -130,6 +130,10 @@ class Criteo(Clicks):
         self._readers.append(reader)
         return reader
 
+    def first(self, count: int) -> criteo.Samples:
+        """This rank's share of the first lines for training."""
+        return self._reader.samples(self._keep, count)
+
     def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         batches = self._reader.batches(
             self._keep, self._options.batch_size, self.WINDOW, skip, (self._options.seed, epoch)
@@ -141,64 +145,80 @@ class Criteo(Clicks):
         return {"rejected_lines": sum(len(reader.rejects) for reader in self._readers)}
 
 
-class Sample(Criteo):
-    """The first so many lines of a file, in memory, which an epoch repeats, as the paper's does."""
+class Repeated(Clicks):
+    """Samples in memory, which an epoch repeats, as the paper's does."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self._fields, self._clicked = self._reader.samples(self._keep, options.samples)
-        _require_enough(options)
-        self.steps = options.repeat * (options.samples // (options.batch_size * hvd.size()))
-        own = torch.tensor([len(self._clicked), self.counters()["rejected_lines"]])
+        least = options.batch_size * hvd.size()
+        if options.samples < least:
+            raise ValueError(
+                f"--samples: expected a batch of {options.batch_size} for each of {hvd.size()} "
+                f"ranks, {least} samples or more, got {options.samples}."
+            )
+        self._passes = options.samples // least  # batches of one
+        self.steps = options.repeat * self._passes
+        self._fields, self._clicked = self.samples()
+
+    def samples(self) -> criteo.Samples:
+        """This rank's samples for training."""
+        raise NotImplementedError
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        size = self._options.batch_size
+        for step in range(skip, self.steps):
+            number, place = divmod(step, self._passes)
+            seed = (self._options.seed, epoch, number, hvd.rank())
+            order = np.random.default_rng(seed).permutation(len(self._clicked))
+            # Where lines were left out, some samples come twice, so that all ranks have a batch.
+            rows = np.resize(order, self._passes * size)[place * size :][:size]
+            yield torch.from_numpy(self._fields[rows]), torch.from_numpy(self._clicked[rows])
+
+
+class Sample(Repeated):
+    """The first so many lines of a file."""
+
+    def samples(self) -> criteo.Samples:
+        options = self._options
+        self._file = Criteo(options)
+        samples = self._file.first(options.samples)
+        own = torch.tensor([len(samples[1]), self.counters()["rejected_lines"]])
         found, rejected = hvd.allreduce(own, op=hvd.Sum, name="samples").tolist()
         if found + rejected < options.samples:
             raise ValueError(
                 f"{options.data}: expected {options.samples} lines for training, got "
                 f"{found + rejected}; lower --samples, or take 0 for the file as it is."
             )
-        self.sizes |= {"train_samples": found}
+        self.held_out = self._file.held_out
+        self.sizes = {**self._file.sizes, "train_samples": found}
+        return samples
 
-    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
-        size = self._options.batch_size
-        assert self.steps is not None
-        passes = self.steps // self._options.repeat  # batches of one
-        for step in range(skip, self.steps):
-            number, place = divmod(step, passes)
-            seed = (self._options.seed, epoch, number, hvd.rank())
-            order = np.random.default_rng(seed).permutation(len(self._clicked))
-            # Where lines were left out, some samples come twice, so that all ranks have a batch.
-            rows = np.resize(order, passes * size)[place * size :][:size]
-            yield torch.from_numpy(self._fields[rows]), torch.from_numpy(self._clicked[rows])
+    def counters(self) -> dict[str, int]:
+        return self._file.counters()
 
 
-class Synthetic(Sample):
+class Synthetic(Repeated):
     """Samples of the same form that need no file, different ones on each rank."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        Clicks.__init__(self, options)
-        _require_enough(options)
-        rank, size = hvd.rank(), hvd.size()
-        self.steps = options.repeat * (options.samples // (options.batch_size * size))
-        share = -(-options.samples // size)
-        self._fields, self._clicked = criteo.synthetic(share, self.rows, (options.seed, 0, rank))
-        share = -(-min(options.eval_rows, 2**14) // size)
-        held_out = criteo.synthetic(share, self.rows, (options.seed, 1, rank))
-        self.held_out = torch.from_numpy(held_out[0]), torch.from_numpy(held_out[1])
-        self.sizes = {"train_samples": options.samples, "test_samples": share * size}
-        self.sizes["synthetic"] = True
+    def samples(self) -> criteo.Samples:
+        options = self._options
+        held_out = min(options.eval_rows, 2**14)
+        fields, clicked = self._made(held_out, 1)
+        self.held_out = torch.from_numpy(fields), torch.from_numpy(clicked)
+        self.sizes = {
+            "train_samples": options.samples,
+            "test_samples": len(clicked) * hvd.size(),
+            "synthetic": True,
+        }
+        return self._made(options.samples, 0)
+
+    def _made(self, count: int, part: int) -> criteo.Samples:
+        """This rank's share of so many samples."""
+        share = -(-count // hvd.size())
+        return criteo.synthetic(share, self.rows, (self._options.seed, part, hvd.rank()))
 
     def counters(self) -> dict[str, int]:
         return {}
-
-
-def _require_enough(options: argparse.Namespace) -> None:
-    """Raise ValueError where an epoch would have no batch."""
-    least = options.batch_size * hvd.size()
-    if options.samples < least:
-        raise ValueError(
-            f"--samples: expected a batch of {options.batch_size} for each of {hvd.size()} ranks, "
-            f"{least} samples or more, got {options.samples}."
-        )
 
 
 def clicks(options: argparse.Namespace) -> Clicks:
@@ -257,9 +277,7 @@ class DeepLight(loop.Workload):
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--rows", type=int, help="of the flights' embedding table")
         parser.add_argument(
-            "--shrink",
-            type=int,
-            help="Criteo: divides the rows of the paper's tables",
+            "--shrink", type=int, help="Criteo: divides the rows of the paper's tables"
         )
         parser.add_argument("--dim", type=int, help="length of an embedding")
         parser.add_argument("--units", type=int, help="of a hidden layer")

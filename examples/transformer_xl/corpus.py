@@ -192,7 +192,6 @@ def python_sources() -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.py"))]
 
 
-@functools.cache
 def synthetic(vocabulary: int, tokens: int, held_out: int, seed: int) -> Corpus:
     """Return a text without any sense, made from a seed.
 
@@ -201,9 +200,8 @@ def synthetic(vocabulary: int, tokens: int, held_out: int, seed: int) -> Corpus:
     """
     random = np.random.default_rng((seed, vocabulary))
     count = tokens + held_out
-    ids = np.minimum((vocabulary + 1.0) ** random.random(count) - 1, vocabulary - 1).astype(
-        np.int64
-    )
+    zipf = (vocabulary + 1.0) ** random.random(count) - 1
+    ids = np.minimum(zipf, vocabulary - 1).astype(np.int64)
     follows = random.random(count) < 0.5
     for _ in range(4):  # chains of more are one in sixteen, and end there
         ids[1:] = np.where(follows[1:], (31 * ids[:-1] + 7) % vocabulary, ids[1:])
@@ -211,6 +209,7 @@ def synthetic(vocabulary: int, tokens: int, held_out: int, seed: int) -> Corpus:
     return Corpus(text[:tokens], text[tokens:], vocabulary)
 
 
+@functools.cache
 def source_bytes() -> Corpus:
     """Python's sources byte by byte: every twentieth module is for validation.
 

@@ -53,8 +53,9 @@ def test_training(tmp_path: Path) -> None:
     size = 4 * job["parameters"]
     assert size < rows["none"]["bytes"] < 1.2 * size
     assert 1.8 < rows["none"]["bytes"] / rows["fp16"]["bytes"] < 2.1
-    # Of few steps, a fifth of none's bytes may be those of the negotiation, as above.
-    assert 3.5 < rows["none"]["bytes"] / rows["standard-8"]["bytes"] < 1.2 * 4.1
+    assert rows["none"]["bytes"] / rows["standard-8"]["bytes"] > 3.5
+    # Of the gradients alone: none's bytes have the negotiation of few steps in them, as above.
+    assert size / rows["standard-8"]["bytes"] < 4.1
     assert rows["none"]["bytes"] / rows["exponential-4-mpi"]["bytes"] > 6
     # Only the methods with codes run kernels.
     assert "kernel:quantize" not in rows["none"]["phases"]
