@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("mpi_ops/kernels")
 # The flags are part of the arithmetic: no contraction into fused multiply-add, so that every CPU
-# and the GPU give the same bytes. The -Wno-: notes about vector types that never leave a
-# file, the others GCC's false positives in its own intrinsics and in unrolled loops.
+# and the GPU give the same bytes. The -Wno- silence notes about vector types that never leave a
+# file, and GCC's false positives in its own intrinsics and in unrolled loops.
 FLAGS = [
     *["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     *["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],

@@ -266,6 +266,19 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
   }
 }
 
+// Writes a row of bytes, in each of which `code(k, j)` is the k-th code of column j.
+template <int kBits, typename Code>
+GQ_INLINE void pack_codes(uint8_t* to, const Code& code) {
+  alignas(64) uint32_t packed[kRow];
+  for (int j = 0; j < kRow; ++j) {
+    uint32_t byte = 0;
+#pragma GCC unroll 2
+    for (int k = 0; k < 8 / kBits; ++k) byte |= code(k, j) << (kBits * k);
+    packed[j] = byte;
+  }
+  narrow_row(packed, to);
+}
+
 // Loops over rows, of which compilers make vectors reliably: all of it is arithmetic of integers
 // but for products and one sum.
 template <int kBits>
@@ -276,19 +289,11 @@ static void quantize_exponential_group(const float* values, int rows, const Scal
 #pragma GCC unroll 8
   for (int p = 0; p < kGroupRows / kPerByte; ++p) {
     if (p * kPerByte >= rows) break;
-    alignas(64) uint32_t packed[kRow];
-    for (int j = 0; j < kRow; ++j) {
-      uint32_t byte = 0;
-#pragma GCC unroll 2
-      for (int k = 0; k < kPerByte; ++k) {
-        const int h = p * kPerByte + k;
-        byte |= quantize_exponential<kBits>(values[h * kRow + j], scales[h], top_bits,
-                                            random_bits(words[h / 2][j], h))
-                << (kBits * k);
-      }
-      packed[j] = byte;
-    }
-    narrow_row(packed, codes + p * kRow);
+    pack_codes<kBits>(codes + p * kRow, [=](int k, int j) __attribute__((always_inline)) {
+      const int h = p * kPerByte + k;
+      return quantize_exponential<kBits>(values[h * kRow + j], scales[h], top_bits,
+                                         random_bits(words[h / 2][j], h));
+    });
   }
 }
 
@@ -481,20 +486,12 @@ GQ_INLINE void reduce_exponential_rows(const uint8_t* const* codes, int64_t plac
     }
     uint8_t* to = left < kGroupBytes ? padded[0] : out + begin;
     for (int p = 0; p < kByteRows; ++p) {
-      alignas(64) uint32_t packed[kRow];
-      for (int j = 0; j < kRow; ++j) {
-        uint32_t byte = 0;
-#pragma GCC unroll 2
-        for (int k = 0; k < kPerByte; ++k) {
-          const int h = p * kPerByte + k;
-          const float mean = sums[h][j] * factor;
-          byte |= encode_exponential<kBits>(mean, bits_of(mean), kOneBits,
-                                            random_bits(words[h / 2][j], h))
-                  << (kBits * k);
-        }
-        packed[j] = byte;
-      }
-      narrow_row(packed, to + p * kRow);
+      pack_codes<kBits>(to + p * kRow, [&](int k, int j) __attribute__((always_inline)) {
+        const int h = p * kPerByte + k;
+        const float mean = sums[h][j] * factor;
+        return encode_exponential<kBits>(mean, bits_of(mean), kOneBits,
+                                         random_bits(words[h / 2][j], h));
+      });
     }
     if (left < kGroupBytes) __builtin_memcpy(out + begin, padded[0], static_cast<size_t>(left));
   }
@@ -537,21 +534,13 @@ GQ_INLINE void reduce_packed_rows(const uint8_t* const* codes, int64_t place, in
     uint8_t* to = left < kGroupBytes ? padded : out + begin;
 #pragma GCC unroll 4
     for (int p = 0; p < kByteRows; ++p) {
-      alignas(64) uint32_t packed[kRow];
-      for (int j = 0; j < kRow; ++j) {
-        uint32_t byte = 0;
-#pragma GCC unroll 2
-        for (int k = 0; k < 2; ++k) {
-          const int h = 2 * p + k;
-          const float sum = static_cast<float>(sums[h][j]) * decode_exponential<4>(1);
-          const float mean = sum * factor;
-          byte |=
-              encode_exponential<4>(mean, bits_of(mean), kOneBits, random_bits(words[h / 2][j], h))
-              << (4 * k);
-        }
-        packed[j] = byte;
-      }
-      narrow_row(packed, to + p * kRow);
+      pack_codes<4>(to + p * kRow, [&](int k, int j) __attribute__((always_inline)) {
+        const int h = 2 * p + k;
+        const float sum = static_cast<float>(sums[h][j]) * decode_exponential<4>(1);
+        const float mean = sum * factor;
+        return encode_exponential<4>(mean, bits_of(mean), kOneBits,
+                                     random_bits(words[h / 2][j], h));
+      });
     }
     if (left < kGroupBytes) __builtin_memcpy(out + begin, padded, static_cast<size_t>(left));
   }
