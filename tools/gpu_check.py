@@ -76,7 +76,7 @@ def throughput(rehearse: bool) -> Iterator[Check]:
         from mpi_ops.kernels import device as kernels
 
         x = cupy.asarray(x)
-        y, seconds = cupy.empty_like(x), _seconds_on_device
+        y, seconds = cupy.empty_like(x), seconds_on_device
         # The copy engine's, and not CuPy's kernel for a copy, which would have to be compiled.
         copy = functools.partial(y.data.copy_from_device_async, x.data, x.nbytes)
     copied = 2 * x.nbytes / seconds(copy)
@@ -135,7 +135,8 @@ def _seconds_on_host(run: Callable[[], Any]) -> float:
     return min(times[2:])
 
 
-def _seconds_on_device(run: Callable[[], Any]) -> float:
+def seconds_on_device(run: Callable[[], Any]) -> float:
+    """Time of one call on the GPU: the shortest of ten."""
     import cupy
 
     times = []

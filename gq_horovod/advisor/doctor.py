@@ -46,6 +46,7 @@ _DRIVER = "libcuda.so.1"
 _MOUNTED_DRIVERS = ("/usr/local/nvidia/lib64",)  # GKE
 # The first version of the driver for a major version of CUDA (NVIDIA's CUDA Compatibility guide).
 _OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
+_REBUILD = f"pip install --no-cache-dir --force-reinstall --no-deps horovod=={HOROVOD_VERSION}"
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 # What Horovod may have been built with.
 _PARTS = ("mpi", "gloo", "nccl", "cuda")
@@ -265,8 +266,7 @@ def _of_horovod(found: Facts) -> list[Finding]:
     if problem := _error(horovod):
         remedy = (
             "build Horovod against the PyTorch and MPI that are installed now: "
-            f"`HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 pip install "
-            f"--no-cache-dir --force-reinstall --no-deps horovod=={HOROVOD_VERSION}`"
+            f"`HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 {_REBUILD}`"
         )
         return [Finding("Horovod", "wrong", problem, remedy)]
     having = [part for part in ("torch", "tensorflow", *_PARTS) if horovod.get(part)]
@@ -421,8 +421,7 @@ def _of_horovod_on_gpus(found: Facts) -> list[Finding]:
     if _error(horovod) or "cuda" not in horovod:
         return []
     what = "Horovod on GPUs"
-    build = "HOROVOD_GPU_OPERATIONS=NCCL `pip install --no-cache-dir --force-reinstall --no-deps "
-    build += f"horovod=={HOROVOD_VERSION}`"
+    build = f"`HOROVOD_GPU_OPERATIONS=NCCL {_REBUILD}`"
     if not horovod["cuda"]:
         remedy = f"build it again with {build}: it takes no tensors on a GPU, and "
         remedy += "hooks copy gradients that are not compressed to the host"

@@ -90,6 +90,12 @@ def settings(
     ]
 
 
+def any_plan(config: Config, world_size: int) -> Plan:
+    """The settings; with levels "auto" some of those that are tried."""
+    fixed = quantizing(config)["standard"] if config.levels == "auto" else config
+    return fixed.plan(world_size)
+
+
 class _Trial:
     """Settings in turn, from step `begin` on."""
 
@@ -286,10 +292,11 @@ class SharedTrials:
                 self._latest = step
                 if self._decision is None:
                     self._began[step] = self._clock()
-            decision = 0 if self._decision is None else self._decision + 1
+            if self._decision is not None:
+                return [step, self._decision + 1, 0, *self._micros(None), *self._micros(None)]
             finalists = () if self._last is None else self._last.settings
             bits = sum(1 << self._settings.index(own) for own in finalists)
-            return [step, decision, bits, *self._micros(self._first), *self._micros(self._last)]
+            return [step, 0, bits, *self._micros(self._first), *self._micros(self._last)]
 
     def choose(self, name: str, agreed: Sequence[int]) -> int:
         """The place among the settings of how they are reduced, from the maximum over ranks."""

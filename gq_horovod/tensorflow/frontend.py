@@ -22,7 +22,7 @@ from .. import log
 from ..frontend import ClassOrInstance, Compression
 from ..guards.stats import TensorStats, points
 from ..path import agreement
-from ..path.auto import Way, quantizing
+from ..path.auto import Way, any_plan, quantizing
 from ..path.buckets import cut
 from ..path.config import Config, Plan
 from . import runtime
@@ -399,20 +399,13 @@ class GlobalQSGD(Compression):
         with _locks.setdefault(key, threading.Lock()):
             if key not in self._groups:
                 log.identify(hvd.rank(), hvd.size())
-                plan = self._any_plan(process_set.size())
+                plan = any_plan(self.config, process_set.size())
                 if ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = Group(plan, self.begin_log(process_set, plan))
                 if process_set.rank() == 0:
                     _say_where_gradients_go()
         return self._groups[key]
-
-    def _any_plan(self, world_size: int) -> Plan:
-        """The settings; with levels="auto" some of those that are tried."""
-        config = self.config
-        if config.levels == "auto":
-            config = quantizing(config)["standard"]
-        return config.plan(world_size)
 
     def _agree(self, process_set: Any) -> None:
         """Raise ConfigMismatchError, on all ranks that take part, where settings differ."""

@@ -6,7 +6,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import horovod.torch as hvd
@@ -20,7 +19,7 @@ from ..frontend import ClassOrInstance, Compression, Frontend, per_process
 from ..guards import replicas, watchdog
 from ..guards.stats import Sample
 from ..path import agreement, buckets, token
-from ..path.auto import Trials, Way
+from ..path.auto import Trials, Way, any_plan
 from ..path.config import Config, ConfigMismatchError, Plan
 from ..path.pipeline import Method, Pipeline
 from . import gpus, numbering, tensors
@@ -571,9 +570,7 @@ class TorchFrontend(Frontend):
 
     def _new_group(self, key: tuple[int, ...], process_set: Any, before: int) -> Group:
         """A group that begins with what was loaded, or else after the step `before`."""
-        trying = self.config.levels == "auto"
-        fixed = replace(self.config, levels="standard") if trying else self.config
-        plan = fixed.plan(process_set.size())
+        plan = any_plan(self.config, process_set.size())
         loaded = self._loaded.get(key)
         group = Group(
             function=self.config.FUNCTION,
@@ -590,7 +587,7 @@ class TorchFrontend(Frontend):
                 self.config.transport == "horovod" and self._method() is None and gpus.resident()
             ),
         )
-        if trying:
+        if self.config.levels == "auto":
             speaks = group.rank == 0
             group.trials = Trials(self.config, plan.world_size, group.allreduce_max, speaks=speaks)
         if loaded is not None and "error" not in group.loaded:

@@ -5,7 +5,6 @@ Needs CuPy, NVRTC and a GPU; `-s` shows the throughput.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from reference import buffer
 
 from mpi_ops import lanes
 from mpi_ops.kernels import host
+from tools.gpu_check import seconds_on_device
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 try:
@@ -70,19 +70,6 @@ def test_large_tensors(device: Any) -> None:
     first, second = (device.l2norm(copied, whole).get() for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert abs(int(first[0]) - int(expected[0])) <= 1
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Time of one call on the device: the shortest of ten."""
-    times = []
-    for _ in range(12):
-        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, stop) / 1000)
-    return min(times[2:])
 
 
 def test_throughput(device: Any) -> None:
@@ -133,4 +120,4 @@ def test_throughput(device: Any) -> None:
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     print(f"\n{name}, {ELEMENTS} float32 elements, bytes read and written")
     for case, (size, run) in cases.items():
-        print(f"{case:30} {size / seconds(run) / 1e9:8.0f} GB/s")
+        print(f"{case:30} {size / seconds_on_device(run) / 1e9:8.0f} GB/s")

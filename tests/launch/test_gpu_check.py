@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -24,14 +24,8 @@ pytest.importorskip("horovod.torch")
 
 @pytest.fixture
 def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools" / "gpu_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
     monkeypatch.syspath_prepend(str(ROOT))
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tools.gpu_check")
 
 
 def run(*arguments: object, limit: float = 600, **env: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
+import horovod.tensorflow.keras as hvd_keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -20,7 +21,9 @@ from tf_helpers import (
     compressor,
     gradients,
     locals_of,
+    model_of,
     own,
+    problem,
 )
 
 from gq_horovod.path import auto
@@ -338,14 +341,9 @@ def test_process_sets(chosen: list[Any], name: str) -> None:
 
 
 def test_keras_fit(chosen: list[Any]) -> None:
-    from tf_helpers import model_of, problem
-
     model = model_of(seed=3)
-    optimizer = tf.keras.optimizers.SGD(0.01)
-    import horovod.tensorflow.keras as hvd_keras
-
     optimizer = hvd_keras.DistributedOptimizer(
-        optimizer, compression=GlobalQSGD(levels="auto", min_elements=0)
+        tf.keras.optimizers.SGD(0.01), compression=GlobalQSGD(levels="auto", min_elements=0)
     )
     model.compile(loss="mse", optimizer=optimizer)
     x, y = problem(hvd.rank())

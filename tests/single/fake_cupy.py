@@ -157,11 +157,11 @@ def ascontiguousarray(values: ndarray) -> ndarray:
 
 
 class CUDARuntimeError(RuntimeError):
-    pass
+    """Of the driver."""
 
 
 class NVRTCError(RuntimeError):
-    pass
+    """Of the compiler."""
 
 
 class Module:
