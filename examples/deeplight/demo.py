@@ -28,10 +28,9 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT))
 
-import ranks  # noqa: E402 - tools/ is no package
-import testbed  # noqa: E402
+from tools import ranks, testbed  # noqa: E402
 
 METHODS = ("none", "fp16", "standard", "exponential")
 RANKS = 4

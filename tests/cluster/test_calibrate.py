@@ -38,9 +38,9 @@ def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_predictions_are_compared_with_steps(tmp_path: Path) -> None:
     options = ["--ranks", "2", "--rates", "1gbit", "--models", "small", "--rounds", "2"]
-    run(sys.executable, "benchmarks/model.py", *options, "--output", str(tmp_path))
-    assert (tmp_path / "model.png").stat().st_size > 0
-    rows = json.loads((tmp_path / "model.json").read_text())["results"]
+    run(sys.executable, "benchmarks/predictions.py", *options, "--output", str(tmp_path))
+    assert (tmp_path / "predictions.png").stat().st_size > 0
+    rows = json.loads((tmp_path / "predictions.json").read_text())["results"]
     assert [row["method"] for row in rows] == [method.name for method in model.METHODS]
     for row in rows:  # of a computation of 100 ms, which nothing shortens
         assert row["measured_seconds"] > 0.1

@@ -356,7 +356,7 @@ def test_buckets_hold_as_long_a_time_at_every_rate() -> None:
 def test_without_the_right_it_says_so() -> None:
     """As a user who may make no namespaces, or with a PATH that has no `ip`."""
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, 'tools'); import testbed as t\n"
+        [sys.executable, "-c", "import tools.testbed as t\n"
          "t.shutil.which = lambda *_, **__: None; print(t.unavailable())"],
         cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS,
     )  # fmt: skip

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_cupy
+import fake_gpu
 import horovod.torch as hvd
 import pytest
 import torch
+from fake_gpu import as_numpy, on_gpu, plain
 from helpers import TRANSPORT, check_replicas, gradients
 from horovod.torch import mpi_ops as hvd_ops
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
-import fake_cupy
-import fake_gpu
-from fake_gpu import as_numpy, on_gpu, plain
 
 from gq_horovod import log
 from gq_horovod import torch as plugin

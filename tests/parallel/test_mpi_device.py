@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import fake_cupy
 import numpy as np
 import pytest
 from mpi4py import MPI
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "single"))
-import fake_cupy
 
 from mpi_ops import allreduce, layout
 

@@ -13,15 +13,11 @@ from typing import Any, ClassVar
 import horovod.torch as hvd
 import pytest
 import torch
+from common import loop, methods
 from helpers import check_replicas
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from common import loop, methods  # noqa: E402
 
 STEPS, PAUSE, EVERY = 20, 13, 5  # in all; where the run is ended; between checkpoints
 

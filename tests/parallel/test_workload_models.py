@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +17,10 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from example_scripts import EXAMPLES, script
-from torch.nn.functional import cross_entropy
-
-# After all others: the examples have modules of the same names (train).
-sys.path += [str(EXAMPLES / name) for name in ("", "transformer_xl", "wide_resnet")]
-
 from common import loop, methods
 from common.rejects import TooManyRejectedError
+from example_scripts import script
+from torch.nn.functional import cross_entropy
 
 TRANSFORMER, RESNET = script("transformer_xl"), script("wide_resnet")
 LANGUAGE = ["--batch-size", "4", "--length", "24", "--warm-up", "2", "--lr", "0.004"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import tensorflow as tf
 from horovod.common import process_sets
 
 PARALLEL = Path(__file__).parents[1] / "parallel"
-sys.path.insert(0, str(PARALLEL))  # its helpers: inputs, and the law of a compressed mean
 
 # The first failure ends the job, as there.
 _spec = importlib.util.spec_from_file_location("parallel_conftest", PARALLEL / "conftest.py")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("horovod")
-import workloads  # noqa: E402
+import workloads
 
 
 def idx(array: np.ndarray) -> bytes:

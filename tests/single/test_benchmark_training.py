@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import training  # noqa: E402
+import training
 
 
 def phases(forward, backward, synchronize, update, *, kernels=0.0, late=0.0):

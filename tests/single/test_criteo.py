@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import gzip
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "deeplight")]
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("pandas")

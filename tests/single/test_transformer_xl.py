@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from example_scripts import EXAMPLES, script
+from example_scripts import script
 from hypothesis import given
 from hypothesis import strategies as st
-
-# After all others: other examples have modules of the same names (train), imported by other tests.
-sys.path += [str(EXAMPLES), str(EXAMPLES / "transformer_xl")]
 
 torch = pytest.importorskip("torch")
 

@@ -1,7 +1,7 @@
 """The performance model against measurement, on hosts with shaped links.
 
-    python benchmarks/model.py                                  # as root: 1 Gbit/s, then 200 Mbit/s
-    python benchmarks/model.py --rates 1gbit --models embedding
+    python benchmarks/predictions.py                 as root: 1 Gbit/s, then 200 Mbit/s
+    python benchmarks/predictions.py --rates 1gbit --models embedding
 
 For each rate and model, on the hosts of tools/testbed.py: `gq-horovod calibrate`, then training
 steps of every method that the advisor knows, in turn, and the predictions of
@@ -9,7 +9,7 @@ gq_horovod.advisor.model from the calibration and the step's computation, which 
 same job without communication.
 Computation only takes time here (replay.py), so that ranks which share cores can reduce beside it.
 Prints relative errors, (predicted - measured) / measured, with the machine's load; writes
-model.json and model.png.
+predictions.json and predictions.png.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def run_on_hosts(options: argparse.Namespace, rate: str) -> Iterator[list[dict[s
     """Calibrate and measure at one rate; for each model, a row for each method."""
     reason = testbed.unavailable() or (None if os.geteuid() == 0 else "not root")
     if reason is not None:
-        raise SystemExit(f"benchmarks/model.py needs hosts with shaped links: {reason}.")
+        raise SystemExit(f"benchmarks/predictions.py needs hosts with shaped links: {reason}.")
     with testbed.Testbed(options.ranks, rate) as bed, tempfile.TemporaryDirectory() as scratch:
 
         def run(*command: str) -> str:
@@ -213,7 +213,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     document = {"ranks": options.ranks, "cores": os.cpu_count(), "results": rows}
-    (options.output / "model.json").write_text(json.dumps(document, indent=2) + "\n")
+    (options.output / "predictions.json").write_text(json.dumps(document, indent=2) + "\n")
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     for rate in dict.fromkeys(row["rate"] for row in rows):
         points = [row for row in rows if row["rate"] == rate]
@@ -226,9 +226,9 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     axes.set_xlabel("measured seconds")
     axes.set_ylabel("predicted seconds; dotted: 15 %")
     axes.legend()
-    figure.savefig(options.output / "model.png", dpi=120)
+    figure.savefig(options.output / "predictions.png", dpi=120)
     plt.close(figure)
-    print(f"Wrote {options.output / 'model.json'} and {options.output / 'model.png'}")
+    print(f"Wrote {options.output / 'predictions.json'} and {options.output / 'predictions.png'}")
 
 
 def main() -> None:
