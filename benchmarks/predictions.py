@@ -1,6 +1,6 @@
 """The performance model against measurement, on hosts with shaped links.
 
-    python benchmarks/predictions.py                 as root: 1 Gbit/s, then 200 Mbit/s
+    python benchmarks/predictions.py                 # as root: 1 Gbit/s, then 200 Mbit/s
     python benchmarks/predictions.py --rates 1gbit --models embedding
 
 For each rate and model, on the hosts of tools/testbed.py: `gq-horovod calibrate`, then training
