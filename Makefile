@@ -54,11 +54,15 @@ format: setup ## let ruff and clang-format rewrite the sources
 check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
 	$(VENV)/python -m pytest tests -m check $(PYTEST_ARGS)
 
-# Tests of one process go several at a time; those that start ranks want the cores for themselves.
+# Tests of one process go several at a time. So do jobs, two at a time, of which ranks mostly wait
+# for each other; the others look at clocks and links, and want the cores for themselves.
 ALONE := tests/single tests/deploy
+JOBS := $(patsubst %,tests/launch/test_%.py,parallel tensorflow tensorflow_saved tensorflow_join \
+	unnamed log_on_ranks mpi_libraries)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(call tests,$(ALONE) -n logical --maxprocesses 8)
-	$(call tests,tests $(ALONE:%=--ignore=%))
+	$(call tests,$(JOBS) -n 2 --dist worksteal)
+	$(call tests,tests $(addprefix --ignore=,$(ALONE) $(JOBS)))
 
 # Where PYTEST_ARGS selects none of them (exit status 5), the others may still have some.
 tests = $(VENV)/python -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; \

@@ -57,20 +57,6 @@ def paper_compressed_allreduce(
     return paper_allreduce(ranks, size / 4, latency, beta, gamma / omega)
 
 
-def paper_pays(beta: float, gamma: float, omega: float) -> bool:
-    """Whether 8-bit compression is faster: ω < 4 or β < 6γ/(ω-4) (arXiv 2305.18627).
-
-    It follows from `paper_compressed_allreduce` < `paper_allreduce`, where the latencies cancel:
-    2/β + 1/γ > (2/β + ω/γ)/4, so 6/β > (ω-4)/γ. At ω = 4 the reduction costs the same and the
-    network less, so it pays at every bandwidth.
-
-    Args:
-        beta, gamma: bandwidth and kernel throughput, both in bytes/s.
-        omega: ω, time of the reduction kernel per byte relative to that of a plain sum.
-    """
-    return omega <= 4 or beta < 6 * gamma / (omega - 4)
-
-
 # --------------------------------------------------------------------------------------- a cluster
 
 # A share of the bandwidth, above 0 and at most 1: of payloads of all sizes, or (bytes, share) of

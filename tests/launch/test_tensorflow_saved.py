@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from seldom import rare
 
 SCRIPT = ROOT / "tests" / "launch" / "saved_tf.py"
 LIMIT_SECONDS = 240
+MODULES = ("nothing", "horovod.tensorflow", "gq_horovod.tensorflow")  # that a process has imported
 
 
 def say(directory: Path, keras: int, *command: object, ranks: int) -> dict[int, list[str]]:
@@ -55,14 +58,17 @@ def test_what_loads_without_compression_loads_with_it(
     keras: int, levels: str, tmp_path: Path
 ) -> None:
     """Saved by two ranks; loaded and run where Horovod is not initialized, or not even imported."""
-    outcomes = {}
     for choice in ("none", levels):
         saved = tmp_path / choice
         said = say(tmp_path / f"job {choice}", keras, "save", saved, choice, ranks=2)
         assert said[0] == said[1]
         assert said[0][-1].startswith("weights")
-        for module in ("nothing", "horovod.tensorflow", "gq_horovod.tensorflow"):
-            outcomes[choice, module] = loaded(saved / "1", keras, module)
+    loads = list(product(("none", levels), MODULES))
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        found_by = processes.map(
+            lambda load: loaded(tmp_path / load[0] / "1", keras, load[1]), loads
+        )
+        outcomes = dict(zip(loads, found_by, strict=True))
     for (choice, module), found in outcomes.items():
         step = found.pop("step", "")
         plain = outcomes["none", module]
