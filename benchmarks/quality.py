@@ -124,17 +124,17 @@ class Reducer:
 
     def mean(self, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The mean over ranks of one parameter's gradients."""
-        if self._own is None or not self._own._eligible(gradients[0]):
+        if self._own is None or not self._own._eligible(name, gradients[0]):
             return torch.stack(gradients).mean(dim=0)
         out = torch.empty_like(gradients[0])
         own = [_buffer(gradient) for gradient in gradients]
         self._simulated.reduce(name, own, _buffer(out))
         return out
 
-    def sent(self, parameter: torch.Tensor) -> float:
+    def sent(self, name: str, parameter: torch.Tensor) -> float:
         """Bytes that a rank sends for the gradient of one parameter."""
         count = parameter.numel()
-        if self._own is None or not self._own._eligible(parameter):
+        if self._own is None or not self._own._eligible(name, parameter):
             return wire.sent_bytes(FLOAT_BYTES * count, self.ranks)
         config = self._own.config
         if isinstance(config, PowerSGDConfig):
@@ -183,7 +183,7 @@ def train(workload: Any, method: str, ranks: int, seed: int, steps: int, tick: A
     return {
         "losses": losses,
         "metric": workload.evaluate(net),
-        "sent": sum(reducer.sent(parameter) for parameter in named.values()),
+        "sent": sum(reducer.sent(*own) for own in named.items()),
         "parameters": sum(parameter.numel() for parameter in named.values()),
     }
 

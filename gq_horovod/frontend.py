@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import MethodType
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from .path.config import (
     PAPER_STANDARD,
     Config,
     Plan,
+    Rules,
 )
 
 __all__ = [
@@ -154,15 +155,28 @@ class Frontend:
         )
         return log.Census(_log, self.config.FUNCTION)
 
-    def reason(self, elements: int, dtype: str, supported: bool) -> str:
+    def takes(self, name: str, elements: int) -> bool:
+        """Whether the options say to compress a tensor of this name and size."""
+        own = self.config.of(name)
+        return own is not None and elements >= max(own.min_elements, 1)
+
+    def plan_for(self, name: str, plan: Plan) -> Plan:
+        """How a tensor is reduced: as `plan` says, unless a rule has another one for its name."""
+        own = self.config.of(name)
+        return plan if own is None or own is self.config else own.plan(plan.world_size)
+
+    def reason(self, name: str, elements: int, dtype: str, supported: bool) -> str:
         """Why a tensor is left to Horovod, for the log; `supported` says whether its dtype is."""
         if not supported:
             return f"the dtype {dtype}"
-        if elements < max(self.config.min_elements, 1):
-            return f"fewer than min_elements={self.config.min_elements}"
+        own = self.config.of(name)
+        if own is None:
+            return "a name that a rule leaves to it"
+        if elements < max(own.min_elements, 1):
+            return f"fewer than min_elements={own.min_elements}"
         return "a shape in which there is nothing to save"
 
-    def wire_bytes(self, elements: int, plan: Plan) -> float | None:
+    def wire_bytes(self, name: str, elements: int, plan: Plan) -> float | None:
         """What a rank sends for a tensor, for the log; None where it is not known."""
         return None
 
@@ -241,6 +255,7 @@ class Compression(Frontend):
         timeout: float | None = DEFAULT_TIMEOUT,
         check_replicas: int | None = None,
         stats: bool | int = False,
+        rules: Rules | Sequence[tuple[str, Any]] = (),
     ) -> None:
         """Configure it.
 
@@ -274,6 +289,11 @@ class Compression(Frontend):
             stats: whether to measure what quantization does to each tensor, every 100th step or
                 every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
                 and gq_horovod.stats.write() hands them to TensorBoard. Ranks may differ.
+            rules: options by layer, {pattern: options}. Of the patterns that the name of a tensor
+                matches (as file names: "*.bias", "embedding?.*"), the first counts. Options are a
+                dictionary of levels (but for "auto"), bits, block_size, norm and min_elements, in
+                place of those above; None leaves a tensor to Horovod. Names are those of the
+                parameters (TensorFlow: of the variables, without ":0"), else of the operations.
 
         Raises ValueError or TypeError for options that cannot work.
         """
@@ -289,6 +309,7 @@ class Compression(Frontend):
             transport=transport,
             timeout=timeout,
             check_replicas=check_replicas,
+            rules=rules,
         )
         interval = statistics.check(config.FUNCTION, stats)
         limited: list[tuple[str, Any, tuple[Any, ...]]] = [
@@ -309,9 +330,10 @@ class Compression(Frontend):
         """The newest figures of each tensor, by its name."""
         return {}
 
-    def wire_bytes(self, elements: int, plan: Plan) -> float | None:
+    def wire_bytes(self, name: str, elements: int, plan: Plan) -> float | None:
         """Codes and norms; None with levels="auto", which tries several ways."""
-        if self.config.levels == "auto":
+        own = self.config.of(name)
+        if own is None or own.levels == "auto":
             return None
         return wire.wire(elements, plan, self.config.transport).sent
 

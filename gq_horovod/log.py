@@ -165,6 +165,10 @@ class Census:
         self._summed_up = False
         self._compressed: list[int] = []  # elements
         self._left: dict[str, list[tuple[str, int]]] = {}  # names and elements, by reason
+        # Bytes that a rank sends for all tensors, as they are and without compression; None where
+        # that is not known of one of them.
+        self._sent: float | None = 0.0
+        self._plain: float | None = 0.0
 
     @property
     def wanted(self) -> bool:
@@ -179,6 +183,7 @@ class Census:
         *,
         reason: str | None = None,
         wire_bytes: float | None = None,
+        plain_bytes: float | None = None,
         expected: int | None = None,
     ) -> None:
         """Note a tensor that is about to be reduced.
@@ -187,6 +192,7 @@ class Census:
             name, elements, dtype: of the tensor; None for a size that is not known yet.
             reason: why it is left to Horovod, in words; None: it is compressed.
             wire_bytes: that this rank sends for it, if that is known.
+            plain_bytes: the same without compression.
             expected: tensors of the whole step, if that is known.
         """
         if name in self._seen:
@@ -210,6 +216,8 @@ class Census:
         )
         if self._summed_up:
             return
+        self._sent = _plus(self._sent, plain_bytes if reason else wire_bytes)
+        self._plain = _plus(self._plain, plain_bytes)
         if reason is None:
             self._compressed.append(elements or 0)
         else:
@@ -228,16 +236,29 @@ class Census:
             f"({sum(elements for _, elements in members)} elements, the first is {members[0][0]!r})"
             for reason, members in self._left.items()
         )
+        bytes_sent = ""
+        if self._sent is not None and self._plain is not None:
+            bytes_sent = (
+                f"; a rank sends {self._sent / 1e6:.3g} MB a step, and would send "
+                f"{self._plain / 1e6:.3g} MB without compression"
+            )
         self._log.say(
             logging.INFO,
             "tensors",
             f"{self._function}: the first step compressed {len(self._compressed)} tensors with "
             f"{compressed} elements, and left {len(left)} to Horovod"
-            f"{f': {reasons}' if reasons else ''}",
+            f"{f': {reasons}' if reasons else ''}{bytes_sent}",
             function=self._function,
             compressed=len(self._compressed),
             compressed_elements=compressed,
             left=len(left),
             left_elements=sum(left),
+            wire_bytes=self._sent,
+            plain_bytes=self._plain,
             reasons={reason: len(members) for reason, members in self._left.items()},
         )
+
+
+def _plus(total: float | None, more: float | None) -> float | None:
+    """The sum; None where one of both is not known."""
+    return None if total is None or more is None else total + more

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
 from .buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
 
-__all__ = ["Config", "ConfigMismatchError", "Plan"]
+__all__ = ["Config", "ConfigMismatchError", "Plan", "Rules"]
+
+# By a pattern of names, the options that tensors have in place of the others; None: none are
+# compressed.
+Rules = Mapping[str, Mapping[str, Any] | None]
 
 # Below this the latency of the extra operations costs more than the bytes that they save.
 DEFAULT_MIN_ELEMENTS = 4096
@@ -37,6 +44,13 @@ class Config(Scheme):
     timeout: float | None = DEFAULT_TIMEOUT
     # Compare parameters between ranks every so many steps; None: never. See guards.replicas.
     check_replicas: int | None = None
+    # Pairs of a pattern and options, as `Rules` has them; the first that a name matches counts.
+    rules: Rules | Sequence[tuple[str, Any]] = ()
+
+    # What a rule may say of its tensors.
+    RULE_OPTIONS: ClassVar[tuple[str, ...]] = (
+        *("levels", "bits", "block_size", "norm", "min_elements"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +80,67 @@ class Config(Scheme):
             if self.check_replicas < 1:
                 expected = "1 or more steps"
                 self._fail("check_replicas", expected, self.check_replicas, "None never checks")
+        object.__setattr__(self, "rules", self._read_rules())  # as tuples, which have a hash
+        _ = self._by_pattern
+
+    def _read_rules(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
+        """The rules as pairs. Raises TypeError or ValueError for what is none."""
+        try:
+            pairs = dict(self.rules)
+            given = {own: None if x is None else dict(x) for own, x in pairs.items()}
+            if not all(isinstance(own, str) for own in pairs):
+                raise TypeError("a pattern that is no text")
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{self.FUNCTION}: rules must be a dictionary with patterns of names as keys, and "
+                f"dictionaries of options or None, got {self.rules!r} ({error}); pass for instance "
+                "{'*.bias': None, 'embedding*': {'bits': 4}}."
+            ) from None
+        read: list[tuple[str, tuple[tuple[str, Any], ...] | None]] = []
+        for pattern, options in given.items():
+            if options is None:
+                read.append((pattern, None))
+                continue
+            unknown = [key for key in options if key not in self.RULE_OPTIONS]
+            if unknown:
+                self._fail(
+                    f"rules[{pattern!r}]",
+                    f"None or a dictionary of {one_of(self.RULE_OPTIONS)}",
+                    options,
+                    f"leave {unknown[0]!r} out",
+                )
+            read.append((pattern, tuple(sorted(options.items()))))
+        return tuple(read)
+
+    @cached_property
+    def _by_pattern(self) -> dict[str, Config | None]:
+        """The options of each rule's tensors."""
+        return {
+            pattern: None if given is None else self._ruled(pattern, dict(given))
+            for pattern, given in self._read_rules()
+        }
+
+    def _ruled(self, pattern: str, options: dict[str, Any]) -> Config:
+        """These options with those of a rule. Other levels begin from their own defaults."""
+        if "levels" in options:
+            options = {"bits": None, "block_size": "auto", **options}
+        try:
+            own = replace(self, rules=(), **options)
+        except (TypeError, ValueError) as error:
+            problem = str(error).removeprefix(f"{self.FUNCTION}: ")
+            raise type(error)(f"{self.FUNCTION}: in rules[{pattern!r}] {problem}") from None
+        if own.levels == "auto":
+            expected = f"{one_of(Scheme.LEVELS)} for the tensors of a rule"
+            self._fail(f"rules[{pattern!r}]['levels']", expected, "auto", "name one of them")
+        return own
+
+    def of(self, name: str) -> Config | None:
+        """The options for a tensor: these ones, unless a rule has others; None: not compressed."""
+        return _of(self, name) if self.rules else self
+
+    def fixed(self, name: str) -> bool:
+        """Whether a rule says how a tensor is reduced."""
+        return self.of(name) is not self
 
     def describe_results(self) -> dict[str, Any]:
         """The options that results depend on: a resumed run may have others of the rest."""
@@ -78,6 +153,20 @@ class Config(Scheme):
             expected = f"{one_of(Scheme.LEVELS)} for a plan"
             self._fail("levels", expected, "auto", "replace them by one of those")
         return super().plan(world_size)
+
+    def require_plans(self, world_size: int) -> None:
+        """Raise ValueError unless the tensors of all rules can be reduced over so many ranks."""
+        for own in self._by_pattern.values():
+            if own is not None:
+                own.plan(world_size)
+
+
+@lru_cache(maxsize=16384)  # the tensors of a large model
+def _of(config: Config, name: str) -> Config | None:
+    for pattern, own in config._by_pattern.items():
+        if fnmatchcase(name, pattern):
+            return own
+    return config
 
 
 # The settings of the paper's runs (arXiv 2305.18627, section 5): 8 bits and one norm for a tensor.

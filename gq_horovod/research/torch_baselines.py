@@ -235,9 +235,10 @@ class PowerSGD(_Baseline):
         assert isinstance(self.config, PowerSGDConfig)
         return power_sgd(self.config)
 
-    def _eligible(self, tensor: torch.Tensor) -> bool:
+    def _eligible(self, name: str, tensor: torch.Tensor) -> bool:
         assert isinstance(self.config, PowerSGDConfig)
-        return super()._eligible(tensor) and self.config.shape(tuple(tensor.shape)) is not None
+        matrix = self.config.shape(tuple(tensor.shape))
+        return matrix is not None and super()._eligible(name, tensor)
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu", torch.float32).contiguous()

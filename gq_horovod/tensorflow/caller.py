@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ class Step(NamedTuple):
     """What a tape or an optimizer reduces at a time."""
 
     gradients: tuple[Any, ...]  # those about which Horovod asks compress()
+    labels: tuple[str, ...]  # of their variables; "" where there is none
     variables: tuple[Any, ...]  # what was differentiated to, but for plain tensors
 
 
@@ -24,6 +27,7 @@ class Caller(NamedTuple):
     """Who called compress(), as far as it matters: it is called with the gradient alone."""
 
     names: tuple[str, ...]  # of it and its siblings, the same on every rank
+    labels: tuple[str, ...]  # by which users know them: names of variables, or else those
     place: int  # of the tensor among them
     op: int
     process_set: Any
@@ -84,7 +88,7 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
     names = [name]
     if fused:
         names = [None if name is None else f"{name}.{place}" for place in range(len(siblings))]
-    step = None
+    step, label_of = None, dict[int, str]()
     for function, outer in callers:
         if function == "allreduce_grads":
             # gradient_predivide_factor only divides before the sum what it multiplies after it.
@@ -92,7 +96,10 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             gradients = outer["grads"]
             dense = [(i, own) for i, own in enumerate(gradients) if _is_dense(own)]
             trained = [own for own in outer["vars"] or () if isinstance(own, tf.Variable)]
-            step = Step(tuple(own for _, own in dense), tuple(trained))
+            labels = _labels_of(outer["vars"] or (), len(gradients))
+            step = Step(
+                tuple(own for _, own in dense), tuple(labels[i] for i, _ in dense), tuple(trained)
+            )
             if fused:
                 place_of: dict[int, int] = {}
                 for i, own in enumerate(gradients):
@@ -101,6 +108,7 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             else:
                 listed, siblings = gradients, step.gradients
                 positions = [i for i, _ in dense]
+            label_of = dict(enumerate(labels[own] for own in positions))
             if name is None:  # like Horovod's own names, which come from the graph: no counter
                 names = [f"{outer['name']}.{position}" for position in positions]
             elif not fused:
@@ -108,8 +116,10 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             break
     place = _position(tensor, siblings)
     require_linear(hvd, op, names[place])
+    plain = tuple(require_name(own).removeprefix(f"{LOSS}.") for own in names)
     return Caller(
-        names=tuple(require_name(own).removeprefix(f"{LOSS}.") for own in names),
+        names=plain,
+        labels=tuple(label_of.get(at) or own for at, own in enumerate(plain)),
         place=place,
         op=op,
         process_set=variables["process_set"],
@@ -123,6 +133,28 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
         fused=fused,
         step=step,
     )
+
+
+_given = threading.local()  # labels of variables, by those who know better ones than their names
+
+
+@contextlib.contextmanager
+def labelled(labels: Sequence[str]) -> Iterator[None]:
+    """Inside, Horovod reduces the gradients of variables that users know by these names."""
+    _given.labels = labels
+    try:
+        yield
+    finally:
+        _given.labels = None
+
+
+def _labels_of(variables: Sequence[Any], count: int) -> Sequence[str]:
+    """What users call the variables of so many gradients; "" where that is not known."""
+    given: Sequence[str] | None = getattr(_given, "labels", None)
+    if given is None:
+        names = [getattr(own, "name", None) for own in variables]
+        given = [own.removesuffix(":0") if isinstance(own, str) else "" for own in names]
+    return given if len(given) == count else [""] * count
 
 
 def _is_dense(gradient: Any) -> bool:

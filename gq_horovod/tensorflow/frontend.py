@@ -18,6 +18,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from mpi_ops import wire
+
 from .. import log
 from ..frontend import ClassOrInstance, Compression
 from ..guards.stats import TensorStats, points
@@ -26,7 +28,7 @@ from ..path.auto import Way, any_plan, quantizing
 from ..path.buckets import cut
 from ..path.config import Config, Plan
 from . import runtime
-from .caller import Caller, Step, find_caller
+from .caller import Caller, find_caller
 from .graph import Counter, Place, Reduction, Ways, around, aside, orders_effects, within
 from .kernels import Kernels, parcel_count
 from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
@@ -135,7 +137,11 @@ class GlobalQSGD(Compression):
                 "model's, may be compiled."
             )
         caller = find_caller(tensor, sys._getframe(1))
-        eligible = any(map(self._eligible, caller.siblings if caller.fused else [tensor]))
+        # Horovod reduces a group as one: large tensors take the small ones along.
+        places = range(len(caller.siblings))
+        beside = caller.fused and any(self._chosen(caller, place) for place in places)
+        eligible = self._chosen(caller, caller.place)
+        eligible = eligible or (beside and self._goes_along(caller, caller.place))
         if not caller.process_set.included():
             # Horovod builds the graph on all ranks, and runs it on those of the process set.
             return tensor, None
@@ -143,7 +149,7 @@ class GlobalQSGD(Compression):
         if census is not None and census.wanted:
             self._see(census, tensor, caller, eligible, plan)
         if not eligible or tensor.dtype not in DTYPES:
-            return _left_to_horovod(tensor)
+            return _left_to_horovod(tensor, beside)
         if caller.listed is None:
             context = self._members(caller, plan, [caller.place])[caller.place]
         else:
@@ -152,7 +158,7 @@ class GlobalQSGD(Compression):
 
     def _listed(self, tensor: Any, caller: Caller, plan: Plan) -> Context:
         """What reduces a tensor of a list, together with others of it."""
-        thread, siblings = threading.get_ident(), caller.siblings
+        thread = threading.get_ident()
         call = self._calls.get(thread)
         place = None if call is None else call.place_of(tensor, caller)
         if call is None or place is None:
@@ -162,7 +168,8 @@ class GlobalQSGD(Compression):
         if place not in call.members:
             places = [place]
             if caller.fused:  # all that have its dtype, as in Horovod's own groups
-                places = [own for own in call.coming if siblings[own].dtype == tensor.dtype]
+                kind = self._kind(caller, place)
+                places = [own for own in call.coming if self._kind(caller, own) == kind]
             call.members.update(self._members(caller, plan, places))
         call.coming.remove(place)
         if not call.coming:
@@ -182,19 +189,20 @@ class GlobalQSGD(Compression):
             for place, own in enumerate(siblings)
             if not isinstance(own, tf.IndexedSlices)
             and own.dtype in DTYPES
-            and (caller.fused or self._eligible(own))
+            and (self._chosen(caller, place) or self._goes_along(caller, place))
         ]
         call = Call(caller.listed, coming, {})
         graph = None if caller.fused else around(caller.process_set)
         if graph is None:
             return call
         buckets = []
-        for dtype in {siblings[place].dtype for place in coming}:
+        for kind in {self._kind(caller, place) for place in coming}:
             known = [
                 place
                 for place in reversed(coming)
-                if siblings[place].dtype == dtype and siblings[place].shape.is_fully_defined()
+                if self._kind(caller, place) == kind and siblings[place].shape.is_fully_defined()
             ]
+            dtype, _ = kind
             sizes = [siblings[place].shape.num_elements() * dtype.size for place in known]
             cuts = cut(sizes, self.config.first_bucket_bytes, self.config.bucket_bytes)
             buckets += [[known[place] for place in own] for own in cuts]
@@ -204,12 +212,31 @@ class GlobalQSGD(Compression):
             for index, places in enumerate(buckets)
             for own in places
         ]
-        first = None
+        firsts: dict[bool, Reduction] = {}  # those with trials know what others do not
         for places in buckets:
-            members = self._members(caller, plan, places, graph, described, first)
+            trials = self._config(caller, places[0]).levels == "auto"
+            members = self._members(*(caller, plan, places, graph, described, firsts.get(trials)))
             call.members.update(members)
-            first = first or members[places[0]].reduction
+            firsts.setdefault(trials, members[places[0]].reduction)
         return call
+
+    def _config(self, caller: Caller, place: int) -> Config:
+        """The options for a tensor that is compressed."""
+        own = self.config.of(caller.labels[place])
+        assert own is not None
+        return own
+
+    def _kind(self, caller: Caller, place: int) -> tuple[Any, Config]:
+        """What tensors have to share to be reduced together."""
+        return caller.siblings[place].dtype, self._config(caller, place)
+
+    def _chosen(self, caller: Caller, place: int) -> bool:
+        """Whether a tensor is compressed whatever comes beside it."""
+        return self._eligible(caller.labels[place], caller.siblings[place])
+
+    def _goes_along(self, caller: Caller, place: int) -> bool:
+        """Whether a tensor is compressed where another one of its group is."""
+        return caller.fused and self.config.of(caller.labels[place]) is not None
 
     def _members(
         self, caller: Caller, plan: Plan, places: list[int], *bucket: Any
@@ -233,7 +260,8 @@ class GlobalQSGD(Compression):
             beside: descriptions of all tensors of the step, if they are in buckets.
             first: what tells that they are the same on all ranks, if that is another one.
         """
-        own = [caller.siblings[place] for place in places]
+        own, config = [caller.siblings[place] for place in places], self._config(caller, places[0])
+        plan = self.plan_for(caller.labels[places[0]], plan)
         with within(graph), aside():
             tensors = list(map(tf.convert_to_tensor, own))
         counts = [own.shape.num_elements() for own in tensors]
@@ -242,7 +270,7 @@ class GlobalQSGD(Compression):
             dtype=tensors[0].dtype.name,
             scaling=caller.scaling,
             sums=caller.op == hvd.Sum,
-            config=self.config,
+            config=config,
             process_set_id=caller.process_set.process_set_id,
             parcel_count=parcel_count(counts, plan),
             step=agreement.checksum(beside),
@@ -256,14 +284,14 @@ class GlobalQSGD(Compression):
             caller.ignore_name_scope,
             tensors,
             self._counters_of(kernels.names),
-            self._compared(caller.step, own),
+            self._compared(caller, own),
             Place(graph, caller.device, first),
             self._ways(kernels, counts, caller),
         )
 
     def _ways(self, kernels: Kernels, counts: Sequence[int | None], caller: Caller) -> Ways | None:
         """The ways of levels="auto" for the tensors of these kernels; None with other levels."""
-        if self.config.levels != "auto":
+        if kernels.config.levels != "auto":
             return None
         ranks = caller.process_set.size()
         return Ways(
@@ -272,7 +300,7 @@ class GlobalQSGD(Compression):
             caller.postscale,
             [
                 replace(kernels, config=own, parcel_count=parcel_count(counts, own.plan(ranks)))
-                for own in quantizing(self.config).values()
+                for own in quantizing(kernels.config).values()
             ],
         )
 
@@ -288,11 +316,12 @@ class GlobalQSGD(Compression):
     compress = ClassOrInstance(_compress)
     decompress = ClassOrInstance(_decompress)
 
-    def _compared(self, step: Step | None, tensors: Sequence[Any]) -> Sequence[Any]:
+    def _compared(self, caller: Caller, tensors: Sequence[Any]) -> Sequence[Any]:
         """The variables that are compared between ranks beside these tensors.
 
         All of a step's, once: beside the first one that is compressed.
         """
+        step = caller.step
         if step is None or self.config.check_replicas is None:
             return ()
         if not orders_effects():
@@ -301,16 +330,16 @@ class GlobalQSGD(Compression):
                 f"{self.config.check_replicas}: in the graph of a session nothing says when "
                 "variables are read; leave it out."
             )
-        first = next(own for own in step.gradients if self._eligible(own))
+        known = zip(step.labels, step.gradients, strict=True)
+        first = next(own for label, own in known if self._eligible(label, own))
         return step.variables if any(own is first for own in tensors) else ()
 
-    def _eligible(self, tensor: Any) -> bool:
+    def _eligible(self, label: str, tensor: Any) -> bool:
         """Whether to compress; a tensor whose size the graph does not know yet is compressed."""
-        if isinstance(tensor, tf.IndexedSlices):
+        if isinstance(tensor, tf.IndexedSlices) or tensor.dtype not in DTYPES:
             return False
         count = tensor.shape.num_elements()
-        large = count is None or count >= max(self.config.min_elements, 1)
-        return large and tensor.dtype in DTYPES
+        return self.config.of(label) is not None if count is None else self.takes(label, count)
 
     # --------------------------------------------------------------------------------------- state
 
@@ -377,6 +406,7 @@ class GlobalQSGD(Compression):
         self, census: log.Census, tensor: Any, caller: Caller, eligible: bool, plan: Plan
     ) -> None:
         """Log a tensor that comes by for the first time."""
+        label = caller.labels[caller.place]
         count, dtype = tensor.shape.num_elements(), tensor.dtype.name
         supported = tensor.dtype in DTYPES
         known = eligible and count is not None
@@ -384,8 +414,13 @@ class GlobalQSGD(Compression):
             caller.name,
             count,
             dtype,
-            reason=None if eligible else self.reason(count or 0, dtype, supported),
-            wire_bytes=self.wire_bytes(count, plan) if known else None,
+            reason=None if eligible else self.reason(label, count or 0, dtype, supported),
+            wire_bytes=self.wire_bytes(label, count, self.plan_for(label, plan)) if known else None,
+            plain_bytes=(
+                None
+                if count is None
+                else wire.sent_bytes(count * tensor.dtype.size, plan.world_size)
+            ),
             expected=None if caller.step is None else len(caller.step.gradients),
         )
 
@@ -400,6 +435,7 @@ class GlobalQSGD(Compression):
             if key not in self._groups:
                 log.identify(hvd.rank(), hvd.size())
                 plan = any_plan(self.config, process_set.size())
+                self.config.require_plans(process_set.size())
                 if ranks_compare():
                     self._agree(process_set)
                 self._groups[key] = Group(plan, self.begin_log(process_set, plan))
@@ -454,8 +490,13 @@ def _require_eager(function: str) -> None:
         )
 
 
-def _left_to_horovod(tensor: Any) -> tuple[Any, Any]:
-    """What Horovod reduces by itself: in TensorFlow it knows float16 but not bfloat16."""
+def _left_to_horovod(tensor: Any, beside_tokens: bool) -> tuple[Any, Any]:
+    """What Horovod reduces by itself: in TensorFlow it knows float16 but not bfloat16.
+
+    It takes no group of several dtypes, and tokens are float64, of which others lose nothing.
+    """
+    if beside_tokens and tensor.dtype in DTYPES:
+        return tf.cast(tensor, tf.float64), tensor.dtype
     if tensor.dtype == tf.bfloat16:
         return tf.cast(tensor, tf.float32), tensor.dtype
     return tensor, None

@@ -23,6 +23,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from .caller import labelled
 from .ranks import elastic
 
 FUNCTION = "gq_horovod.tensorflow.keras.DistributedOptimizer"
@@ -71,14 +72,13 @@ class Reduction:
         own = [_variable(variable) for variable in variables]
         if isinstance(self._groups, list):
             _require_names(own)
+        asked = [
+            None if _is_overwritten(variable) else gradient
+            for gradient, variable in zip(gradients, variables, strict=True)
+        ]
         # Horovod caches the function. It is made at each call because graphs need another one.
-        reduced = self._means()(
-            [
-                None if _is_overwritten(variable) else gradient
-                for gradient, variable in zip(gradients, variables, strict=True)
-            ],
-            own,
-        )
+        with labelled([getattr(variable, "path", variable.name) for variable in variables]):
+            reduced = self._means()(asked, own)
         return [
             gradient if _is_overwritten(variable) else self._merged(mean)
             for gradient, mean, variable in zip(gradients, reduced, variables, strict=True)

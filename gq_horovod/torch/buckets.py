@@ -437,7 +437,7 @@ class Settled:
                     for bucket, parameters in cut()
                     for parameter, member in zip(parameters, bucket.places(), strict=True)
                 }
-                self._compare(own, min(optimizer._parameter_names.values()))
+                self._compare(own, min(optimizer._parameter_names.values()), str(way))
                 known = self._members[id(way)] = way, own
             self.known = known[1]
             return known[1]
@@ -449,10 +449,10 @@ class Settled:
             key = self._keys[name] = self.group.key(name, optimizer)
         return key
 
-    def _compare(self, members: dict[Any, Member], name: str) -> None:
+    def _compare(self, members: dict[Any, Member], name: str, way: str) -> None:
         """Have the ranks find out whether all of them have these buckets, while they go on.
 
-        `name` is one that they have, whatever their members are.
+        `name` is one that they have, whatever their members are, as `way` is.
         """
         own = list(_buckets(members))
         same = agreement.Same(
@@ -460,7 +460,7 @@ class Settled:
                 [bucket.name, *([x.name, list(x.shape), str(x.dtype)] for x in bucket.members)]
                 for bucket in own
             ],
-            partial(self._largest, name=f"gq.members.{name}.{len(self._members)}"),
+            partial(self._largest, name=f"gq.members.{name}.{way}"),
             f"{self.group.function}: the ranks disagree about the tensors of an optimizer, one of "
             f"which is {name!r}. Every rank has to give it parameters of the same names, shapes "
             "and dtypes in the same order, and require gradients of the same ones.",

@@ -12,7 +12,7 @@ import horovod.torch as hvd
 import torch
 from horovod.torch import mpi_ops as hvd_ops
 
-from mpi_ops import stages
+from mpi_ops import stages, wire
 
 from .. import log
 from ..frontend import ClassOrInstance, Compression, Frontend, per_process
@@ -84,10 +84,10 @@ class TorchFrontend(Frontend):
         """The way that tensors go. None: one of Global-QSGD's, which follow from the options."""
         return None
 
-    def _eligible(self, tensor: torch.Tensor) -> bool:
+    def _eligible(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether to compress a tensor; Horovod reduces the others."""
-        large = tensor.numel() >= max(self.config.min_elements, 1)
-        return large and tensor.dtype in tensors.DTYPES and tensors.dense(tensor)
+        known = tensor.dtype in tensors.DTYPES and tensors.dense(tensor)
+        return known and self.takes(name, tensor.numel())
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy, contiguous and where the method can read it."""
@@ -125,7 +125,7 @@ class TorchFrontend(Frontend):
 
     def _start(self, tensor: torch.Tensor, caller: Caller) -> tuple[torch.Tensor, _Left | Context]:
         """What Horovod is to reduce in place of `tensor`, and what decompress() has to know."""
-        eligible = self._eligible(tensor)
+        eligible = self._eligible(caller.name, tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{self.config.FUNCTION}: tensor {caller.name!r} must not require gradients, "
@@ -147,9 +147,10 @@ class TorchFrontend(Frontend):
             return self._left_to_horovod(tensor, caller.name)
         key = group.key(caller.name, None)
         step = group.next_step(key)
-        plan = group.way_of(step, tensor.numel()).plan
+        plan = self._way(group, caller.name, step, tensor.numel()).plan
         if plan is None:
             return self._left_to_horovod(tensor, caller.name)
+        plan = self.plan_for(caller.name, plan)
         member = describe(caller.name, key, tensor)
         like = (caller.op, caller.scaling)
         grouped = caller.together is not None
@@ -171,7 +172,7 @@ class TorchFrontend(Frontend):
                 step = group.next_step(key)
                 return settled.arrive(members, optimizer, parameter, tensor, step)
         name = optimizer._parameter_names[parameter]
-        eligible = self._eligible(tensor)
+        eligible = self._eligible(name, tensor)
         if eligible and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{self.config.FUNCTION}: the gradient of {name!r} must not require gradients, "
@@ -182,7 +183,7 @@ class TorchFrontend(Frontend):
             return self._left_to_horovod(tensor, name)
         key = settled.key(name, optimizer)
         step = group.next_step(key)
-        way = group.way_of(step, tensor.numel())
+        way = self._way(group, name, step, tensor.numel())
         if way.plan is None:
             return self._left_to_horovod(tensor, name)
         members = settled.members(way, optimizer, lambda: self._cut(optimizer, group, way))
@@ -192,10 +193,17 @@ class TorchFrontend(Frontend):
         # One that its bucket was not made for: of another dtype than its parameter, or new.
         member = describe(name, key, tensor)
         grouped = optimizer._groups is not None
+        plan = self.plan_for(name, way.plan)
         bucket = Bucket(
-            *(self, group, way.plan, [member], optimizer.op), in_place=True, grouped=grouped
+            *(self, group, plan, [member], optimizer.op), in_place=True, grouped=grouped
         )
         return bucket.arrive(ALONE, 0, tensor, step)
+
+    def _way(self, group: Group, name: str, step: int, elements: int) -> Way:
+        """How a tensor is reduced in a step, unless a rule has another plan for it."""
+        if self.config.fixed(name):  # it takes no part in trials
+            return group.fixed_way
+        return group.way_of(step, elements)
 
     def _cut(
         self, optimizer: Any, group: Group, way: Way
@@ -211,17 +219,19 @@ class TorchFrontend(Frontend):
             parameter
             for part in reversed(optimizer.param_groups)
             for parameter in reversed(part["params"])
-            if parameter in optimizer._requires_update and self._eligible(parameter)
+            if parameter in optimizer._requires_update
+            and self._eligible(names[parameter], parameter)
+            and self._goes(group, way, names[parameter], parameter.numel())
         ]
         alike: dict[Any, list[torch.Tensor]] = {}
         for own in parameters:
-            if own.numel() >= way.min_elements:
-                # A group of Horovod's is handed over as a whole.
-                group_of = optimizer._p_to_group.get(own) if optimizer._groups is not None else None
-                kind = (id(group_of) if group_of else None, own.dtype, own.device)
-                alike.setdefault(kind, []).append(own)
-        limit = 0 if self._alone(way.plan) else self.config.bucket_bytes
-        for (group_of, *_), members in alike.items():
+            # A group of Horovod's is handed over as a whole.
+            group_of = optimizer._p_to_group.get(own) if optimizer._groups is not None else None
+            plan = self.plan_for(names[own], way.plan)
+            kind = (id(group_of) if group_of else None, own.dtype, own.device, plan)
+            alike.setdefault(kind, []).append(own)
+        for (group_of, *_, plan), members in alike.items():
+            limit = 0 if self._alone(plan) else self.config.bucket_bytes
             sizes = [own.numel() * own.element_size() for own in members]
             if group_of is not None and limit:
                 places = [range(len(members))]
@@ -234,11 +244,19 @@ class TorchFrontend(Frontend):
                 ]
                 grouped = optimizer._groups is not None
                 bucket = Bucket(
-                    *(self, group, way.plan, described, optimizer.op),
+                    *(self, group, plan, described, optimizer.op),
                     in_place=True,
                     grouped=grouped,
                 )
                 yield bucket, own
+
+    def _goes(self, group: Group, way: Way, name: str, elements: int) -> bool:
+        """Whether a tensor goes a way; those of rules go the fixed one, without the others."""
+        if group.trials is None:
+            return True
+        if self.config.fixed(name) or way is group.fixed_way:
+            return self.config.fixed(name) and way is group.fixed_way
+        return elements >= way.min_elements
 
     def _arrive_in_call(
         self, tensor: torch.Tensor, caller: Caller, group: Group
@@ -258,14 +276,15 @@ class TorchFrontend(Frontend):
     def _begin_call(self, caller: Caller, group: Group) -> Together:
         """The buckets of a call for several tensors."""
         alike: dict[Any, list[int]] = {}
-        for place, own in enumerate(caller.together):
-            if self._eligible(own) and not own.requires_grad:
-                alike.setdefault((own.dtype, own.device), []).append(place)
         base = caller.name.removesuffix(f".{caller.place}")
-        alone = self._alone(group.plan)
+        for place, own in enumerate(caller.together):
+            name = f"{base}.{place}"
+            if self._eligible(name, own) and not own.requires_grad:
+                kind = (own.dtype, own.device, self.plan_for(name, group.plan))
+                alike.setdefault(kind, []).append(place)
         members: dict[int, Member] = {}
-        for places in alike.values():
-            for chosen in [[place] for place in places] if alone else [places]:
+        for (*_, plan), places in alike.items():
+            for chosen in [[place] for place in places] if self._alone(plan) else [places]:
                 described = [
                     describe(name, group.key(name, None), caller.together[place])
                     for place in chosen
@@ -274,7 +293,7 @@ class TorchFrontend(Frontend):
                 # Tokens tell whether all ranks have these tensors; where they do not, what has
                 # begun has to find its like, and not wait for ever.
                 bucket = Bucket(
-                    *(self, group, group.plan, described, caller.op, caller.scaling),
+                    *(self, group, plan, described, caller.op, caller.scaling),
                     name=stages.tensor_name(f"{base}.{chosen[0]}"),
                     grouped=True,
                 )
@@ -376,8 +395,15 @@ class TorchFrontend(Frontend):
             name,
             count,
             dtype,
-            reason=None if eligible else self.reason(count, dtype, tensor.dtype in tensors.DTYPES),
-            wire_bytes=self.wire_bytes(count, plan) if eligible else None,
+            reason=(
+                None
+                if eligible
+                else self.reason(name, count, dtype, tensor.dtype in tensors.DTYPES)
+            ),
+            wire_bytes=(
+                self.wire_bytes(name, count, self.plan_for(name, plan)) if eligible else None
+            ),
+            plain_bytes=wire.sent_bytes(count * tensor.element_size(), plan.world_size),
         )
 
     def explain(self, tensor: object) -> str | None:
@@ -571,6 +597,7 @@ class TorchFrontend(Frontend):
     def _new_group(self, key: tuple[int, ...], process_set: Any, before: int) -> Group:
         """A group that begins with what was loaded, or else after the step `before`."""
         plan = any_plan(self.config, process_set.size())
+        self.config.require_plans(process_set.size())
         loaded = self._loaded.get(key)
         group = Group(
             function=self.config.FUNCTION,

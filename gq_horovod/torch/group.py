@@ -90,11 +90,12 @@ class Group:
     def way_of(self, step: int, elements: int) -> Way:
         """How a tensor is reduced; without a plan where a trial leaves it to Horovod."""
         if self.trials is None:
-            return self._way
+            return self.fixed_way
         return self.trials.way(step - self.first_step, elements)
 
     @cached_property
-    def _way(self) -> Way:
+    def fixed_way(self) -> Way:
+        """That of tensors without trials."""
         return Way("plan", self.plan)
 
     @property

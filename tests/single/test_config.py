@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,59 @@ def test_options_of_mpi_ops_alone(options: dict[str, Any], kind: type, text: str
     assert str(error.value) == f"mpi_ops.allreduce: {text}"
 
 
+RULES: Any = {"*.bias": None, "embedding*": {"levels": "two-hop"}, "*": {"bits": 4}}
+
+
+def test_the_first_rule_that_a_name_matches_counts() -> None:
+    config = Config(bits=6, block_size=64, seed=3, rules=RULES)
+    assert config.of("embedding.bias") is None
+    embedding = config.of("embedding.weight")
+    assert embedding == Config(levels="two-hop", seed=3)  # bits and blocks are those of its levels
+    assert config.of("head.weight") == Config(bits=4, block_size=64, seed=3)
+    assert Config(rules={"head": None}).of("heads") == Config(rules={"head": None})
+    assert Config().of("anything") == Config()
+
+
+def test_rules_are_plain_data() -> None:
+    config = Config(rules=RULES)
+    assert hash(config) == hash(Config(rules=RULES))
+    assert Config(**json.loads(json.dumps(config.describe()))) == config
+    assert config != Config(rules=dict(reversed(RULES.items())))  # their order counts
+
+
+@pytest.mark.parametrize(
+    ("rules", "kind", "argument"),
+    [
+        ({"a": {"seed": 1}}, ValueError, r"rules\['a'\] must be"),
+        ({"a": {"bits": 99}}, ValueError, r"in rules\['a'\] bits must be"),
+        ({"a": {"bits": "8"}}, TypeError, r"in rules\['a'\] bits must be"),
+        ({"a": {"levels": "auto"}}, ValueError, r"rules\['a'\]\['levels'\] must be"),
+        ({1: None}, TypeError, "rules must be a dictionary"),
+        ({"a": 5}, TypeError, "rules must be a dictionary"),
+        (["a"], TypeError, "rules must be a dictionary"),
+        (None, TypeError, "rules must be a dictionary"),
+    ],
+    ids=str,
+)
+def test_what_is_no_rule(rules: Any, kind: type, argument: str) -> None:
+    with pytest.raises(kind, match=argument):
+        Config(rules=rules)
+
+
+def test_a_rule_beside_trials_names_its_levels() -> None:
+    with pytest.raises(ValueError, match=r"in rules\['a'\] bits must be None"):
+        Config(levels="auto", rules={"a": {"bits": 4}})
+    own = Config(levels="auto", rules={"a": {"levels": "standard", "bits": 4}}).of("a")
+    assert own == Config(bits=4)
+
+
+def test_a_rule_has_to_suit_the_number_of_ranks() -> None:
+    config = Config(rules={"a": {"bits": 4}})
+    config.require_plans(4)
+    with pytest.raises(ValueError, match="bits must be at least"):
+        config.require_plans(64)
+
+
 def test_options_are_frozen_and_comparable() -> None:
     config = Config(bits=8, block_size=512)
     assert config == Config(bits=8, block_size=512)
@@ -173,7 +227,7 @@ def test_description_has_every_option() -> None:
     assert Config(**described) == config
     assert set(described) == {field.name for field in dataclasses.fields(Config)}
     quantizers = {"levels", "bits", "block_size", "norm", "seed"}
-    plugins = {"min_elements", "transport", "timeout", "check_replicas"}
+    plugins = {"min_elements", "transport", "timeout", "check_replicas", "rules"}
     buckets = {"bucket_bytes", "first_bucket_bytes"}
     assert set(described) == quantizers | plugins | buckets
 

@@ -155,16 +155,18 @@ def test_rarely() -> None:
 
 
 def first_step(census: Census, **options: Any) -> None:
-    census.see("weight", 5000, "float32", wire_bytes=5078.7, **options)
-    census.see("bias", 10, "float32", reason="fewer than min_elements=4096", **options)
-    census.see("scale", 7, "float32", reason="fewer than min_elements=4096", **options)
-    census.see("index", 5000, "int64", reason="the dtype int64", **options)
+    few = {"reason": "fewer than min_elements=4096"}
+    census.see("weight", 5000, "float32", wire_bytes=5078.7, plain_bytes=20000, **options)
+    census.see("bias", 10, "float32", plain_bytes=40, **few, **options)
+    census.see("scale", 7, "float32", plain_bytes=28, **few, **options)
+    census.see("index", 5000, "int64", reason="the dtype int64", plain_bytes=40000, **options)
 
 
 SUMMARY = (
     f"{TAG} GlobalQSGD: the first step compressed 1 tensors with 5000 elements, and left 3 to "
     "Horovod: 2 have fewer than min_elements=4096 (17 elements, the first is 'bias'); 1 has the "
-    "dtype int64 (5000 elements, the first is 'index')"
+    "dtype int64 (5000 elements, the first is 'index'); a rank sends 0.0451 MB a step, and would "
+    "send 0.0601 MB without compression"
 )
 
 
@@ -181,6 +183,18 @@ def test_a_step_is_summed_up_once(caplog: pytest.LogCaptureFixture) -> None:
     assert event == "tensors"
     assert fields["reasons"] == {"fewer than min_elements=4096": 2, "the dtype int64": 1}
     assert (fields["left"], fields["left_elements"]) == (3, 5017)
+    assert (fields["wire_bytes"], fields["plain_bytes"]) == (5078.7 + 40068, 60068)
+
+
+def test_bytes_that_are_not_known_are_not_summed_up(caplog: pytest.LogCaptureFixture) -> None:
+    """As with levels="auto", which tries several ways."""
+    with caplog.at_level(logging.INFO, logger="gq_horovod"):
+        census = Census(Log("gq_horovod.test"), "GlobalQSGD")
+        census.see("weight", 5000, "float32", plain_bytes=20000)
+        census.see("bias", 5000, "float32", wire_bytes=5000, plain_bytes=20000, expected=2)
+    assert "a rank sends" not in caplog.messages[0]
+    ((_, fields),) = events(caplog)
+    assert (fields["wire_bytes"], fields["plain_bytes"]) == (None, 40000)
 
 
 def test_a_step_whose_tensors_are_known_ends_with_the_last(
