@@ -136,7 +136,8 @@ class Config(Scheme):
 
     def of(self, name: str) -> Config | None:
         """The options for a tensor: these ones, unless a rule has others; None: not compressed."""
-        return _of(self, name) if self.rules else self
+        pattern = _first_of(tuple(self._by_pattern), name)
+        return self if pattern is None else self._by_pattern[pattern]
 
     def fixed(self, name: str) -> bool:
         """Whether a rule says how a tensor is reduced."""
@@ -162,11 +163,9 @@ class Config(Scheme):
 
 
 @lru_cache(maxsize=16384)  # the tensors of a large model
-def _of(config: Config, name: str) -> Config | None:
-    for pattern, own in config._by_pattern.items():
-        if fnmatchcase(name, pattern):
-            return own
-    return config
+def _first_of(patterns: tuple[str, ...], name: str) -> str | None:
+    """The first pattern that a name matches."""
+    return next((own for own in patterns if fnmatchcase(name, own)), None)
 
 
 # The settings of the paper's runs (arXiv 2305.18627, section 5): 8 bits and one norm for a tensor.

@@ -171,6 +171,9 @@ def test_the_first_rule_that_a_name_matches_counts() -> None:
     assert config.of("head.weight") == Config(bits=4, block_size=64, seed=3)
     assert Config(rules={"head": None}).of("heads") == Config(rules={"head": None})
     assert Config().of("anything") == Config()
+    for own in (Config(levels="auto", rules={"a": None}) for _ in range(2)):  # equal ones
+        assert own.of("b") is own
+        assert not own.fixed("b")
 
 
 def test_rules_are_plain_data() -> None:
