@@ -144,6 +144,17 @@ def test_fit_from_different_states(way: str) -> None:
         check_replicas(*state_of(model))
 
 
+def test_rules_go_by_the_paths_of_variables() -> None:
+    compression = GlobalQSGD(min_elements=0, rules={"*/body/*": None})
+    layers = [keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
+    model = keras.Sequential(layers)
+    optimizer = DistributedOptimizer(keras.optimizers.SGD(0.001), compression=compression)
+    fit(model, optimizer, epochs=1)
+    check_replicas(*model.get_weights())
+    if hvd.size() > 1:
+        assert len(compression._counters) == len(layers[1].variables)
+
+
 def test_the_loss_of_a_training_is_that_without_compression() -> None:
     losses = []
     ours = [GlobalQSGD(levels=levels, min_elements=1024) for levels in ("standard", "exponential")]
