@@ -46,6 +46,7 @@ NOT_EVERYWHERE = {
     "tests/parallel/test_check_replicas.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_gpu_tensors.py": [("mpirun", 2), ("mpirun", 3)],
     "tests/parallel/test_refusals.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_rules.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_state.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_stats.py": [("mpirun", 2), ("mpirun", 3)],
     "tests/parallel/test_join.py": [("mpirun", 3), ("horovodrun", 2)],
@@ -83,10 +84,13 @@ def test_in_every_rank(
 # What depends on the option of that name. It has nothing to do with tests/launch's transports.
 OVER_MPI = [
     f"tests/parallel/test_{part}.py"
-    for part in ("allreduce", "gpu_tensors", "optimizer", "training", "join", "shared", "unnamed")
+    for part in (
+        *("allreduce", "gpu_tensors", "optimizer", "training", "join"),
+        *("rules", "shared", "unnamed"),
+    )
 ]
 # Those for which two ranks are enough.
-OVER_MPI_WITH_TWO = OVER_MPI[-2:]
+OVER_MPI_WITH_TWO = OVER_MPI[-3:]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

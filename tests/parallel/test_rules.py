@@ -62,6 +62,14 @@ def train(compression: Any, steps: int = 2, **options: Any) -> list[dict[str, to
     return found
 
 
+def check_same(found: torch.Tensor, expected: torch.Tensor, left: bool) -> None:
+    """`left`: by Horovod, whose sums of more than two ranks depend on what is fused with them."""
+    exact = not left or hvd.size() <= 2
+    torch.testing.assert_close(
+        found, expected, rtol=0.0 if exact else 1e-5, atol=0.0 if exact else 1e-6
+    )
+
+
 def alone(name: str, **options: Any) -> list[torch.Tensor]:
     """The same of one tensor, where all have its options."""
     own = OPTIONS[name]
@@ -75,7 +83,7 @@ def test_each_tensor_has_its_options(options: dict[str, Any]) -> None:
     for name in SHAPES:
         expected = alone(name, **options)
         for step, mean in zip(found, expected, strict=True):
-            assert torch.equal(step[name], mean), name
+            check_same(step[name], mean, left=OPTIONS[name] is None)
 
 
 @pytest.mark.usefixtures("several_ranks")
@@ -96,7 +104,7 @@ def test_tensors_of_a_call(name: str) -> None:
         if options is not None:
             compression = GlobalQSGD(**{**COMMON, **options})
         mean = hvd.allreduce(own[place], name=f"{name}.{place}", compression=compression)
-        assert torch.equal(found[place], mean), place
+        check_same(found[place], mean, left=options is None)
 
 
 def test_beside_trials() -> None:
@@ -107,7 +115,7 @@ def test_beside_trials() -> None:
     plain = train(hvd.Compression.none, steps)
     for place in range(steps):
         assert torch.equal(found[place]["head.weight"], expected[place]["head.weight"])
-        assert torch.equal(found[place]["body.bias"], plain[place]["body.bias"])
+        check_same(found[place]["body.bias"], plain[place]["body.bias"], left=True)
 
 
 def test_a_restart_goes_on() -> None:
