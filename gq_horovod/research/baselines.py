@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from mpi_ops.stages import Stages
 from ..path import pipeline
 from ..path.config import Config, Plan
 from ..path.pipeline import Deliver, Method, Reduction, Task
+from . import elias
 
 # ------------------------------------------------------------------------------------------ options
 
@@ -48,10 +49,18 @@ class QSGDConfig(BaselineConfig):
     """Options of QSGD."""
 
     FUNCTION: ClassVar[str] = "QSGD"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("bits", "block_size", "norm", "min_elements", "seed")
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "bits",
+        "block_size",
+        "norm",
+        "coding",
+        "min_elements",
+        "seed",
+    )
 
     bits: int | None = 8
     block_size: int | Any | None = 512  # the paper's buckets for 4 and 8 bits
+    coding: Literal["fixed", "elias"] = "fixed"  # how codes are written; see `elias`
 
     def plan(self, world_size: int) -> Plan:
         """The settings: all levels that fit the lanes, because no codes are added."""
@@ -62,6 +71,8 @@ class QSGDConfig(BaselineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("bits", self.bits)
+        if self.coding not in ("fixed", "elias"):
+            self._fail("coding", "'fixed' or 'elias'", self.coding, "choose one of them")
 
 
 @dataclass(frozen=True)
@@ -161,57 +172,122 @@ def powers_of_two(task: Task) -> Norms:
     return np.where(norms > largest, norms, (norms + mantissa) & ~mantissa).astype(np.int32)
 
 
+class Coding(Protocol):
+    """How the norms and codes of a chunk are written in the message that a rank gathers."""
+
+    def pack(self, task: Task, chunk: Chunk, x: Buffer, random: NDArray[np.uint32]) -> NDArray[Any]:
+        """The message of this rank."""
+
+    def unpack(self, task: Task, chunk: Chunk, gathered: NDArray[Any]) -> list[Part]:
+        """What is in the messages of all ranks, in their order."""
+
+
+class Part(NamedTuple):
+    """What one rank sent of a chunk."""
+
+    norms: Norms
+    codes_of: Callable[[int], Payload]  # of one of its `_pieces`, and maybe those that follow
+
+
+class Fixed:
+    """Codes of a fixed width: the payload as it is, behind the norms."""
+
+    def pack(self, task: Task, chunk: Chunk, x: Buffer, random: NDArray[np.uint32]) -> NDArray[Any]:
+        items = codec.payload_size(x.size, task.plan)
+        size = chunk.norms.nbytes + items * codec.payload_dtype(task.plan).itemsize
+        message = np.empty(size, dtype=np.uint8)
+        norms, codes = self._split(message, task, chunk)
+        norms[:] = chunk.norms
+        codec.quantize(x, chunk.norms, task.plan, random, out=codes)
+        return message
+
+    def unpack(self, task: Task, chunk: Chunk, gathered: NDArray[Any]) -> list[Part]:
+        plan = task.plan
+        pieces = _pieces(chunk.stop - chunk.start, plan)
+        begins = [codec.payload_size(start, plan) for start, _ in pieces]
+
+        def codes_of(piece: int, codes: Payload) -> Payload:
+            return codes[begins[piece] :]
+
+        parts = (self._split(own, task, chunk) for own in np.split(gathered, plan.world_size))
+        return [Part(norms, partial(codes_of, codes=codes)) for norms, codes in parts]
+
+    def _split(self, message: NDArray[np.uint8], task: Task, chunk: Chunk) -> tuple[Norms, Payload]:
+        norms, codes = np.split(message, [chunk.norms.nbytes])
+        return norms.view(np.int32), codes.view(codec.payload_dtype(task.plan))
+
+
+class Elias:
+    """Elias gamma codes, a stream for each of the pieces that are decoded at a time."""
+
+    def pack(self, task: Task, chunk: Chunk, x: Buffer, random: NDArray[np.uint32]) -> NDArray[Any]:
+        payload = codec.quantize(x, chunk.norms, task.plan, random)
+        pieces = [
+            (payload[codec.payload_size(start, task.plan) :], stop - start)
+            for start, stop in _pieces(x.size, task.plan)
+        ]
+        return elias.pack(chunk.norms, pieces, task.plan.bits)
+
+    def unpack(self, task: Task, chunk: Chunk, gathered: NDArray[Any]) -> list[Part]:
+        plan = task.plan
+        counts = [stop - start for start, stop in _pieces(chunk.stop - chunk.start, plan)]
+        messages = elias.split(gathered, plan.world_size, chunk.norms.size, len(counts), task.key)
+        scratch = np.empty(codec.payload_size(max(counts, default=0), plan), np.int32)
+
+        def codes_of(piece: int, message: elias.Message) -> Payload:
+            message.decode(piece, counts[piece], plan.bits, scratch)
+            return scratch
+
+        return [Part(own.norms, partial(codes_of, message=own)) for own in messages]
+
+
+FIXED: Coding = Fixed()
+
+
 def gather(
-    task: Task, deliver: Deliver, norms_of: Callable[[Task], Norms] = local_norms
+    task: Task,
+    deliver: Deliver,
+    norms_of: Callable[[Task], Norms] = local_norms,
+    coding: Coding = FIXED,
 ) -> Reduction:
     """Each rank quantizes by its own norms; norms and codes of all go to all by Allgather."""
     gathered = []
     for chunk in task.chunks(norms_of(task)):
-        x = chunk.of(task.tensor)
-        items = codec.payload_size(x.size, task.plan)
-        size = chunk.norms.nbytes + items * codec.payload_dtype(task.plan).itemsize
-        message = np.empty(size, dtype=np.uint8)
-        norms, codes = _parts(message, chunk, task.plan)
-        norms[:] = chunk.norms
         name = f"{task.key}.{chunk.index}"
         random = dither(task.seed, name, task.step, task.rank, Stage.QUANTIZE)
-        codec.quantize(x, chunk.norms, task.plan, random, out=codes)
+        message = coding.pack(task, chunk, chunk.of(task.tensor), random)
         name = task.operation(stages.codes(chunk.index))
         gathered.append((chunk, task.collectives.allgather(message, name)))
     for chunk, handle in gathered:
         deliver(chunk, (yield handle))
 
 
-def add_up(task: Task, chunk: Chunk, gathered: NDArray[np.uint8], means: Tensors) -> None:
+def add_up(
+    task: Task, chunk: Chunk, gathered: NDArray[Any], means: Tensors, coding: Coding = FIXED
+) -> None:
     """Decode all ranks' messages and add them up in `means`, float32, in the ranks' order.
 
     The order is the same on every rank, and so is the result, bit for bit. What is decoded is each
     rank's share of the mean, so a sum exceeds the largest norm by no more than rounding does.
     """
     plan, out = task.plan, chunk.of(task.buffer(means))
-    parts = [_parts(message, chunk, plan) for message in np.split(gathered, plan.world_size)]
+    parts = coding.unpack(task, chunk, gathered)
     if plan.levels == "exponential":  # codec.dequantize takes such codes for those of a mean
-        parts = [(_divided(norms, plan.world_size), codes) for norms, codes in parts]
+        parts = [part._replace(norms=_divided(part.norms, plan.world_size)) for part in parts]
     scratch = np.empty(0, dtype=np.float32)
-    for start, stop in _pieces(out.size, plan):
+    for piece, (start, stop) in enumerate(_pieces(out.size, plan)):
         target = Chunk(0, start, stop, chunk.norms).of(out)
         total = array_of(target)
         if scratch.size == 0:  # the first piece is the largest
             scratch = np.empty_like(total)
         share = scratch[: total.size]
-        block, begin = plan.block_size, codec.payload_size(start, plan)
-        for rank, (norms, codes) in enumerate(parts):
+        block = plan.block_size
+        for rank, (norms, codes_of) in enumerate(parts):
             own = norms if block is None else norms[start // block : lanes.blocks(stop, block)]
             into = target if rank == 0 else Buffer.of(share)
-            codec.dequantize(codes[begin:], own, plan, into)
+            codec.dequantize(codes_of(piece), own, plan, into)
             if rank > 0:
                 np.add(total, share, out=total)
-
-
-def _parts(message: NDArray[np.uint8], chunk: Chunk, plan: Plan) -> tuple[Norms, Payload]:
-    """The norms and the codes in a chunk's message, which has one after the other."""
-    norms, codes = np.split(message, [chunk.norms.nbytes])
-    return norms.view(np.int32), codes.view(codec.payload_dtype(plan))
 
 
 def _divided(norms: Norms, number: int) -> Norms:
@@ -258,5 +334,6 @@ def nearest(
 
 
 GATHER = Method(gather, add_up)
+GATHER_ELIAS = Method(partial(gather, coding=Elias()), partial(add_up, coding=Elias()))
 GATHER_POWERS_OF_TWO = Method(partial(gather, norms_of=powers_of_two), add_up)
 NEAREST = Method(partial(pipeline.standard, quantize=nearest))

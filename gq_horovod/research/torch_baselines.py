@@ -14,21 +14,19 @@ What each is and how it differs from its paper is in docs/baselines.md.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from mpi_ops.dither import Stage, dither
-from mpi_ops.kernels.host import Buffer, Tensors
+from mpi_ops.kernels.host import Buffer
 
 from ..path.config import DEFAULT_MIN_ELEMENTS
-from ..path.pipeline import Deliver, Method, Reduction, Task
+from ..path.pipeline import Method
 from ..torch import TorchFrontend
+from ..torch.buckets import Settled
 from .baselines import (
     GATHER,
+    GATHER_ELIAS,
     GATHER_POWERS_OF_TWO,
     NEAREST,
     NaturalConfig,
@@ -37,8 +35,10 @@ from .baselines import (
     QSGDConfig,
     TernGradConfig,
 )
+from .int_sgd import IntSGDConfig, begin, follow, int_sgd
+from .power_sgd import power_sgd
 
-__all__ = ["QSGD", "NaturalCompression", "NearestRounding", "PowerSGD", "TernGrad"]
+__all__ = ["QSGD", "IntSGD", "NaturalCompression", "NearestRounding", "PowerSGD", "TernGrad"]
 
 
 class _Baseline(TorchFrontend):
@@ -68,6 +68,7 @@ class QSGD(_Baseline):
         bits: int = 8,
         block_size: int | None = 512,
         norm: Literal["max", "l2"] = "max",
+        coding: Literal["fixed", "elias"] = "fixed",
         min_elements: int = DEFAULT_MIN_ELEMENTS,
         seed: int = 0,
         process_set: Any = None,
@@ -75,22 +76,29 @@ class QSGD(_Baseline):
         """Configure it.
 
         Arguments:
-            bits: bits per element on the wire, 2 to 16; 2**(bits-1) - 1 levels on each side of
-                zero.
+            bits: bits per element, 2 to 16; 2**(bits-1) - 1 levels on each side of zero.
             block_size: elements that share a norm (a bucket of the paper), a multiple of 32; None
                 for one norm per tensor.
             norm: "max", as in the paper's experiments, or "l2", as in its theorems.
+            coding: how codes travel: "fixed" in `bits` bits each, "elias" in Elias gamma codes, 1
+                to 2 * bits bits each. Both give the same result, bit for bit.
             min_elements, seed, process_set: as in GlobalQSGD.
 
         Raises ValueError or TypeError for options that cannot work.
         """
         config = QSGDConfig(
-            bits=bits, block_size=block_size, norm=norm, min_elements=min_elements, seed=seed
+            bits=bits,
+            block_size=block_size,
+            norm=norm,
+            coding=coding,
+            min_elements=min_elements,
+            seed=seed,
         )
         super().__init__(config, process_set)
 
     def _method(self) -> Method:
-        return GATHER
+        assert isinstance(self.config, QSGDConfig)
+        return GATHER_ELIAS if self.config.coding == "elias" else GATHER
 
 
 class TernGrad(_Baseline):
@@ -183,6 +191,110 @@ class NearestRounding(_Baseline):
         return tensor.to("cpu", torch.float32).contiguous()  # rounded by NumPy
 
 
+# ----------------------------------------------------------------------------------------- integers
+
+
+class IntSGD(_Baseline):
+    """IntSGD (Mishchenko et al., ICLR 2022): integers by a factor that needs no communication.
+
+    Each rank rounds alpha * gradient to integers, without bias; they are summed by Allreduce. alpha
+    follows from how far the tensor's parameter has moved lately, which every rank knows. An integer
+    beyond 127 // n (8 bits, n ranks) is clipped, which is a bias; `clipped()` counts it.
+
+    The first step is reduced as float32, and so is every step up to the first in which something
+    moves, and one with a learning rate of zero. Loss scaling does not suit `scale="update"`: it
+    multiplies gradients and not updates.
+
+    Memory: a copy of each compressed parameter in float32, with `scale="update"`.
+    """
+
+    CONFIG = IntSGDConfig
+
+    def __init__(
+        self,
+        *,
+        bits: int | None = 8,
+        scale: Literal["update", "gradient"] = "update",
+        beta: float = 0.9,
+        epsilon: float = 1e-8,
+        min_elements: int = DEFAULT_MIN_ELEMENTS,
+        seed: int = 0,
+        process_set: Any = None,
+    ) -> None:
+        """Configure it.
+
+        Arguments:
+            bits: bits of an integer on the wire, 2 to 16, as in GlobalQSGD; None grows with the
+                number of ranks.
+            scale: what alpha follows: "update", the parameter's as in the paper; "gradient", the
+                averaged gradients, as in the authors' code. They agree for plain SGD. Choose
+                "gradient" for optimizers like Adam, whose updates are not as large as gradients.
+                Tensors that no DistributedOptimizer handed over have no parameter, and follow the
+                gradient.
+            beta: weight of the past in the moving average of their squares, 0 up to 1.
+            epsilon: bounds alpha where nothing moves, more than 0.
+            min_elements, seed, process_set: as in GlobalQSGD.
+
+        Raises ValueError or TypeError for options that cannot work.
+        """
+        config = IntSGDConfig(
+            bits=bits,
+            scale=scale,
+            beta=beta,
+            epsilon=epsilon,
+            min_elements=min_elements,
+            seed=seed,
+        )
+        super().__init__(config, process_set)
+
+    def clipped(self) -> dict[str, float]:
+        """The share of elements that was clipped so far, of all ranks, by the tensor's name.
+
+        Tensors that have not been reduced as integers are left out.
+        """
+        return {
+            key: memory["clipped"] / memory["rounded"]
+            for group in self._groups.values()
+            for key, memory in group.memories.items()
+            if memory.get("rounded")
+        }
+
+    def _method(self) -> Method:
+        assert isinstance(self.config, IntSGDConfig)
+        return int_sgd(self.config)
+
+    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("cpu", torch.float32).contiguous()
+
+    def _arrive(
+        self, tensor: torch.Tensor, settled: Settled, optimizer: Any, parameter: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        config = self.config
+        assert isinstance(config, IntSGDConfig)
+        if config.scale == "update" and self._eligible(tensor):
+            key = settled.key(optimizer._parameter_names[parameter], optimizer)
+            memory = settled.group.memories.setdefault(key, {})
+            begin(memory, parameter.numel())
+            x = parameter.detach().to("cpu", torch.float32).flatten().clone()
+            if "x" in memory:
+                moved = x - memory["x"]
+                buffer = Buffer(moved.data_ptr(), "float32", moved.numel(), moved)
+                follow(memory, buffer, config)
+            memory["x"] = x
+            memory["rate"] = _rate_of(optimizer, parameter)
+        return super()._arrive(tensor, settled, optimizer, parameter)
+
+
+def _rate_of(optimizer: Any, parameter: torch.Tensor) -> float:
+    """The learning rate of a parameter in the coming step."""
+    rates = (
+        part["lr"]
+        for part in optimizer.param_groups
+        if any(own is parameter for own in part["params"])
+    )
+    return float(next(rates))
+
+
 # ----------------------------------------------------------------------------------------- low rank
 
 
@@ -242,85 +354,3 @@ class PowerSGD(_Baseline):
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu", torch.float32).contiguous()
-
-
-def power_sgd(config: PowerSGDConfig) -> Method:
-    """PowerSGD as a way through the pipeline, for tasks whose buffers belong to torch tensors."""
-    return Method(partial(_reduce_factors, config=config), _multiply_factors)
-
-
-def _reduce_factors(task: Task, deliver: Deliver, config: PowerSGDConfig) -> Reduction:
-    """One step of power iteration on the mean of all ranks' matrices (algorithm 1 of the paper)."""
-    matrix = _matrix(task.tensor)
-    shape = list(matrix.shape)
-    if task.state.get("shape") != shape:  # what was kept is that of another tensor
-        task.state.clear()
-        task.state["shape"] = shape
-    if "error" in task.state:
-        matrix = matrix + task.state["error"]  # a new one: until it is decoded, x must not change
-    right = task.state.get("right")
-    if right is None:
-        right = _random(task, (matrix.shape[1], config.rank))
-
-    with _own_precision():
-        left = matrix @ right
-    left = torch.from_numpy((yield task.collectives.allreduce_sum(left.numpy(), f"{task.name}.p")))
-    left = _orthonormal(left)
-    with _own_precision():
-        own = matrix.T @ left
-    right = own.clone()  # the reduction overwrites it
-    right = torch.from_numpy(
-        (yield task.collectives.allreduce_sum(right.numpy(), f"{task.name}.q"))
-    )
-    right /= task.plan.world_size
-
-    # A gradient that is not finite is lost on every rank alike, and must not stay in the memory.
-    if bool(right.isfinite().all()):
-        if config.error_feedback:
-            with _own_precision():
-                task.state["error"] = torch.addmm(matrix, left, own.T, alpha=-1)
-        if config.warm_start:
-            task.state["right"] = right
-    deliver(None, (left, right))
-
-
-def _multiply_factors(
-    task: Task, part: None, factors: tuple[torch.Tensor, torch.Tensor], out: Tensors
-) -> None:
-    """The mean from its two factors, into `out`."""
-    left, right = factors
-    mean = _matrix(task.buffer(out))
-    if bool(right.isfinite().all()):
-        with _own_precision():
-            torch.mm(left, right.T, out=mean)
-    else:
-        mean.fill_(torch.nan)
-
-
-def _matrix(buffer: Buffer) -> torch.Tensor:
-    """A buffer's tensor as a matrix that shares its memory: the first dimension by all others."""
-    tensor = buffer.owner
-    assert isinstance(tensor, torch.Tensor)
-    return tensor.view(tensor.shape[0], -1)
-
-
-def _own_precision() -> torch.autocast:
-    """Inside, matrices are multiplied as they are, also in a region of torch.autocast."""
-    return torch.autocast("cpu", enabled=False)
-
-
-def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that span those of the matrix; NaN where one of them is not finite.
-
-    By Householder reflections: columns that are zero or depend on others become any that complete
-    the rest, in place of a division by zero.
-    """
-    if not bool(matrix.isfinite().all()):
-        return torch.full_like(matrix, torch.nan)
-    return torch.linalg.qr(matrix).Q
-
-
-def _random(task: Task, shape: tuple[int, int]) -> torch.Tensor:
-    """Normal numbers, the same on every rank, and others for every tensor and step."""
-    words: NDArray[np.uint32] = dither(task.seed, task.name, task.step, 0, Stage.QUANTIZE)
-    return torch.from_numpy(np.random.default_rng(words).standard_normal(shape, dtype=np.float32))

@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "elias.h"
 #include "threads.h"
 #include "vector_host.h"
 
@@ -27,6 +28,7 @@ enum DType { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 constexpr int kStatusOk = 0;
 constexpr int kStatusBadDType = 1;
 constexpr int kStatusBadBits = 2;
+constexpr int kStatusBadStream = 3;
 
 GQ_INLINE int64_t rows_of(int64_t count) { return (count + kRow - 1) / kRow; }
 
@@ -585,6 +587,62 @@ GQ_INLINE void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
   }
 }
 
+// ------------------------------------------------------------------------------------ Elias codes
+
+// Recodes the lanes of a payload. Returns where the stream ends, at most 2 * bits bits for each
+// code behind `out`, in whole words.
+GQ_INLINE uint8_t* encode_elias(const int32_t* payload, int64_t count, int bits, uint8_t* out) {
+  const int lanes = 32 / bits;
+  BitWriter writer(out);
+  for (int64_t begin = 0; begin < count; payload += kRow) {
+    alignas(64) int32_t words[kRow];
+    __builtin_memcpy(words, payload, sizeof words);
+    for (int k = 0; k < lanes && begin < count; ++k, begin += kRow) {
+      alignas(64) int32_t symbols[kRow], lengths[kRow];
+      for (int j = 0; j < kRow; ++j) {
+        const int32_t code = lowest_lane(words[j], bits);
+        words[j] = drop_lane(words[j], code, bits);
+        const int32_t sign = code < 0, number = (code < 0 ? -code : code) + 1;
+        // The exponent of a float is the logarithm; of vectors of these there is no other.
+        const uint32_t exponent = bits_of(static_cast<float>(number)) >> 23;
+        const int32_t zeros = static_cast<int32_t>(exponent) - 127;
+        symbols[j] = code == 0 ? 1 : number << 1 | sign;
+        lengths[j] = code == 0 ? 1 : 2 * zeros + 2;
+      }
+      const int width = static_cast<int>(count - begin < kRow ? count - begin : kRow);
+      for (int j = 0; j < width; ++j) writer.put(static_cast<uint32_t>(symbols[j]), lengths[j]);
+    }
+  }
+  return writer.finish();
+}
+
+// The other way round. False where the stream is not that of `count` codes; never reads beyond its
+// end, whatever it has.
+GQ_INLINE bool decode_elias(const uint8_t* stream, int64_t bytes, int64_t count, int bits,
+                            int32_t* payload) {
+  const int lanes = 32 / bits, together = 56 / (2 * bits);  // codes that a refill has bits for
+  BitReader reader(stream, stream + bytes);
+  for (int64_t begin = 0; begin < count; payload += kRow) {
+    alignas(64) int32_t words[kRow] = {};
+    for (int k = 0; k < lanes && begin < count; ++k, begin += kRow) {
+      const int width = static_cast<int>(count - begin < kRow ? count - begin : kRow);
+      alignas(64) int32_t codes[kRow] = {};
+      for (int j = 0; j < width;) {
+        reader.refill();
+        const int stop = j + together < width ? j + together : width;
+        for (; j < stop; ++j)
+          if (!reader.take(bits, codes[j])) return false;
+        if (reader.overdrawn()) return false;
+      }
+      for (int j = 0; j < kRow; ++j)
+        words[j] = static_cast<int32_t>(static_cast<uint32_t>(words[j]) +
+                                        (static_cast<uint32_t>(codes[j]) << (bits * k)));
+    }
+    __builtin_memcpy(payload, words, sizeof words);
+  }
+  return reader.finished();
+}
+
 // ------------------------------------------------------------------------------- sharing the work
 
 // Smaller calls are done before another thread has woken up; a piece takes some 10 microseconds.
@@ -989,6 +1047,18 @@ GQ_EXPORT(gq_add_exponential)
                           begin / kGroup);
       });
   return kStatusOk;
+}
+
+// The payload of `count` codes as a stream, and its bytes.
+GQ_EXPORT(gq_encode_elias)
+(const int32_t* payload, int64_t count, int bits, uint8_t* out, int64_t* bytes) {
+  *bytes = encode_elias(payload, count, bits, out) - out;
+  return kStatusOk;
+}
+
+GQ_EXPORT(gq_decode_elias)
+(const uint8_t* stream, int64_t bytes, int64_t count, int bits, int32_t* payload) {
+  return decode_elias(stream, bytes, count, bits, payload) ? kStatusOk : kStatusBadStream;
 }
 
 // Random words as the quantizers see them, for tests against the published generator.

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import lanes
+
 # Callers find Buffer, DTYPES and ITEM_BYTES here.
 from .interface import DTYPES as DTYPES
 from .interface import (
@@ -89,7 +91,14 @@ _TYPES = {
     "f": ctypes.c_float,
     "r": ctypes.c_void_p,
 }
-_SIGNATURES = {**SIGNATURES, **TABLE_SIGNATURES, "philox": "ppip"}
+_SIGNATURES = {
+    **SIGNATURES,
+    **TABLE_SIGNATURES,
+    "encode_elias": "plipp",
+    "decode_elias": "pllip",
+    "philox": "ppip",
+}
+_BAD_STREAM = 3  # what decode_elias returns; as in host.cpp
 
 
 @cache
@@ -101,6 +110,11 @@ def _kernel(name: str, instruction_set: str) -> Any:
 
 
 _instruction_set: str | None = None  # tests compare the instruction sets with each other
+
+
+def _call(name: str, *arguments: Any) -> int:
+    status: int = _kernel(name, _instruction_set or best_instruction_set())(*arguments)
+    return status
 
 
 _NO_DEVICE = nullcontext()
@@ -143,7 +157,7 @@ class Host(Kernels):
     def launch(self, name: str, dtype: str | None, elements: int, *arguments: Any) -> None:
         if dtype is not None:
             arguments = (DTYPES[dtype], *arguments)
-        status = _kernel(name, _instruction_set or best_instruction_set())(*arguments)
+        status = _call(name, *arguments)
         if status != 0:
             raise RuntimeError(
                 f"mpi_ops.kernels.host: kernel {name} refused its arguments ({status})."
@@ -240,6 +254,65 @@ quantize_exponential = KERNELS.quantize_exponential
 dequantize_exponential = KERNELS.dequantize_exponential
 reduce_exponential = KERNELS.reduce_exponential
 add_exponential = KERNELS.add_exponential
+
+
+def elias_words(count: int, bits: int) -> int:
+    """Words of 64 bits that the Elias gamma codes of `count` standard codes may take at most."""
+    return -(-count * 2 * bits // 64)
+
+
+def encode_elias(
+    payload: NDArray[np.int32], count: int, *, bits: int, out: NDArray[np.int64]
+) -> int:
+    """Write the Elias gamma codes of a payload's standard codes to `out`; how many words they take.
+
+    Arguments:
+        payload: `lanes.standard_words(count, bits)` words, or more.
+        count: codes.
+        bits: of a lane, 2 to 16.
+        out: at least `elias_words(count, bits)` words. What lies behind the stream is undefined.
+
+    Raises ValueError for other sizes. `elias.h` has the format.
+    """
+    name = "encode_elias"
+    _check_elias(name, payload, count, bits)
+    room = elias_words(count, bits)
+    require(name, "out", out.dtype == np.int64, "of int64", out.dtype)
+    require(name, "out", out.flags.c_contiguous, "C-contiguous", f"strides {out.strides}")
+    require(name, "out", out.size >= room, f"{room} words or more", out.size)
+    size = ctypes.c_int64()
+    addresses = KERNELS.address(payload), KERNELS.address(out)
+    KERNELS.launch(name, None, count, addresses[0], count, bits, addresses[1], ctypes.byref(size))
+    return size.value // 8
+
+
+def decode_elias(
+    stream: NDArray[np.int64], count: int, *, bits: int, out: NDArray[np.int32]
+) -> bool:
+    """Write the payload that `encode_elias` was given to `out`; False where it has made no such.
+
+    Arguments:
+        stream: the words, and no others. Whatever they are, nothing beyond them is read.
+        count, bits: as they were given to `encode_elias`.
+        out: `lanes.standard_words(count, bits)` words, or more. Undefined where this is False.
+
+    Raises ValueError for other sizes.
+    """
+    name = "decode_elias"
+    _check_elias(name, out, count, bits)
+    require(name, "stream", stream.dtype == np.int64, "of int64", stream.dtype)
+    require(name, "stream", stream.flags.c_contiguous, "C-contiguous", f"strides {stream.strides}")
+    addresses = KERNELS.address(stream), KERNELS.address(out)
+    return _call(name, addresses[0], stream.nbytes, count, bits, addresses[1]) != _BAD_STREAM
+
+
+def _check_elias(name: str, payload: NDArray[np.int32], count: int, bits: int) -> None:
+    require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
+    require(name, "count", count >= 0, "0 or more", count)
+    words = lanes.standard_words(count, bits)
+    require(name, "payload", payload.dtype == np.int32, "of int32", payload.dtype)
+    require(name, "payload", payload.flags.c_contiguous, "C-contiguous", payload.strides)
+    require(name, "payload", payload.size >= words, f"{words} words or more", payload.size)
 
 
 def philox(counter: Sequence[int], key: Sequence[int], rounds: int) -> NDArray[np.uint32]:

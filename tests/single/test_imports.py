@@ -132,7 +132,10 @@ EXCEPTIONS = {
     "gq_horovod.advisor.calibrate": {"torch", "framework"},
     "gq_horovod.advisor.replayed": {"framework"},
     "gq_horovod.advisor.doctor": {"framework"},
-    "gq_horovod.research.torch_baselines": {"torch", "framework"},
+    **{
+        f"gq_horovod.research.{name}": {"torch", "framework"}
+        for name in ("torch_baselines", "power_sgd")
+    },
 }
 # Public names of what is inside, for users; nobody here imports them.
 PUBLIC = {"stats": "guards", "replicas": "guards", "torch_baselines": "research", "__main__": "cli"}

@@ -12,7 +12,7 @@ from reference import Array
 from test_pipeline import Job
 
 from gq_horovod.research.baselines import PowerSGDConfig
-from gq_horovod.research.torch_baselines import _random, power_sgd
+from gq_horovod.research.power_sgd import _random, power_sgd
 from mpi_ops.kernels.host import Buffer, Tensors
 
 NAME = "w"
