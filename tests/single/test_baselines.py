@@ -27,6 +27,7 @@ from gq_horovod.path.pipeline import Method, Task
 from gq_horovod.research import baselines
 from gq_horovod.research.baselines import (
     GATHER,
+    GATHER_ELIAS,
     GATHER_POWERS_OF_TWO,
     NEAREST,
     NaturalConfig,
@@ -35,12 +36,18 @@ from gq_horovod.research.baselines import (
     QSGDConfig,
     TernGradConfig,
 )
+from gq_horovod.research.int_sgd import IntSGDConfig
 from mpi_ops.kernels.host import Tensors
 
 METHODS: dict[str, tuple[Config, Method]] = {
     "QSGD": (QSGDConfig(), GATHER),
     "QSGD of 4 bits, l2": (QSGDConfig(bits=4, block_size=96, norm="l2"), GATHER),
     "QSGD of 10 bits": (QSGDConfig(bits=10, block_size=64), GATHER),
+    "QSGD in Elias codes": (QSGDConfig(coding="elias"), GATHER_ELIAS),
+    "QSGD of 16 bits, l2, in Elias codes": (
+        QSGDConfig(bits=16, block_size=None, norm="l2", coding="elias"),
+        GATHER_ELIAS,
+    ),
     "TernGrad": (TernGradConfig(), GATHER),
     "natural compression": (NaturalConfig(), GATHER_POWERS_OF_TWO),
     "nearest": (NearestConfig(), NEAREST),
@@ -252,10 +259,15 @@ def test_nearest_codes_are_those_of_numpy(bits: int) -> None:
         (QSGDConfig, {"bits": 17}, ValueError, "QSGD: bits must be between 2 and 16"),
         (QSGDConfig, {"bits": None}, TypeError, "QSGD: bits must be an integer, got None"),
         (QSGDConfig, {"block_size": 33}, ValueError, "QSGD: block_size must be a positive"),
+        (QSGDConfig, {"coding": "omega"}, ValueError, "QSGD: coding must be 'fixed' or 'elias'"),
         (QSGDConfig, {"norm": "l1"}, ValueError, "QSGD: norm must be 'max' or 'l2'"),
         (TernGradConfig, {"seed": 1.5}, TypeError, "TernGrad: seed must be an integer"),
         (NaturalConfig, {"min_elements": -1}, ValueError, "NaturalCompression: min_elements must"),
         (NearestConfig, {"bits": 1}, ValueError, "NearestRounding: bits must be between 2 and"),
+        (IntSGDConfig, {"scale": "norm"}, ValueError, "IntSGD: scale must be 'update' or 'gradi"),
+        (IntSGDConfig, {"beta": 1.0}, ValueError, "IntSGD: beta must be 0 or more and below 1"),
+        (IntSGDConfig, {"beta": "0.9"}, TypeError, "IntSGD: beta must be a number, got '0.9'"),
+        (IntSGDConfig, {"epsilon": 0}, ValueError, "IntSGD: epsilon must be more than 0, and fin"),
         (PowerSGDConfig, {"rank": 0}, ValueError, "PowerSGD: rank must be 1 or more, got 0; the"),
         (PowerSGDConfig, {"rank": 2.0}, TypeError, "PowerSGD: rank must be an integer, got 2.0"),
         (PowerSGDConfig, {"warm_start": 1}, TypeError, "PowerSGD: warm_start must be True or"),

@@ -275,6 +275,9 @@ FAULTS = {
     "zero norm, no zero": "fuzz: exponential: a norm of zero did not give zero",
     "sum that depends on the order": "fuzz: add_exponential: the order of the inputs matters",
     "mean beyond the largest": "fuzz: reduce_exponential: a level beyond those of the inputs",
+    "code that is lost": "fuzz: elias: other codes came back",
+    "reads beyond a stream": "heap-buffer-overflow",
+    "stream that is cut": "fuzz: elias: a stream was refused",
     "codes of another instruction set": "gives other bytes than baseline",
 }
 

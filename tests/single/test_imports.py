@@ -20,7 +20,7 @@ STARTING_MPI = {
     *("mpi_ops/lifetime.py", "mpi_ops/kernels/device.py"),
 }
 # Everything but what belongs to a framework.
-WITH_FRAMEWORK = ("torch", "tensorflow", "torch_baselines", "replayed")
+WITH_FRAMEWORK = ("torch", "tensorflow", "torch_baselines", "power_sgd", "replayed")
 LIGHT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted([*(ROOT / "gq_horovod").rglob("*.py"), *(ROOT / "mpi_ops").rglob("*.py")])

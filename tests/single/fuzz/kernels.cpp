@@ -15,6 +15,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -127,6 +128,8 @@ struct Kernels {
   int (*reduce_exponential)(const uint8_t* const*, int, int64_t, int, float, const uint32_t*,
                             uint8_t*);
   int (*add_exponential)(const uint8_t*, uint8_t*, int64_t, int, const uint32_t*);
+  int (*encode_elias)(const int32_t*, int64_t, int, uint8_t*, int64_t*);
+  int (*decode_elias)(const uint8_t*, int64_t, int64_t, int, int32_t*);
   int (*philox)(const uint32_t*, const uint32_t*, int, uint32_t*);
 };
 
@@ -148,6 +151,8 @@ void append(std::vector<Kernels>& all, void* library, const char* from, const st
   find(k.dequantize_exponential, library, "gq_dequantize_exponential_" + isa);
   find(k.reduce_exponential, library, "gq_reduce_exponential_" + isa);
   find(k.add_exponential, library, "gq_add_exponential_" + isa);
+  find(k.encode_elias, library, "gq_encode_elias_" + isa);
+  find(k.decode_elias, library, "gq_decode_elias_" + isa);
   find(k.philox, library, "gq_philox_" + isa);
   all.push_back(k);
 }
@@ -238,6 +243,26 @@ void commit(const std::string& fault, Kernels& k) {
                               auto... rest) {
       const int status = sound.reduce_exponential(codes, inputs, bytes, rest...);
       if (bytes > 0) *last(rest...) = 0x7f;
+      return status;
+    };
+  } else if (fault == "code that is lost") {
+    k.decode_elias = [](const uint8_t* stream, int64_t bytes, int64_t count, int bits,
+                        int32_t* payload) {
+      const int status = sound.decode_elias(stream, bytes, count, bits, payload);
+      if (count > 0) payload[0] ^= 1;
+      return status;
+    };
+  } else if (fault == "reads beyond a stream") {
+    k.decode_elias = [](const uint8_t* stream, int64_t bytes, auto... rest) {
+      const volatile uint8_t* all = stream;
+      if (bytes > 0) (void)all[bytes];
+      return sound.decode_elias(stream, bytes, rest...);
+    };
+  } else if (fault == "stream that is cut") {
+    k.encode_elias = [](const int32_t* payload, int64_t count, int bits, uint8_t* out,
+                        int64_t* bytes) {
+      const int status = sound.encode_elias(payload, count, bits, out, bytes);
+      if (*bytes > 0) *bytes -= 8;
       return status;
     };
   } else if (fault == kDiffers) {
@@ -335,14 +360,16 @@ struct Case {
   bool copies;             // all inputs are this rank's own codes
   int target;              // the input that is the output as well, or `inputs`
   bool average;
+  int64_t cut;  // bytes of a stream that are not changed; of one that no rank has made: 0
 
   int64_t rows, blocks, words, codes;  // sizes that follow
 
   Bytes x, others;              // others: norms, as other ranks may have them
+  Bytes tail;                   // of a stream
   std::vector<Bytes> payloads;  // words and codes that no rank has made
   std::vector<Bytes> pieces;
 
-  auto read() const { return std::tie(x, others, payloads, pieces); }
+  auto read() const { return std::tie(x, others, tail, payloads, pieces); }
 };
 
 float special(uint8_t which) {
@@ -404,6 +431,8 @@ Case draw(Source& source) {
   c.target = static_cast<int>(source.between(0, c.inputs));
   c.copies = source.number(1) % 2 == 1;
   c.average = source.number(1) % 2 == 0;
+  const int64_t tail = source.between(0, 40);
+  c.cut = source.between(0, c.count);
 
   c.x = tensor(source, c.dtype, c.count, kind, exponent, zeros);
   c.others = source.values(4 * c.blocks);
@@ -412,6 +441,7 @@ Case draw(Source& source) {
     c.payloads.push_back(source.values(4 * c.words));
     c.pieces.push_back(source.values(c.codes));
   }
+  c.tail = source.values(tail);
   return c;
 }
 
@@ -424,11 +454,13 @@ struct Results {
   Bytes mean, mean_norms, second, share;  // two hops
   Bytes codes, decoded, hostile_codes;    // exponential levels
   Bytes reduced, added, swapped;
+  Bytes stream, recoded, damaged, stream_again;  // Elias codes
   uint32_t philox[2][4];
 
   auto written() const {
     return std::tie(largest, l2, norms, words, rounded, hostile, mean, mean_norms, second, share,
-                    codes, decoded, hostile_codes, reduced, added, swapped);
+                    codes, decoded, hostile_codes, reduced, added, swapped, stream, recoded,
+                    damaged, stream_again);
   }
 };
 
@@ -451,6 +483,37 @@ void limit_norms(const Case& c, const Bytes& norms, Bytes& own) {
     const int32_t bound = as<int32_t>(norms)[b];
     if (norm_is_finite(bound) && as<int32_t>(own)[b] > bound) as<int32_t>(own)[b] = bound;
   }
+}
+
+Bytes encoded(const Kernels& k, const Case& c, const Bytes& words, uint8_t fill) {
+  Bytes stream(static_cast<size_t>((c.count * 2 * c.bits + 63) / 64 * 8), fill);
+  int64_t bytes = 0;
+  good(k.encode_elias(as<int32_t>(words), c.count, c.bits, stream.data(), &bytes));
+  require(0 <= bytes && bytes <= static_cast<int64_t>(stream.size()), "encode_elias: too long");
+  stream.resize(static_cast<size_t>(bytes));
+  stream.shrink_to_fit();
+  return stream;
+}
+
+// Codes as a stream and back; then a stream whose end is another, which may be refused.
+void run_elias(const Kernels& k, const Case& c, uint8_t fill, Results& r) {
+  const auto decode = [&](const Bytes& stream, Bytes& words) {
+    words = Bytes(static_cast<size_t>(4 * c.words), fill);
+    const int64_t bytes = static_cast<int64_t>(stream.size());
+    return k.decode_elias(stream.data(), bytes, c.count, c.bits, as<int32_t>(words)) == 0;
+  };
+  r.stream = encoded(k, c, r.words, fill);
+  require(decode(r.stream, r.recoded), "elias: a stream was refused");
+  require(r.recoded == r.words, "elias: other codes came back");
+  const int64_t kept = std::min(c.cut, static_cast<int64_t>(r.stream.size()));
+  Bytes hostile(r.stream.begin(), r.stream.begin() + kept);
+  hostile.insert(hostile.end(), c.tail.begin(), c.tail.end());
+  hostile.shrink_to_fit();
+  const bool accepted = decode(hostile, r.damaged);
+  if (!accepted) return r.damaged.clear();
+  r.stream_again = encoded(k, c, r.damaged, fill);
+  hostile.resize(r.stream_again.size());  // the last word may have been cut
+  require(r.stream_again == hostile, "elias: a stream that is none was accepted");
 }
 
 // A case through all kernels. What a kernel should write and does not stays `fill`, by which the
@@ -518,6 +581,7 @@ Results run(const Kernels& k, const Case& c, uint8_t fill) {
   r.swapped = r.codes;
   good(k.add_exponential(c.pieces[0].data(), r.swapped.data(), c.codes, c.narrow, c.random));
 
+  run_elias(k, c, fill, r);
   good(k.philox(c.random, c.random + 2, 7, r.philox[0]));
   good(k.philox(c.random, c.random + 2, 10, r.philox[1]));
   require(kept == std::tie(r.norms, r.words, r.codes), "a kernel has written to its input");
