@@ -117,7 +117,8 @@ def _norm(state: dict[str, Any], plan: Plan, config: IntSGDConfig) -> Norms | No
     r, rate = state.get("r"), state.get("rate", 1.0)
     if not r or not rate:
         return None
-    spread = math.sqrt(2 * plan.world_size * r + (rate * config.epsilon) ** 2)
+    floor = rate * config.epsilon
+    spread = math.sqrt(2 * plan.world_size * r + floor * floor)
     with np.errstate(over="ignore"):
         norm = np.float32(plan.level_count * spread / (abs(rate) * math.sqrt(state["count"])))
     if not 0 < norm < math.inf:

@@ -26,6 +26,7 @@ from test_training import Outcome, train
 from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.research.torch_baselines import (
     QSGD,
+    IntSGD,
     NaturalCompression,
     NearestRounding,
     PowerSGD,
@@ -36,11 +37,16 @@ from gq_horovod.torch import GlobalQSGD, allreduce
 UNBIASED = {
     "QSGD": QSGD(min_elements=0),
     "QSGD of 4 bits, l2": QSGD(bits=4, block_size=96, norm="l2", min_elements=0),
+    "QSGD in Elias codes": QSGD(norm="l2", coding="elias", min_elements=0),
     "TernGrad": TernGrad(min_elements=0),
     "natural compression": NaturalCompression(min_elements=0),
 }
 QUANTIZERS = {**UNBIASED, "nearest": NearestRounding(min_elements=0)}
-EVERY = {**QUANTIZERS, "PowerSGD": PowerSGD(rank=2, min_elements=0)}
+EVERY = {
+    **QUANTIZERS,
+    "PowerSGD": PowerSGD(rank=2, min_elements=0),
+    "IntSGD": IntSGD(min_elements=0),
+}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -215,6 +221,29 @@ def test_a_process_set_reduces_among_its_ranks(key: str, ends: hvd.ProcessSet, n
     check_replicas(allreduce(inputs[hvd.rank()], f"{name}.all", compression=compression))
 
 
+# ------------------------------------------------------------------------------------- Elias codes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "norm": "l2", "block_size": None}], ids=str)
+def test_elias_codes_decode_to_what_fixed_ones_do(
+    dtype: torch.dtype, options: dict[str, Any], name: str
+) -> None:
+    """Bit for bit; messages of the ranks differ in length, and are empty nearly where all is 0."""
+    for count in (1, 33, 4097, 200_001):
+        own = gradients(count, tag=210, dtype=dtype)[hvd.rank()]
+        if hvd.rank() == 0:
+            own = own * 0
+        if hvd.rank() == hvd.size() - 1 and count == 4097:
+            own[4000] = torch.nan
+        fixed, elias = (
+            allreduce(own, f"{name}.{count}", compression=QSGD(min_elements=0, **options, **coding))
+            for coding in ({}, {"coding": "elias"})
+        )
+        torch.testing.assert_close(elias, fixed, rtol=0, atol=0, equal_nan=True)
+        check_replicas(elias.nan_to_num())
+
+
 # ----------------------------------------------------------------------------------------- PowerSGD
 
 
@@ -264,6 +293,8 @@ def test_ranks_with_different_methods_or_options(name: str) -> None:
     pairs = [
         (QSGD(bits=4), QSGD(bits=8), "bits is 8 on rank"),
         (PowerSGD(rank=1), PowerSGD(), "rank is 4 on rank"),
+        (QSGD(), QSGD(coding="elias"), "coding is 'elias' on rank"),
+        (IntSGD(), IntSGD(scale="gradient"), "scale is 'gradient' on rank"),
         (QSGD(), GlobalQSGD(), "compression is 'GlobalQSGD' on rank"),
     ]
     for one, other, text in pairs:
@@ -313,6 +344,7 @@ def uncompressed() -> Outcome:
     [
         QSGD(min_elements=1000),
         QSGD(bits=4, min_elements=1000),
+        QSGD(bits=4, coding="elias", min_elements=1000),
         NaturalCompression(min_elements=1000),
         PowerSGD(rank=4, min_elements=0),
     ],
@@ -327,7 +359,15 @@ def test_digits_are_learned_as_without_compression(compression: Any, uncompresse
     assert theirs.last_loss < uncompressed.last_loss + allowed * fall
 
 
-@pytest.mark.parametrize("compression", [TernGrad(min_elements=1000)], ids=repr)
+@pytest.mark.parametrize(
+    "compression",
+    [
+        TernGrad(min_elements=1000),
+        IntSGD(min_elements=1000),
+        IntSGD(scale="gradient", min_elements=1000),
+    ],
+    ids=repr,
+)
 def test_digits_are_learned_at_all(compression: Any, uncompressed: Outcome) -> None:
     theirs = train(compression)
     assert theirs.last_loss < 0.5 * uncompressed.first_loss

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradient, gradients
 
-from gq_horovod.research.torch_baselines import QSGD, PowerSGD
+from gq_horovod.research.torch_baselines import QSGD, IntSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 Mode = Callable[[], AbstractContextManager[Any]]
@@ -55,7 +55,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     },
     "checked": lambda: GlobalQSGD(min_elements=0, check_replicas=1, stats=1),
     "qsgd": lambda: QSGD(min_elements=0),
+    "qsgd in Elias codes": lambda: QSGD(coding="elias", min_elements=0),
     "powersgd": lambda: PowerSGD(rank=2, min_elements=0),
+    "intsgd": lambda: IntSGD(min_elements=0),
 }
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -95,8 +97,9 @@ def test_functions(method: str, mode: str, name: str) -> None:
             assert (result.dtype, result.device) == (tensor.dtype, tensor.device)
             assert result.shape == tensor.shape
         results.append(found)
-    # PowerSGD's factors are float sums of Horovod's, which fusion orders from three ranks on.
-    exact = method != "powersgd" or hvd.size() == 2
+    # PowerSGD's factors and IntSGD's first step are float sums of Horovod's, which fusion orders
+    # from three ranks on.
+    exact = method not in ("powersgd", "intsgd") or hvd.size() == 2
     for plain, other in zip(*results, strict=True):
         assert torch.equal(plain, other) if exact else torch.allclose(plain, other, atol=1e-5)
     check_replicas(*(result.contiguous() for result in results[1]))

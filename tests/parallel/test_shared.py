@@ -20,7 +20,7 @@ import torch
 from helpers import TRANSPORT, check_mean, check_replicas, compressor, gradient, gradients
 from horovod.torch.compression import Compression as HorovodCompression
 
-from gq_horovod.research.torch_baselines import QSGD, PowerSGD
+from gq_horovod.research.torch_baselines import QSGD, IntSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 LEVELS = pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
@@ -150,6 +150,8 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
     "preset": lambda: GlobalQSGD.paper_exponential,
     "for a process set": lambda: GlobalQSGD(process_set=hvd.global_process_set),
     "qsgd": lambda: QSGD(bits=4),
+    "qsgd in Elias codes": lambda: QSGD(coding="elias"),
+    "intsgd": lambda: IntSGD(min_elements=0),
     "powersgd": lambda: PowerSGD(rank=2, min_elements=0),
     "a subclass": lambda: Renamed("kept", levels="two-hop"),
     "class": lambda: GlobalQSGD,
@@ -192,13 +194,15 @@ def test_an_optimizer_is_copied_with_its_compression(name: str) -> None:
 # -------------------------------------------------------------------------- models with equal names
 
 
-@pytest.mark.parametrize("method", ["standard", "two-hop", "powersgd"])
+@pytest.mark.parametrize("method", ["standard", "two-hop", "powersgd", "intsgd"])
 def test_two_models_with_the_same_names(method: str) -> None:
     """What a method remembers of one's gradients is never added to the other's."""
 
     def compression() -> Any:
         if method == "powersgd":
             return PowerSGD(rank=1, min_elements=0)
+        if method == "intsgd":
+            return IntSGD(min_elements=0)
         return GlobalQSGD(levels=method, min_elements=0, transport=TRANSPORT)
 
     def train(shared: bool) -> list[torch.Tensor]:

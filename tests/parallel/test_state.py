@@ -12,7 +12,7 @@ import torch
 from helpers import TRANSPORT, check_replicas, gradient
 
 from gq_horovod.path.config import ConfigMismatchError
-from gq_horovod.research.torch_baselines import QSGD, PowerSGD
+from gq_horovod.research.torch_baselines import QSGD, IntSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce
 
 STEPS, PAUSE = 5, 3  # steps in all, and before the other process
@@ -24,6 +24,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 } | {
     "qsgd": lambda: QSGD(min_elements=0),
     "powersgd": lambda: PowerSGD(rank=2, min_elements=0),
+    "intsgd": lambda: IntSGD(min_elements=0),
 }
 
 
@@ -122,7 +123,7 @@ def test_states_that_do_not_belong_together(name: str) -> None:
 # ------------------------------------------------------------------------ who saved it, and when
 
 
-@pytest.mark.parametrize("method", [key for key in METHODS if key != "powersgd"])
+@pytest.mark.parametrize("method", [key for key in METHODS if key not in ("powersgd", "intsgd")])
 def test_the_state_of_rank_0_is_that_of_all(method: str, name: str) -> None:
     """Most scripts save on rank 0 alone, and load or broadcast that everywhere."""
     first = METHODS[method]()

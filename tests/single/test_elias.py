@@ -305,6 +305,6 @@ def test_every_rank_raises_for_a_message_that_was_damaged(monkeypatch: pytest.Mo
     started = [job.submit(rank, x) for rank, x in enumerate(gradients(3, 1000))]
     job.poll_until(lambda: all(own.done for own in started))
     for own, reduction in zip(job.pipelines, started, strict=True):
-        with pytest.raises(DamagedMessageError, match="^QSGD: the message of rank"):
+        with pytest.raises(DamagedMessageError, match=r"^QSGD: the message of rank"):
             own.finish(reduction)
         assert not own.busy
