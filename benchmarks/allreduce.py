@@ -45,11 +45,13 @@ Methods = dict[str, tuple[float, Callable[[], object]]]
 
 
 def horovod_methods(array: Any) -> Methods:
-    """Horovod's own, QSGD and GlobalQSGD in place of its compression; names carry the size."""
+    """Horovod's own, and others in place of its compression; names carry the size."""
     import horovod.torch as hvd
     import torch
 
-    from gq_horovod.research.torch_baselines import QSGD
+    from gq_horovod.research.baselines import QSGDConfig
+    from gq_horovod.research.code_length import qsgd_code_length
+    from gq_horovod.research.torch_baselines import QSGD, IntSGD
     from gq_horovod.torch import GlobalQSGD, allreduce
 
     torch.set_num_threads(1)
@@ -64,7 +66,16 @@ def horovod_methods(array: Any) -> Methods:
         BASELINE: (4, lambda: hvd.allreduce(tensor, name=f"float32.{array.size}")),
         "Horovod float16": (2, lambda: hvd.allreduce(half, name=f"float16.{array.size}")),
         "QSGD, 8 bit": (1, compressed("qsgd", QSGD(bits=8, min_elements=0))),
+        "QSGD, 4 bit": (0.5, compressed("qsgd 4", QSGD(bits=4, min_elements=0))),
+        "IntSGD, 8 bit": (1, compressed("intsgd", IntSGD(bits=8, min_elements=0))),
     }
+    elias = {
+        "QSGD, 8 bit, l2, Elias": QSGDConfig(norm="l2", coding="elias", min_elements=0),
+        "QSGD, 4 bit, Elias": QSGDConfig(bits=4, coding="elias", min_elements=0),
+    }
+    for name, config in elias.items():
+        size = qsgd_code_length(array, config).elias_gamma / 8
+        found[name] = (size, compressed(name, QSGD(**config.describe())))
     for transport, label in (("horovod", "GlobalQSGD"), ("mpi", "GlobalQSGD over mpi")):
         for levels in ("standard", "exponential", "two-hop"):
             for bits in (8, 4):
@@ -263,7 +274,7 @@ def style(name: str) -> dict[str, str]:
 
     Horovod's and Open MPI's own are black and grey.
     """
-    colours = {"standard": "C0", "exponential": "C1", "two-hop": "C2", "QSGD,": "C3"}
+    colours = {"standard": "C0", "exponential": "C1", "two-hop": "C2", "Int": "C4", "QSGD,": "C3"}
     markers = {"GlobalQSGD,": "o", "GlobalQSGD over mpi": "^", "mpi_ops": "s"}
     plain = {BASELINE: "black", "Horovod float16": "black", "Open MPI float32": "grey"}
     return {

@@ -33,9 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gq_horovod.research.baselines import PowerSGDConfig, QSGDConfig
 from gq_horovod.research.simulation import SimulatedRanks
-from gq_horovod.research.torch_baselines import QSGD, PowerSGD
+from gq_horovod.research.torch_baselines import QSGD, IntSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, TorchFrontend
 from mpi_ops import wire
 from mpi_ops.kernels.host import Buffer
@@ -105,6 +104,10 @@ METHODS: dict[str, Callable[[], TorchFrontend] | None] = {
     "paper-standard": lambda: GlobalQSGD.paper_standard,
     "paper-exponential": lambda: GlobalQSGD.paper_exponential,
     "qsgd-8": QSGD,
+    "qsgd-8-l2-elias": lambda: QSGD(norm="l2", coding="elias"),
+    "qsgd-4": lambda: QSGD(bits=4),
+    "qsgd-4-elias": lambda: QSGD(bits=4, coding="elias"),
+    "intsgd-8": lambda: IntSGD(scale="gradient"),  # Adam's updates are not as large as gradients
     "powersgd-4": lambda: PowerSGD(rank=4),
 }
 
@@ -118,6 +121,7 @@ class Reducer:
     def __init__(self, name: str, ranks: int) -> None:
         make = METHODS[name]
         self.ranks = ranks
+        self._sent: dict[str, list[float]] = {}  # of each parameter, in each step
         self._own = None if make is None else make()
         if self._own is not None:
             self._simulated = SimulatedRanks(self._own.config, ranks, self._own._method())
@@ -125,25 +129,18 @@ class Reducer:
     def mean(self, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The mean over ranks of one parameter's gradients."""
         if self._own is None or not self._own._eligible(name, gradients[0]):
+            size = FLOAT_BYTES * gradients[0].numel()
+            self._sent.setdefault(name, []).append(wire.sent_bytes(size, self.ranks))
             return torch.stack(gradients).mean(dim=0)
         out = torch.empty_like(gradients[0])
         own = [_buffer(gradient) for gradient in gradients]
-        self._simulated.reduce(name, own, _buffer(out))
+        self._sent.setdefault(name, []).append(self._simulated.reduce(name, own, _buffer(out)))
         return out
 
-    def sent(self, name: str, parameter: torch.Tensor) -> float:
-        """Bytes that a rank sends for the gradient of one parameter."""
-        count = parameter.numel()
-        if self._own is None or not self._own._eligible(name, parameter):
-            return wire.sent_bytes(FLOAT_BYTES * count, self.ranks)
-        config = self._own.config
-        if isinstance(config, PowerSGDConfig):
-            rows, columns = config.shape(tuple(parameter.shape)) or (0, 0)
-            return wire.sent_bytes(FLOAT_BYTES * config.rank * (rows + columns), self.ranks)
-        sizes = wire.wire(count, config.plan(self.ranks))
-        if isinstance(config, QSGDConfig):  # everybody's codes to everybody
-            return (self.ranks - 1) * float(sizes.payload + sizes.norms)
-        return sizes.sent
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends in a step, in the mean over steps."""
+        return sum(map(statistics.fmean, self._sent.values()))
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:
@@ -183,7 +180,7 @@ def train(workload: Any, method: str, ranks: int, seed: int, steps: int, tick: A
     return {
         "losses": losses,
         "metric": workload.evaluate(net),
-        "sent": sum(reducer.sent(*own) for own in named.items()),
+        "sent": reducer.sent,
         "parameters": sum(parameter.numel() for parameter in named.values()),
     }
 

@@ -74,6 +74,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "none": partial(methods.make, "none"),
     "fp16": partial(methods.make, "fp16"),
     "qsgd-8": partial(methods.make, "qsgd", bits=8),
+    "qsgd-4-elias": partial(methods.make, "qsgd-elias", bits=4),
+    "intsgd-8": partial(methods.make, "intsgd", bits=8),
     "powersgd-4": partial(methods.make, "powersgd", rank=4),
     AUTO: cache(partial(methods.make, AUTO)),  # one instance, which is asked what it decided
 } | {

@@ -42,6 +42,13 @@ METHODS = {
     "none": Method(lambda: _horovods("none")),
     "fp16": Method(lambda: _horovods("fp16")),
     "qsgd": Method(lambda **options: _baseline("QSGD", **options), ("bits", "seed")),
+    "qsgd-elias": Method(
+        lambda **options: _baseline("QSGD", coding="elias", **options), ("bits", "seed")
+    ),
+    # The examples' Adam makes updates that are not as large as its gradients.
+    "intsgd": Method(
+        lambda **options: _baseline("IntSGD", scale="gradient", **options), ("bits", "seed")
+    ),
     "powersgd": Method(lambda **options: _baseline("PowerSGD", **options), ("rank", "seed")),
     **{
         levels: Method(lambda levels=levels, **options: _ours(levels, **options), _OURS)

@@ -261,7 +261,10 @@ def _authors_logs(workload: str) -> dict[str, Any] | None:
     return {"what": what, "hardware": AUTHORS_HARDWARE, "source": AUTHORS_SOURCE, "rows": rows}
 
 
-METHOD_ORDER = ("none", "fp16", "qsgd", "powersgd", "standard", "exponential", "two-hop", "auto")
+METHOD_ORDER = (
+    *("none", "fp16", "qsgd", "qsgd-elias", "intsgd", "powersgd"),
+    *("standard", "exponential", "two-hop", "auto"),
+)
 
 
 def _order(run: Run) -> tuple[Any, ...]:

@@ -67,11 +67,13 @@ class _Network:
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
+        self.sent = 0.0  # bytes that a rank has sent, in the mean of all ranks
         self._waiting: dict[str, list[tuple[_Operation, Array]]] = {}
 
     def submit(self, kind: str, array: Array, name: str) -> _Operation:
         """Ranks submit in their order, as `SimulatedRanks` advances them."""
         operation = _Operation()
+        self.sent += _hops(kind, self._world_size) * array.nbytes / self._world_size
         waiting = self._waiting.setdefault(name, [])
         waiting.append((operation, array))
         if len(waiting) == self._world_size:
@@ -94,6 +96,13 @@ class _Network:
 
     def allgather(self, array: Array, name: str) -> _Operation:
         return self.submit("allgather", array, name)
+
+
+def _hops(kind: str, ranks: int) -> float:
+    """How many times a rank sends what it puts into an operation, if the ranks form a ring."""
+    if kind == "allgather":
+        return ranks - 1
+    return (1 if kind == "alltoall" else 2) * (ranks - 1) / ranks
 
 
 class SimulatedRanks:
@@ -119,7 +128,7 @@ class SimulatedRanks:
         self._steps: dict[str, int] = {}
         self._states: dict[str, list[dict[str, Any]]] = {}
 
-    def reduce(self, name: str, gradients: Sequence[Buffer], out: Buffer) -> None:
+    def reduce(self, name: str, gradients: Sequence[Buffer], out: Buffer) -> float:
         """Write the mean over ranks to `out`.
 
         Arguments:
@@ -127,6 +136,9 @@ class SimulatedRanks:
                 each takes other random numbers.
             gradients: one for each rank, in their order, of one size; they are not modified.
             out: as many elements; may not overlap the gradients.
+
+        Returns the bytes that a rank sends for it, if the ranks form a ring: the mean over ranks,
+        without the token that Horovod reduces.
 
         Raises ValueError if the numbers do not fit.
         """
@@ -166,7 +178,10 @@ class SimulatedRanks:
         for own in ranks:
             if own.error is not None:
                 raise own.error
-        ranks[0].decode()  # the others would get the same
+        # All get the same, so one is enough, unless they remember something of it.
+        for own in ranks if any(states) else ranks[:1]:
+            own.decode()
+        return network.sent
 
     def average(self, name: str, gradients: Sequence[Array]) -> Array:
         """The mean over ranks of arrays: float16, float32 or float64, of one shape and dtype.

@@ -269,7 +269,11 @@ def test_data_that_ends_before_a_step(shared: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "text"),
     [
-        ("none", {"bits": 4}, "'none': bits must be left out, got 4; it is an option of qsgd, sta"),
+        (
+            "none",
+            {"bits": 4},
+            "'none': bits must be left out, got 4; it is an option of qsgd, qsgd-e",
+        ),
         ("powersgd", {"transport": "mpi"}, "transport must be left out, got 'mpi'"),
         ("standard", {"rank": 4}, "rank must be left out, got 4; it is an option of powersgd"),
         ("exponential", {"bits": 5}, "bits must be"),

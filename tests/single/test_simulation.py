@@ -8,8 +8,11 @@ import pytest
 from gq_horovod.path import pipeline
 from gq_horovod.path.config import Config
 from gq_horovod.research import theory
-from gq_horovod.research.baselines import GATHER, QSGDConfig
+from gq_horovod.research.baselines import GATHER, GATHER_ELIAS, QSGDConfig
+from gq_horovod.research.int_sgd import IntSGDConfig, int_sgd
 from gq_horovod.research.simulation import SimulatedRanks, combine
+from mpi_ops import wire
+from mpi_ops.kernels.host import Buffer
 
 CONFIGS = {
     "standard": Config(),
@@ -65,6 +68,40 @@ def test_another_method() -> None:
     mean = SimulatedRanks(config, 4, GATHER).average("w", xs)
     error = np.linalg.norm(mean - np.mean(xs, axis=0)) / np.linalg.norm(np.mean(xs, axis=0))
     assert 0 < error < 0.05
+
+
+def test_a_method_that_remembers_its_means() -> None:
+    """On every rank: they would not agree in the next step."""
+    config = IntSGDConfig(bits=16)
+    ranks, xs = SimulatedRanks(config, 4, int_sgd(config)), gradients(4)
+    means = [ranks.average("w", xs) for _ in range(3)]
+    np.testing.assert_allclose(means[0], np.mean(xs, axis=0), atol=1e-6)
+    assert means[1].tobytes() != means[2].tobytes()
+    (states,) = ranks._states.values()
+    assert states == [states[0]] * 4
+    assert states[0]["rounded"] == 2 * 4 * 3000
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_bytes_are_those_of_a_ring(world_size: int) -> None:
+    xs = [Buffer.of(x) for x in gradients(world_size)]
+    out = Buffer.of(np.empty(3000, np.float32))
+    for config in CONFIGS.values():
+        sent = SimulatedRanks(config, world_size).reduce("w", xs, out)
+        expected = wire.wire(3000, config.plan(world_size)).sent
+        # Beside the norms goes who has joined.
+        assert expected <= sent <= expected + 8
+    others = world_size - 1
+    fixed, elias = (
+        SimulatedRanks(QSGDConfig(), world_size, method).reduce("w", xs, out)
+        for method in (GATHER, GATHER_ELIAS)
+    )
+    assert fixed == others * (24 * 128 + 4 * 6)
+    assert 1.2 * fixed <= elias <= 1.4 * fixed  # 10.2 bits for an element, and not 8
+    config = IntSGDConfig()
+    ranks = SimulatedRanks(config, world_size, int_sgd(config))
+    assert ranks.reduce("w", xs, out) == wire.sent_bytes(4 * 3000, world_size)
+    assert ranks.reduce("w", xs, out) == wire.sent_bytes(24 * 128 + 12, world_size)
 
 
 def test_refusals() -> None:
