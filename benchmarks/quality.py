@@ -3,6 +3,7 @@
     python benchmarks/quality.py transformer                 # 4 and 64 ranks, 3 seeds
     python benchmarks/quality.py convnet --ranks 16 --methods none,standard,two-hop
     python benchmarks/quality.py deeplight --seeds 1
+    python benchmarks/quality.py convnet --sgd 0.05          # with momentum, in place of Adam
 
 Each step splits one global batch among the ranks, computes each rank's gradient, and reduces each
 parameter's with gq_horovod.research.simulation: kernels, lanes, shares and random numbers are those
@@ -150,12 +151,21 @@ def _buffer(tensor: torch.Tensor) -> Buffer:
 # ------------------------------------------------------------------------------------------- a run
 
 
-def train(workload: Any, method: str, ranks: int, seed: int, steps: int, tick: Any) -> dict:
-    """Train once; returns the held-out loss by step, and what a rank sends in a step."""
+def train(
+    workload: Any, method: str, ranks: int, seed: int, steps: int, sgd: float | None, tick: Any
+) -> dict:
+    """Train once; returns the held-out loss by step, and what a rank sends in a step.
+
+    With Adam, or with SGD at the learning rate `sgd` and a momentum of 0.9.
+    """
     torch.manual_seed(seed)
     workload.seed = seed
     net = workload.build()
-    optimizer = torch.optim.Adam(net.parameters(), lr=workload.learning_rate)
+    optimizer: torch.optim.Optimizer
+    if sgd is None:
+        optimizer = torch.optim.Adam(net.parameters(), lr=workload.learning_rate)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=sgd, momentum=0.9)
     # Without the rise, runs of the same method end far apart; without the fall, a run's end is one
     # of many noisy steps.
     schedule = warm_linear(optimizer, max(steps // 10, 1), steps)
@@ -292,6 +302,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of a run (default: the workload's)")
+    parser.add_argument("--sgd", type=float, help="learning rate of SGD with a momentum of 0.9")
     parser.add_argument("--cache", type=Path, default=Path("results"), help="for prepared data")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     options = parser.parse_args()
@@ -303,6 +314,7 @@ def main() -> None:
     torch.set_num_threads(1)
     workload = WORKLOADS[options.model](options.cache)
     steps = options.steps or workload.steps
+    trained = options.model + ("" if options.sgd is None else f"-sgd-{options.sgd:g}")
     kept = options.output / "quality-runs"
     kept.mkdir(parents=True, exist_ok=True)
     # What a run computes depends on these files; with others it has to be run again.
@@ -319,12 +331,15 @@ def main() -> None:
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("", total=len(jobs) * steps)
         for ranks, name, seed in jobs:
-            path = kept / f"{options.model}-{ranks}-{name}-{seed}-{steps}-{version}.json"
+            path = kept / f"{trained}-{ranks}-{name}-{seed}-{steps}-{version}.json"
             if path.exists():
                 progress.advance(bar, steps)
             else:
                 progress.update(bar, description=f"{ranks} ranks, {name}, seed {seed}")
-                run = train(workload, name, ranks, seed, steps, lambda: progress.advance(bar))
+                run = train(
+                    *(workload, name, ranks, seed, steps, options.sgd),
+                    lambda: progress.advance(bar),
+                )
                 path.write_text(json.dumps(run))
             run = json.loads(path.read_text())
             runs[ranks][name].append(run)
@@ -336,10 +351,10 @@ def main() -> None:
 
     rows = compare(runs)
     parameters = next(iter(runs[ranks].values()))[0]["parameters"]
-    title = f"{options.model}, {parameters / 1e6:.2f} M parameters, {steps} steps, "
+    title = f"{trained}, {parameters / 1e6:.2f} M parameters, {steps} steps, "
     title += f"{options.seeds} seeds"
     print_table(rows, title, workload.metric)
-    stem = options.output / f"quality-{options.model}"
+    stem = options.output / f"quality-{trained}"
     document = {"model": options.model, "steps": steps, "parameters": parameters, "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
     plot(runs, title, stem.with_suffix(".png"))
