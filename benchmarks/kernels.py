@@ -111,6 +111,26 @@ def cases(count: int) -> list[Case]:
             ),
         ]
     for bits in (8, 4):
+        levels = lanes.levels(bits, 1)
+        payload = host.quantize_standard(
+            source, norms, block_size=BLOCK_SIZE, bits=bits, levels=levels, dither=random
+        )
+        room = aligned(host.elias_words(count, bits), np.int64)
+        decoded = np.zeros_like(payload)
+        stream = room[: host.encode_elias(payload, count, bits=bits, out=room)]
+        found += [
+            Case(
+                f"encode Elias {bits} bit",
+                payload.nbytes + stream.nbytes,
+                lambda p=payload, b=bits, r=room: host.encode_elias(p, count, bits=b, out=r),
+            ),
+            Case(
+                f"decode Elias {bits} bit",
+                payload.nbytes + stream.nbytes,
+                lambda d=decoded, b=bits, s=stream: host.decode_elias(s, count, bits=b, out=d),
+            ),
+        ]
+    for bits in (8, 4):
         codes = aligned(lanes.exponential_bytes(count, bits), np.uint8)
         quantize = {"block_size": BLOCK_SIZE, "bits": bits, "dither": random}
         decode = {"block_size": BLOCK_SIZE, "bits": bits}

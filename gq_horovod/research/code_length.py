@@ -1,9 +1,9 @@
 """How short QSGD's codes become with an entropy coder: bits per element of a given gradient.
 
-The QSGD of this package sends codes of a fixed width. Its paper (Alistarh et al., NeurIPS 2017)
-sends them in Elias' codes for integers, which are short for small numbers. These functions say how
-long those would be, and what no code of single elements can go below: the empirical entropy.
-Nothing is encoded.
+The QSGD of this package sends codes of a fixed width, or with `coding="elias"` in Elias' gamma
+codes. Its paper (Alistarh et al., NeurIPS 2017) sends Elias' omega codes, of all elements or, for
+sparse gradients, of those that are not zero and of the gaps between them. These functions say how
+long each is, and what no code of single elements can go below: the empirical entropy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class CodeLength(NamedTuple):
     fixed: float  # as they travel here, without what fills up the last words
     entropy: float
     elias_omega: float
-    elias_gamma: float
+    elias_gamma: float  # as coding="elias" sends them, without lengths of streams
+    elias_gaps: float  # gamma codes of the gaps between codes that are not zero, and of those
 
 
 def qsgd_code_length(gradient: NDArray[Any], config: QSGDConfig | None = None) -> CodeLength:
@@ -44,7 +45,8 @@ def qsgd_code_length(gradient: NDArray[Any], config: QSGDConfig | None = None) -
         config: the options of QSGD; None for the defaults.
 
     Each code is an integer c. Elias' codes hold |c| + 1, and one bit for the sign where c is not
-    zero. Deterministic in the gradient and `config.seed`. Raises ValueError for an empty gradient
+    zero; with gaps they hold |c| itself, and how many places further it is than the one before.
+    Deterministic in the gradient and `config.seed`. Raises ValueError for an empty gradient
     or one that is not finite, and TypeError for another dtype.
     """
     config = config or QSGDConfig()
@@ -63,6 +65,7 @@ def qsgd_code_length(gradient: NDArray[Any], config: QSGDConfig | None = None) -
         entropy=entropy(codes) + norms,
         elias_omega=_signed(codes, elias_omega_bits) + norms,
         elias_gamma=_signed(codes, elias_gamma_bits) + norms,
+        elias_gaps=_gaps(codes) + norms,
     )
 
 
@@ -120,6 +123,15 @@ def _signed(codes: Integers, bits_of: Callable[[Integers], Integers]) -> float:
     """Mean bits of a code: its magnitude, from 1, and a sign where it is not zero."""
     magnitudes = np.abs(codes)
     return float(np.mean(bits_of(magnitudes + 1) + (magnitudes > 0)))
+
+
+def _gaps(codes: Integers) -> float:
+    """Mean bits of an element where only codes that are not zero are written."""
+    (places,) = np.nonzero(codes)
+    gaps = np.diff(places, prepend=-1)
+    magnitudes = np.abs(codes[places])
+    total = elias_gamma_bits(gaps) + 1 + elias_gamma_bits(magnitudes)
+    return float(total.sum() / codes.size)
 
 
 def _floor_log2(numbers: Integers) -> Integers:

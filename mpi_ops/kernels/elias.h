@@ -74,7 +74,9 @@ class BitReader {
     const uint32_t signed_number = static_cast<uint32_t>(window_ >> (62 - 2 * zeros));
     const int32_t magnitude = static_cast<int32_t>(signed_number >> 1) - 1;
     const int32_t minus = -static_cast<int32_t>(signed_number & 1);
-    const int length = 2 * zeros + 1 + (zeros > 0);
+    // A first bit of one is the whole code of zero, which has no sign. (Not zeros > 0, which would
+    // be known later: the next code waits for this length.)
+    const int length = 2 * zeros + 2 - static_cast<int>(window_ >> 63);
     code = (magnitude ^ minus) - minus;
     window_ <<= length;
     valid_ -= length;

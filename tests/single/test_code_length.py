@@ -71,8 +71,10 @@ def test_a_gradient_of_four_elements() -> None:
     """Levels of 3 bits are thirds: codes 3, -1, 0 and 2 of a block with the norm 3."""
     x = np.array([3, -1, 0, 2], dtype=np.float32)
     length = qsgd_code_length(x, QSGDConfig(bits=3, block_size=None))
-    # |c| + 1 = 4, 2, 1, 3: omega 6 + 3 + 1 + 3, gamma 5 + 3 + 1 + 3, and three signs.
-    assert length == (3 + 8, 2 + 8, (13 + 3) / 4 + 8, (12 + 3) / 4 + 8)
+    # |c| + 1 = 4, 2, 1, 3: omega 6 + 3 + 1 + 3, gamma 5 + 3 + 1 + 3, and three signs. Gaps of 1, 1
+    # and 2: gamma 1 + 1 + 3, of 3, 1 and 2 3 + 1 + 3, and signs.
+    gaps = (5 + 7 + 3) / 4
+    assert length == (3 + 8, 2 + 8, (13 + 3) / 4 + 8, (12 + 3) / 4 + 8, gaps + 8)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 10, 16])
@@ -100,6 +102,8 @@ def test_an_entropy_coder_saves_what_is_expected() -> None:
     sparse = qsgd_code_length(x, QSGDConfig(norm="l2", block_size=None))
     assert sparse.entropy < sparse.elias_omega < 2 < sparse.fixed
     assert sparse.elias_gamma < 2
+    assert qsgd_code_length(np.eye(1, 1000), QSGDConfig(block_size=None)).elias_gaps < 0.05
+    assert qsgd_code_length(np.zeros(1000), QSGDConfig(block_size=None)).elias_gaps == 0.032
 
 
 @pytest.mark.parametrize("bad", [np.array([]), np.array([1.0, np.nan]), np.array([np.inf])])
