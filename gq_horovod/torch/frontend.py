@@ -503,12 +503,13 @@ class TorchFrontend(Frontend):
         """What a resumed run has to know to go on as this one would, bit for bit.
 
         That is how often each tensor was reduced, which the dither depends on, what a method keeps
-        of a tensor (PowerSGD: its error and its factor), and what levels="auto" has tried or
-        decided. Call it between two steps, with no reduction under way.
+        of a tensor (PowerSGD: its error and its factor; IntSGD: its parameter and the average of
+        its updates), and what levels="auto" has tried or decided. Call it between two steps, with
+        no reduction under way.
 
         Returns plain tensors (which are not copied), numbers, texts, lists and dictionaries, for
-        torch.save and torch.load(weights_only=True). Only PowerSGD's differs between ranks: each
-        rank has to save its own. The other methods' may be saved by one rank and loaded on all.
+        torch.save and torch.load(weights_only=True). Those of PowerSGD and IntSGD belong to a rank:
+        each has to save its own. The other methods' may be saved by one rank and loaded on all.
         """
         joins = _joins()
         saved = {key: group.state_dict(joins) for key, group in self._groups.items()}
