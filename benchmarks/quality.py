@@ -356,9 +356,9 @@ def main() -> None:
     print_table(rows, title, workload.metric)
     stem = options.output / f"quality-{trained}"
     document = {"model": options.model, "steps": steps, "parameters": parameters, "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-    plot(runs, title, stem.with_suffix(".png"))
-    print(f"Wrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
+    Path(f"{stem}.json").write_text(json.dumps(document, indent=2) + "\n")
+    plot(runs, title, Path(f"{stem}.png"))
+    print(f"Wrote {stem}.json and {stem}.png")
 
 
 def _fits(name: str, ranks: int) -> bool:

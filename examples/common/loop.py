@@ -45,8 +45,8 @@ remembers, what was measured; by rank R); DIR/latest names the complete one. All
 numbers and texts. If DIR/latest is there, the run resumes; with other options it refuses to.
 
 With more than two ranks, Horovod's own sums of floats depend on which tensors it happened to fuse.
-Any two runs whose gradients go that way (none, fp16, powersgd, intsgd's first step, and tensors below
-`min_elements`) may then differ in the last bits, resumed or not.
+Any two runs whose gradients go that way (none, fp16, powersgd, the first step of intsgd, and
+tensors below `min_elements`) may then differ in the last bits, resumed or not.
 """
 
 from __future__ import annotations

@@ -96,8 +96,7 @@ class BitReader {
  private:
   const uint8_t* next_;
   const uint8_t* end_;
-  uint64_t window_ =
-      0;  // from its highest bit on; bits beyond the valid ones are of the stream too
+  uint64_t window_ = 0;  // from its highest bit on; those that are not valid yet may be set
   int valid_ = 0;
 };
 

@@ -8,18 +8,20 @@ import pytest
 import torch
 from helpers import CONFIGURATIONS, gradients
 
-from gq_horovod.research.baselines import GATHER
+from gq_horovod.research.baselines import GATHER, GATHER_ELIAS
 from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.research.torch_baselines import QSGD
 from gq_horovod.torch import GlobalQSGD, TorchFrontend, allreduce
 
 
-@pytest.mark.parametrize(("levels", "bits"), [*CONFIGURATIONS, ("qsgd", 8)])
+@pytest.mark.parametrize(("levels", "bits"), [*CONFIGURATIONS, ("qsgd", 8), ("qsgd-elias", 4)])
 def test_the_same_bytes(levels: str, bits: int | None, name: str) -> None:
     # Not in place with transport="mpi", whose chunks are others.
     compression: TorchFrontend
     if levels == "qsgd":
         compression, method = QSGD(min_elements=0, seed=5), GATHER
+    elif levels == "qsgd-elias":
+        compression, method = QSGD(bits=4, coding="elias", min_elements=0, seed=5), GATHER_ELIAS
     else:
         compression, method = GlobalQSGD(levels=levels, bits=bits, min_elements=0, seed=5), None
     simulated = SimulatedRanks(compression.config, hvd.size(), method)
