@@ -12,6 +12,9 @@ from helpers import check_replicas, gradients
 from gq_horovod.research.torch_baselines import IntSGD
 from gq_horovod.torch import allreduce
 
+# Horovod's optimizer of a single rank hands nothing over.
+pytestmark = pytest.mark.usefixtures("several_ranks")
+
 SHAPE = (60, 80)
 
 
@@ -109,7 +112,6 @@ def test_what_is_clipped_is_counted(name: str) -> None:
     assert bool((mean.abs() < 1e5).all())
 
 
-@pytest.mark.usefixtures("several_ranks")
 def test_replicas_that_differ_are_an_error_on_every_rank(name: str) -> None:
     training = Training(IntSGD(min_elements=0), name, lr=0.1)
     own = gradients(SHAPE, tag=250)[hvd.rank()]
