@@ -8,6 +8,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from helpers import check_replicas, gradients
+from horovod.common.exceptions import HorovodInternalError
 
 from gq_horovod.research.torch_baselines import IntSGD
 from gq_horovod.torch import allreduce
@@ -119,6 +120,18 @@ def test_replicas_that_differ_are_an_error_on_every_rank(name: str) -> None:
     with torch.no_grad():
         training.weight += 0.25 * (hvd.rank() == 0)
     with pytest.raises(RuntimeError, match=r"IntSGD: the ranks must agree on alpha"):
+        training.step(own)
+
+
+def test_replicas_of_which_one_has_no_alpha(name: str) -> None:
+    """Horovod itself refuses to add integers to float32, on every rank."""
+    training = Training(IntSGD(min_elements=0), name, lr=0.0)
+    own = gradients(SHAPE, tag=255)[hvd.rank()]
+    training.step(own)
+    with torch.no_grad():
+        training.weight += 0.25 * (hvd.rank() == 0)
+    training.optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(HorovodInternalError, match="Mismatched data types"):
         training.step(own)
 
 
