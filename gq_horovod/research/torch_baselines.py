@@ -271,8 +271,9 @@ class IntSGD(_Baseline):
     ) -> tuple[torch.Tensor, Any]:
         config = self.config
         assert isinstance(config, IntSGDConfig)
-        if config.scale == "update" and self._eligible(tensor):
-            key = settled.key(optimizer._parameter_names[parameter], optimizer)
+        name = optimizer._parameter_names[parameter]
+        if config.scale == "update" and self._eligible(name, tensor):
+            key = settled.key(name, optimizer)
             memory = settled.group.memories.setdefault(key, {})
             begin(memory, parameter.numel())
             x = parameter.detach().to("cpu", torch.float32).flatten().clone()
