@@ -15,14 +15,18 @@ def add_to(commands: Any) -> None:
     """The command's arguments."""
     sub = commands.add_parser("report", help="tables and plots of training runs")
     sub.set_defaults(run=run)
-    sub.add_argument("results", type=Path, help="folder of files that --metrics wrote, or a file")
-    sub.add_argument("--output", type=Path, help="folder for plots (default: that of the results)")
+    sub.add_argument(
+        "results", type=Path, nargs="+", help="folders of files that --metrics wrote, or such files"
+    )
+    sub.add_argument(
+        "--output", type=Path, help="folder for plots (default: that of the first results)"
+    )
     sub.add_argument("--json", action="store_true", help="print plain data instead of tables")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the tables of the runs below a folder, and draw their curves."""
-    runs, remarks = report.collect(options.results)
+    """Print the tables of the runs below some folders, and draw their curves."""
+    runs, remarks = report.collect(*options.results)
     groups = report.summarize(runs)
     if options.json:
         print(json.dumps({"groups": groups, "remarks": remarks}, indent=2))
@@ -30,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         report.print_tables(groups, remarks, *rich())
     folder = options.output
     if folder is None and not options.json:
-        place: Path = options.results
+        place: Path = options.results[0]
         folder = place if place.is_dir() else place.parent
     if folder is None:
         return

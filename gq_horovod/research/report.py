@@ -14,16 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .published import (
-    AUTHORS_BASELINE,
-    AUTHORS_HARDWARE,
-    AUTHORS_LOGS,
-    AUTHORS_SOURCE,
-    PUBLISHED_PARAMETERS,
-    PUBLISHED_QUALITY,
-    PUBLISHED_SPEED_UPS,
-    SOURCE,
-)
+from .beside import authors_logs, missing_workloads, print_speed_ups, speed_ups
+from .published import PUBLISHED_PARAMETERS, PUBLISHED_QUALITY, SOURCE
 
 # --------------------------------------------------------------------------------------------- runs
 
@@ -162,24 +154,28 @@ def _started(path: Path, number: int, event: dict[str, Any], before: Run | None)
     return run
 
 
-def collect(place: Path) -> tuple[list[Run], list[str]]:
+def collect(*places: Path) -> tuple[list[Run], list[str]]:
     """Return (runs, what to say about files that were left out or are incomplete).
 
     Arguments:
-        place: a file of JSON lines, or a folder; all its files that end in .jsonl are read, those
-            in folders below it too.
+        places: files of JSON lines, or folders; all files of a folder that end in .jsonl are read,
+            those in folders below it too. A file that is named twice is read once.
 
-    Raises ValueError if there is no run at all.
+    Raises ValueError if there is no run at all, or no file at one of the places.
     """
-    if not place.exists():
-        raise ValueError(f"{place}: expected a folder or a file of metrics, got nothing there.")
-    paths = sorted(place.rglob("*.jsonl")) if place.is_dir() else [place]
-    if not paths:
-        raise ValueError(
-            f"{place}: expected files that end in .jsonl, got none; train with --metrics."
-        )
+    paths: dict[Path, Path] = {}
+    for place in places:
+        if not place.exists():
+            raise ValueError(f"{place}: expected a folder or a file of metrics, got nothing there.")
+        found = sorted(place.rglob("*.jsonl")) if place.is_dir() else [place]
+        if not found:
+            raise ValueError(
+                f"{place}: expected files that end in .jsonl, got none; train with --metrics."
+            )
+        for path in found:
+            paths.setdefault(path.resolve(), path)
     runs, remarks = [], []
-    for path in paths:
+    for path in paths.values():
         try:
             run = read(path)
         except (DamagedRunError, OSError) as error:
@@ -193,7 +189,8 @@ def collect(place: Path) -> tuple[list[Run], list[str]]:
         elif run.final.get("replicas_equal") is False:
             remarks.append(f"{path}: the ranks ended with different parameters.")
     if not runs:
-        raise ValueError(f"{place}: expected a run, got none. " + " ".join(remarks))
+        named = ", ".join(map(str, places))
+        raise ValueError(f"{named}: expected a run, got none. " + " ".join(remarks))
     return runs, remarks
 
 
@@ -239,26 +236,9 @@ def _group(runs: list[Run]) -> dict[str, Any]:
         "metric": first.metric,
         "higher_is_better": bool(first.start.get("higher_is_better", True)),
         "rows": list(rows.values()),
-        "published_speed_ups": dict(PUBLISHED_SPEED_UPS.get(workload, ())),
-        "authors_logs": _authors_logs(workload),
+        "speed_ups": speed_ups(workload, first.start["ranks"], list(rows.values()), _place),
+        "authors_logs": authors_logs(workload),
     }
-
-
-def _authors_logs(workload: str) -> dict[str, Any] | None:
-    """What the authors' logs say of a workload, with ratios to their own baseline."""
-    if workload not in AUTHORS_LOGS:
-        return None
-    what, columns = AUTHORS_LOGS[workload]
-    rows = {
-        method: {
-            path: {"seconds": times[method], "faster": times["none"] / times[method]}
-            for path, times in columns.items()
-            if method in times
-        }
-        for times in columns.values()
-        for method in times
-    }
-    return {"what": what, "hardware": AUTHORS_HARDWARE, "source": AUTHORS_SOURCE, "rows": rows}
 
 
 METHOD_ORDER = (
@@ -267,10 +247,15 @@ METHOD_ORDER = (
 )
 
 
-def _order(run: Run) -> tuple[Any, ...]:
-    method = run.start["compression"]
+def _place(setting: str) -> tuple[int, str]:
+    """Where a setting stands in a table: with those of its method."""
+    method = setting.partition(" ")[0]
     place = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-    return place, run.setting, run.start["seed"]
+    return place, setting
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    return *_place(run.setting), run.start["seed"]
 
 
 def _row(name: str, runs: list[Run]) -> dict[str, Any]:
@@ -342,7 +327,7 @@ def print_tables(
                 f"{row['runs']}" + (f" + {row['incomplete']} (a)" if row["incomplete"] else ""),
                 str(row["steps"]),
                 quality,
-                cell(row["difference"], "+.4f"),
+                cell(row["difference"], "+z.4f"),
                 cell(row["published_quality"], "g"),
                 cell(row["step_seconds"] and 1e3 * row["step_seconds"], ".1f"),
                 cell(row["faster_than_none"], ".2f"),
@@ -353,34 +338,10 @@ def print_tables(
         console.print(table)
         for remark in _remarks_on(group):
             console.print(remark, highlight=False, soft_wrap=True)
-        if group["authors_logs"]:
-            _print_authors_logs(group["authors_logs"], console, table_of)
-    for remark in remarks:
+        print_speed_ups(group, console, table_of)
+    missing = missing_workloads(groups)
+    for remark in (*remarks, *([missing] if missing else [])):
         console.print(remark, highlight=False, markup=False, soft_wrap=True)
-
-
-def _print_authors_logs(
-    logs: dict[str, Any],
-    console: Any,
-    table_of: Callable[[str, list[str], list[str]], Any],
-) -> None:
-    """The authors' own figures, a table apart: other hardware, and another baseline."""
-    paths = list(dict.fromkeys(path for row in logs["rows"].values() for path in row))
-    headings = [heading for path in paths for heading in (f"{path}: s", "× their none")]
-    table = table_of(f"The authors' logs, {logs['what']}\n{logs['hardware']}", ["method"], headings)
-    for method, row in logs["rows"].items():
-        cells = []
-        for path in paths:
-            own = row.get(path)
-            cells += [f"{own['seconds']:g}", f"{own['faster']:.2f}"] if own else ["", ""]
-        table.add_row(method, *cells)
-    console.print(table)
-    console.print(
-        f"{logs['source']}. Their none is {AUTHORS_BASELINE}: compare ratios with ratios, not "
-        "seconds with seconds.",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def _remarks_on(group: dict[str, Any]) -> Iterator[str]:
@@ -402,8 +363,6 @@ def _remarks_on(group: dict[str, Any]) -> Iterator[str]:
     parameters = group["published_parameters"]
     if any(row["published_quality"] is not None for row in group["rows"]):
         yield f"paper: {SOURCE}, full runs, 8 bits."
-    for what, value in group["published_speed_ups"].items():
-        yield f"paper: {what}: {value:.2f} times as fast as the authors' own float32 tree."
     if parameters and parameters != group["parameters"]:
         yield (
             f"The paper's model has {parameters:,} parameters; this one is another, on other data: "

@@ -118,6 +118,87 @@ def test_the_authors_logs_stand_beside(
     assert "13d702f" in logs["source"]
 
 
+def speed_ups(folder: Path) -> dict[str, dict[str, Any]]:
+    (group,) = report.summarize(report.collect(folder)[0])
+    return {row["method"]: row for row in group["speed_ups"]["rows"]}
+
+
+def test_ratios_stand_beside_ratios(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", events())
+    write(tmp_path / "b.jsonl", events("standard", step_seconds=0.05, bits=8))
+    write(tmp_path / "c.jsonl", events("exponential")[:-1])
+    write(tmp_path / "d.jsonl", events("standard", step_seconds=0.1, transport="mpi"))
+    rows = speed_ups(tmp_path)
+    assert rows["none"]["ours"] == rows["none"]["theirs"]["logs, P2P"] == 1
+    # 8 bits are the paper's, whether they were asked for or are the default.
+    assert rows["standard"]["ours"] == pytest.approx(4)
+    assert rows["standard"]["theirs"]["paper, 4 GPUs"] == 3.58
+    assert rows["standard"]["theirs"]["logs, P2P"] == pytest.approx(40.7 / 24.2)
+    assert rows["standard mpi"]["ours"] == pytest.approx(2)
+    assert rows["standard mpi"]["theirs"] == {}
+    assert (rows["exponential"]["ours"], rows["exponential"]["state"]) == (None, "not ended")
+    assert (rows["two-hop"]["ours"], rows["two-hop"]["state"]) == (None, "missing")
+    assert (rows["L-GreCo"]["ours"], rows["L-GreCo"]["state"]) == (None, "theirs")
+    assert rows["their best"]["theirs"] == {"paper, 64 nodes": 3.17, "poster, 64 nodes": 3.16}
+
+
+def test_without_none_there_is_no_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "b.jsonl", events("standard"))
+    rows = speed_ups(tmp_path)
+    assert (rows["standard"]["ours"], rows["standard"]["state"]) == (None, "without none")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "no none" in text
+    assert "Missing here: none, fp16," in text
+
+
+@pytest.mark.parametrize(("ranks", "bits", "narrow"), [(4, 8, "missing"), (64, 10, "impossible")])
+def test_what_so_many_ranks_can_add(tmp_path: Path, ranks: int, bits: int, narrow: str) -> None:
+    """4 bits have no level left for 64 ranks, so nobody is asked for such a run."""
+    write(tmp_path / "a.jsonl", events(ranks=ranks))
+    (group,) = report.summarize(report.collect(tmp_path)[0])
+    rows = {row["method"]: row for row in group["speed_ups"]["rows"]}
+    assert rows["standard"]["bits"] == bits
+    assert rows["standard 4 bit"]["state"] == narrow
+    assert ("standard 4 bit" in group["speed_ups"]["missing"]) == (narrow == "missing")
+
+
+def test_what_is_missing_of_the_table_of_64_nodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        capsys.readouterr()
+        assert cli.main(["report", str(tmp_path)]) == 0
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if "there is no run of" in line
+        ] or [""]
+        return line
+
+    write(tmp_path / "a.jsonl", events())
+    assert "deeplight (there are runs of a smaller model), transformer-xl, wide-resnet" in said()
+    large = {"parameters": 607_959_381, "preset": "criteo"}
+    write(tmp_path / "b.jsonl", events(**large))
+    assert "deeplight (there are runs of it on 4), transformer-xl" in said()
+    sizes = {"deeplight": 607_959_381, "transformer-xl": 191_950_298, "wide-resnet": 126_886_696}
+    for workload, parameters in sizes.items():
+        here = {"workload": workload, "parameters": parameters, "ranks": 64, "hosts": 64}
+        assert workload in said()
+        write(tmp_path / f"{workload}.jsonl", events(**here))
+    assert said() == ""
+
+
+def test_several_folders_are_one_report(tmp_path: Path) -> None:
+    """And a file that two of them have counts once."""
+    write(tmp_path / "one" / "a.jsonl", events())
+    write(tmp_path / "two" / "b.jsonl", events("fp16"))
+    places = [tmp_path / "one", tmp_path / "two", tmp_path / "one" / "a.jsonl", tmp_path]
+    runs, _ = report.collect(*places)
+    assert [run.setting for run in runs] == ["none", "fp16"]
+    (tmp_path / "three").mkdir()
+    with pytest.raises(ValueError, match=r"three: expected files that end in .jsonl"):
+        report.collect(tmp_path / "one", tmp_path / "three")
+
+
 def test_quality_on_synthetic_data_does_not_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,9 +240,10 @@ def test_tables_and_plots_are_made(tmp_path: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert "deeplight (flights), 3,597,838 parameters" in text
     assert "The paper's model has 607,959,381 parameters" in text
-    assert "64 cloud nodes, paper: 3.17 times as fast" in text
     assert "4 × A100-SXM4-80GB of one host" in text
-    assert "compare ratios with ratios" in text
+    for baseline in ("Horovod's float32 Allreduce", "a float32 tree over NCCL's send and receive"):
+        assert baseline in text
+    assert "Missing here: qsgd, powersgd, standard, standard 4 bit, exponential, two-hop." in text
     assert "23.88" in text
     assert "MB/step is empty where" in text
     assert "different numbers of steps" in text
