@@ -10,6 +10,8 @@ from typing import Any
 
 from .units import share
 
+DEFAULT_OVERLAP = 0.5  # as `model.step_time` has it
+
 
 def add_common(sub: argparse.ArgumentParser) -> None:
     """The arguments that several commands share."""
@@ -17,8 +19,9 @@ def add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--overlap",
         type=share,
-        default=0.5,
-        help="share of the compute time behind which communication can hide (default 0.5)",
+        default=DEFAULT_OVERLAP,
+        help="share of the compute time behind which communication can hide "
+        f"(default {DEFAULT_OVERLAP})",
     )
     sub.add_argument("--plot", type=Path, help="also draw a plot to this file")
     sub.add_argument("--json", action="store_true", help="print plain data instead of a table")

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..advisor import calibrate, model
+from ..advisor import calibrate, gpu_nodes, model
 from ..advisor.model import NONE, Cluster
+from . import paper
 from .output import add_common, new_plot, rich
-from .units import bandwidth, listed, rank_count, workload_compute, written_seconds
+from .units import bandwidth, listed, named_number, rank_count, workload_compute, written_seconds
 
+WORKERS, RATES = (64, 256, 1024, 4096), (2e8, 1e9, 5e9, 1e10, 2.5e10)
 SIMULATED = (
     model.FP16,
     model.STANDARD,
@@ -27,12 +29,28 @@ def add_to(commands: Any) -> None:
     """The command's arguments."""
     sub = commands.add_parser("simulate", help="the paper's workloads on 64 to 4096 ranks")
     sub.set_defaults(run=simulate)
-    sub.add_argument("--workers", type=listed(rank_count), default=[64, 256, 1024, 4096])
+    sub.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's table of 64 nodes with a GPU each, and where each input is from",
+    )
+    sub.add_argument(
+        "--input",
+        type=named_number,
+        action="append",
+        metavar="NAME=NUMBER",
+        help="with --paper: replaces an input of its list",
+    )
+    sub.add_argument(
+        "--workers",
+        type=listed(rank_count),
+        help="with commas (default 64,256,1024,4096; with --paper 64)",
+    )
     sub.add_argument(
         "--bandwidth",
         type=listed(bandwidth),
-        default=[2e8, 1e9, 5e9, 1e10, 2.5e10],
-        help="with commas (default 200Mbit,1Gbit,5Gbit,10Gbit,25Gbit)",
+        help="with commas (default 200Mbit,1Gbit,5Gbit,10Gbit,25Gbit; with --paper "
+        "100Gbit,10Gbit,1Gbit)",
     )
     defaults = ", ".join(f"{w.name}={written_seconds(w.compute)}" for w in model.WORKLOADS)
     sub.add_argument(
@@ -40,7 +58,7 @@ def add_to(commands: Any) -> None:
         type=workload_compute,
         action="append",
         metavar="NAME=DURATION",
-        help=f"compute time of a step, assumed: {defaults}",
+        help=f"compute time of a step (default {defaults})",
     )
     add_common(sub)
 
@@ -55,8 +73,8 @@ def simulation(options: argparse.Namespace) -> list[dict[str, Any]]:
     for workload in model.WORKLOADS:
         seconds = compute.get(workload.name, workload.compute)
         sizes = [workload.parameters]
-        for ranks in options.workers:
-            for rate in options.bandwidth:
+        for ranks in options.workers or WORKERS:
+            for rate in options.bandwidth or RATES:
                 cluster = replace(start, ranks=ranks, ranks_per_host=1, bandwidth=rate)
                 base = model.step_time(NONE, sizes, cluster, seconds, options.overlap)
                 rows.append(
@@ -66,7 +84,9 @@ def simulation(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "bandwidth": rate,
                         "step_compute_seconds": seconds,
                         "none_seconds": base,
-                        "paper_model": paper_speedup(workload.parameters, cluster, seconds),
+                        "paper_model": model.paper_step_speed_up(
+                            workload.parameters, cluster, seconds
+                        ),
                         "speedups": {
                             method.name: base
                             / model.step_time(method, sizes, cluster, seconds, options.overlap)
@@ -77,17 +97,17 @@ def simulation(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def paper_speedup(parameters: int, cluster: Cluster, compute: float) -> float:
-    """Speed-up of a step by the paper's own model: 8 bits, ω = 1, full bandwidth, no overlap."""
-    size = model.FLOAT32_BYTES * parameters
-    beta, gamma = cluster.bandwidth / 8, cluster.kernels.sum / 3  # a sum moves three bytes for one
-    arguments = (cluster.ranks, size, cluster.latency, beta, gamma)
-    plain = model.paper_allreduce(*arguments)
-    return (compute + plain) / (compute + model.paper_compressed_allreduce(*arguments, omega=1.0))
-
-
 def simulate(options: argparse.Namespace) -> None:
     """`gq-horovod simulate`."""
+    if options.paper:
+        found = paper.table(options)
+        if options.plot is not None:
+            direct = [row for row in found["rows"] if row["path"] == gpu_nodes.NCCL]
+            plot_simulation(direct, options.plot)
+        paper.show(found, options.json)
+        return
+    if options.input:
+        raise ValueError("--input: expected --paper beside it, got none; give both.")
     rows = simulation(options)
     if options.plot is not None:
         plot_simulation(rows, options.plot)
@@ -119,7 +139,7 @@ def simulate(options: argparse.Namespace) -> None:
     print(
         "Column paper: the paper's model, without overlap, at full bandwidth, 8 bits on any scale."
     )
-    print(f"Compute times of a step are assumptions (--compute): {listing}.")
+    print(f"Compute times of a step (--compute): {listing}; docs/advisor.md says where from.")
 
 
 def plot_simulation(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -127,16 +147,18 @@ def plot_simulation(rows: Sequence[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["workload"] for row in rows))
     ranks = sorted({row["ranks"] for row in rows})
     figure, panels = new_plot(len(names))
+    methods = dict.fromkeys(name for row in rows for name in row["speedups"] if name != NONE.name)
     for panel, name in zip(panels, names, strict=True):
-        for color, method in enumerate(SIMULATED):
+        for color, method in enumerate(methods):
             for workers, style in {ranks[0]: "-", ranks[-1]: ":"}.items():
                 points = [r for r in rows if (r["workload"], r["ranks"]) == (name, workers)]
+                points = [r for r in points if method in r["speedups"]]
                 panel.semilogx(
                     [row["bandwidth"] / 1e9 for row in points],
-                    [row["speedups"][method.name] for row in points],
+                    [row["speedups"][method] for row in points],
                     style,
                     color=f"C{color}",
-                    label=f"{method.name}, {workers} ranks",
+                    label=f"{method}, {workers} ranks",
                 )
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("Gbit/s")

@@ -97,6 +97,16 @@ def workload_compute(text: str) -> tuple[str, float]:
     return name, duration(value)
 
 
+def named_number(text: str) -> tuple[str, float]:
+    """ "pcie=12e9" as name and number. Raises argparse.ArgumentTypeError."""
+    name, _, value = text.partition("=")
+    if not name or not re.fullmatch(_NUMBER, value.strip()):
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=NUMBER in the units of the list, such as pcie=12e9, got {text!r}"
+        )
+    return name, float(value)
+
+
 def written_rate(rate: float) -> str:
     """A bandwidth for people."""
     if rate <= 0:

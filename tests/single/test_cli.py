@@ -144,7 +144,8 @@ def numeric_options(command: str) -> set[str]:
 def test_options_of_numbers_of_other_commands_are_the_same() -> None:
     others = {"calibrate", "doctor", "env", "report"}
     assert not set().union(*map(numeric_options, others))
-    assert numeric_options("simulate") - set(UNITS) == {"--compute"}
+    # With names before their numbers.
+    assert numeric_options("simulate") - set(UNITS) == {"--compute", "--input"}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ import criteo  # noqa: E402
 from common.rejects import TooManyRejectedError  # noqa: E402
 from model import DeepLight, parameter_count  # noqa: E402
 
+from gq_horovod.advisor.model import WORKLOADS  # noqa: E402
+
 ROWS = (1,) * 13 + tuple(range(1000, 1026))
 
 
@@ -280,6 +282,8 @@ def test_the_paper_s_number_of_parameters() -> None:
         model = DeepLight(criteo.ROWS, preset["dim"], hidden)
     parts = parameter_count(criteo.ROWS, preset["dim"], hidden)
     assert sum(parameter.numel() for parameter in model.parameters()) == 607_959_381
+    (known,) = (own for own in WORKLOADS if own.name == "DeepLight")
+    assert (known.parameters, known.tensors) == (607_959_381, len(list(model.parameters())))
     assert sum(parts.values()) == 607_959_381
     assert parts["embeddings"] == 607_479_830
 

@@ -28,6 +28,8 @@ from transformer import (  # noqa: E402
     sinusoids,
 )
 
+from gq_horovod.advisor.model import WORKLOADS  # noqa: E402
+
 SMALL = Shape(
     vocabulary=30,
     cutoffs=(6, 14),
@@ -60,6 +62,8 @@ class TestModel:
         with torch.device("meta"):
             model = TransformerXL(WIKITEXT103)
         assert sum(parameter.numel() for parameter in model.parameters()) == 191_950_298
+        (known,) = (own for own in WORKLOADS if own.name == "Transformer-XL")
+        assert (known.parameters, known.tensors) == (191_950_298, len(list(model.parameters())))
 
     @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 5), (4, 4), (3, 7), (5, 6)])
     def test_relative_shift_is_the_double_loop(self, queries, keys):

@@ -22,12 +22,16 @@ from common.rejects import Rejects, TooManyRejectedError  # noqa: E402
 from image_folder import BrokenImageError, find_images, read_image  # noqa: E402
 from resnet import WIDE_RESNET_101_2, Bottleneck, Shape, WideResNet  # noqa: E402
 
+from gq_horovod.advisor.model import WORKLOADS  # noqa: E402
+
 
 class TestModel:
     def test_the_paper_counts_126886696_parameters(self):
         with torch.device("meta"):
             model = WideResNet(WIDE_RESNET_101_2)
         assert sum(parameter.numel() for parameter in model.parameters()) == 126_886_696
+        (known,) = (own for own in WORKLOADS if own.name == "Wide-ResNet-101-2")
+        assert (known.parameters, known.tensors) == (126_886_696, len(list(model.parameters())))
 
     def test_resnet_50_has_its_published_size(self):
         """The same class with other numbers: 25,557,032 parameters, as published widely."""

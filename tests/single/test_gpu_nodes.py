@@ -1,0 +1,250 @@
+"""The paper's table for nodes with a GPU each: by hand, in the right direction, inputs named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gq_horovod import cli
+from gq_horovod.advisor import gpu_nodes, model
+from gq_horovod.advisor.gpu_nodes import NCCL, PATHS, STAGED, Inputs
+from gq_horovod.advisor.model import Method
+
+DEEPLIGHT = model.WORKLOADS[0]
+P = DEEPLIGHT.parameters
+# Nothing costs time but the bytes on the link, of a gigabyte a second, whole.
+IDEAL = Inputs(
+    gpu_memory=1e30,
+    kernel_share=1.0,
+    pcie=1e30,
+    host_sum=1e30,
+    allreduce_efficiency=1.0,
+    gather_efficiency=1.0,
+    latency=0.0,
+    cycle_time=0.0,
+    operation_overhead=0.0,
+    hook=0.0,
+    plain_hook=0.0,
+)
+BY_NAME = {method.name: method for method in gpu_nodes.METHODS}
+
+
+def seconds(
+    method: Method | str, inputs: Inputs, path: str = NCCL, ranks: int = 64, rate: float = 8e9
+) -> float:
+    """A step of DeepLight with a second of compute behind which nothing hides."""
+    own = BY_NAME[method] if isinstance(method, str) else method
+    cluster = gpu_nodes.cluster_of(inputs, ranks, rate, path)
+    return gpu_nodes.step_time(own, DEEPLIGHT, inputs, cluster, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "element_bytes"),
+    [
+        ("none", 4),
+        ("fp16", 2),
+        ("standard", 4 / 3 + 4 / 256),  # three lanes of 10 bits to a word, a norm for 256
+        ("standard 8 bit", 1 + 4 / 256),
+        ("exponential", 1),  # one norm in all
+        ("exponential 4 bit", 1 / 2 + 4 / 256),
+        ("two-hop", 1 + 2 * 4 / 256),  # norms of the second rounding, too
+        ("two-hop 4 bit", 1 / 2 + 2 * 4 / 256),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_bytes_alone(method: str, element_bytes: float, path: str) -> None:
+    """Everything crosses the link 2(n-1)/n times."""
+    expected = 1 + 2 * 63 / 64 * element_bytes * P / 1e9
+    assert seconds(method, IDEAL, path) == pytest.approx(expected, rel=2e-2)
+
+
+def test_the_uncompressed_step_by_hand() -> None:
+    """Through host memory: 4P bytes out and back at 2 GB/s, and three times 4P added at 3 GB/s."""
+    wire = 2 * 63 / 64 * 4 * P / 1e9
+    inputs = replace(IDEAL, pcie=2e9, host_sum=3e9, plain_hook=0.01)
+    hooks = 0.01 * 50
+    assert seconds("none", inputs) == pytest.approx(1 + wire + hooks)
+    staged = 1 + wire + 2 * 4 * P / 2e9 + 63 / 64 * 4 * P / 1e9 + hooks
+    assert seconds("none", inputs, STAGED) == pytest.approx(staged)
+
+
+def test_slow_copies_take_turns_with_nothing() -> None:
+    """Codes pass 0.1 GB/s twice; what the link does meanwhile is hidden but for a chunk."""
+    inputs = replace(IDEAL, pcie=1e8)
+    copies = 2 * (1 + 4 / 256) * P / 1e8
+    assert seconds("standard 8 bit", inputs, STAGED) == pytest.approx(1 + copies, rel=2e-2)
+    # Shares go to the GPU to be reduced: out, in, out, in, of which one is an n-th.
+    assert seconds("exponential", inputs, STAGED) == pytest.approx(
+        1 + (3 + 1 / 64) * P / 1e8, rel=2e-2
+    )
+
+
+def test_kernels_of_the_gpu_by_hand() -> None:
+    """Standard codes: read for the norm, read and written by two kernels; at a GB/s each."""
+    inputs = replace(IDEAL, gpu_memory=2e9, kernel_share=0.5)
+    moved = (4 + 2 * (4 + 1)) * P / 1e9  # longer than the codes are on the link
+    sums = 3 * 63 / 64 * P / 1e9 + 2 * 63 / 64 * P / 1e9  # which hide behind the kernels
+    found = seconds("standard 8 bit", inputs)
+    assert 1 + moved < found < 1 + moved + 0.1 * sums
+
+
+def test_hooks_are_python_of_each_gradient() -> None:
+    slow = replace(IDEAL, hook=1.0)
+    assert seconds("standard", slow) == pytest.approx(seconds("standard", IDEAL) + 50)
+    assert seconds("none", slow) == seconds("none", IDEAL)
+
+
+methods = st.sampled_from(gpu_nodes.METHODS).filter(lambda own: own.why_not(64) is None)
+rates = st.floats(1e8, 4e11)
+
+
+@given(methods, st.sampled_from(PATHS), rates, rates, st.floats(0, 1))
+def test_a_faster_network_is_never_slower(
+    method: Method, path: str, one: float, other: float, overlap: float
+) -> None:
+    def step(rate: float) -> float:
+        cluster = gpu_nodes.cluster_of(Inputs(), 64, rate, path)
+        return gpu_nodes.step_time(method, DEEPLIGHT, Inputs(), cluster, 0.015, overlap)
+
+    slow, fast = sorted((one, other))
+    assert step(fast) <= step(slow) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", [own.name for own in fields(Inputs)])
+@given(method=methods, path=st.sampled_from(PATHS))
+def test_every_input_counts_in_one_direction(name: str, method: Method, path: str) -> None:
+    """Twice as fast is never slower, twice as long never faster; and somewhere it matters."""
+    inputs = Inputs()
+    value = getattr(inputs, name)
+    time = own_unit(name) == "s"
+    worse = replace(inputs, **{name: value * 2 if time else value / 2})
+    assert seconds(method, inputs, path) <= seconds(method, worse, path) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", [own.name for own in fields(Inputs)])
+def test_every_input_counts(name: str) -> None:
+    inputs = Inputs()
+    other = replace(inputs, **{name: getattr(inputs, name) / 2})
+    assert any(
+        seconds(method, inputs, path) != seconds(method, other, path)
+        for method in gpu_nodes.METHODS
+        if method.why_not(64) is None
+        for path in PATHS
+    )
+
+
+def own_unit(name: str) -> str:
+    (unit,) = (own.metadata["unit"] for own in fields(Inputs) if own.name == name)
+    return str(unit)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_inputs_that_cannot_be(value: float) -> None:
+    for own in fields(Inputs):
+        with pytest.raises(ValueError, match=f"{own.name} must be a finite number"):
+            replace(Inputs(), **{own.name: value})
+    with pytest.raises(ValueError, match="pcie must be more than 0"):
+        Inputs(pcie=0.0)
+
+
+def test_methods_that_are_one_with_so_many_ranks() -> None:
+    """With few ranks standard levels have 8 bits anyway."""
+    assert [own.name for own in gpu_nodes.methods(64)] == [own.name for own in gpu_nodes.METHODS]
+    assert "standard 8 bit" not in [own.name for own in gpu_nodes.methods(4)]
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def printed(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert cli.main(["simulate", "--paper", *options]) == 0
+    return capsys.readouterr().out
+
+
+def plain(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(printed(capsys, *options, "--json"))
+    return found
+
+
+def test_the_table_names_where_each_input_is_from(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    lines = text.splitlines()
+    names = [own.name for own in fields(Inputs)]
+    names += ["overlap", *(f"compute, {own.name}" for own in model.WORKLOADS)]
+    for name in names:
+        (line,) = (line for line in lines if f"│ {name} " in line)
+        assert line.split("│")[4].strip() in ("measured", "assumed")
+    assert "standard 4 bit, 64 ranks: the codes cannot hold the sum" in text
+    for path in PATHS:
+        assert f"64 nodes with a GPU each, codes by {path}" in text
+    assert "3.17x" in text
+
+
+def test_every_source_says_something(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in plain(capsys)["inputs"]:
+        assert row["origin"] in ("measured", "assumed")
+        assert len(row["source"]) > 20
+        if row["origin"] == "measured":  # says where
+            assert any(where in row["source"] for where in ("docs/", "README", "authors' logs"))
+
+
+def test_an_input_that_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    before = plain(capsys)
+    options = ("--input", "latency=1e-3", "--input", "hook=1e-5", "--compute", "DeepLight=1s")
+    options += ("--overlap", "0.25")
+    after = plain(capsys, *options)
+    found = {row["name"]: (row["value"], row["origin"]) for row in after["inputs"]}
+    assert found["latency"] == (1e-3, "given")
+    assert found["hook"] == (1e-5, "given")
+    assert found["compute, DeepLight"] == (1.0, "given")
+    assert found["overlap"] == (0.25, "given")
+    assert found["pcie"][1] == "assumed"
+    assert after["rows"][0]["none_seconds"] > before["rows"][0]["none_seconds"]
+
+
+def test_rows_are_those_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert len(plain(capsys)["rows"]) == 3 * 3 * 2
+    plot = tmp_path / "paper.png"
+    options = ("--workers", "4,64", "--bandwidth", "1Gbit,25Gbit", "--plot", str(plot))
+    rows = plain(capsys, *options)["rows"]
+    assert {(row["ranks"], row["bandwidth"], row["path"]) for row in rows} == {
+        (ranks, rate, path) for ranks in (4, 64) for rate in (1e9, 25e9) for path in PATHS
+    }
+    assert "standard 4 bit" in rows[0]["speedups"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        assert row["speedups"]["none"] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["--paper", "--input", "speed=1"], "--input speed: expected one of allreduce_efficiency"),
+        (["--paper", "--input", "pcie=0"], "pcie must be more than 0"),
+        (["--input", "pcie=1e9"], "--input: expected --paper beside it"),
+        (
+            ["--paper", "--calibration", "c.json"],
+            "--calibration c.json: expected none with --paper",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(
+    command: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["simulate", *command]) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["pcie", "=1", "pcie=fast", "pcie=1GB", "pcie=-1", "pcie=nan"])
+def test_numbers_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "--paper", "--input", text])
+    assert "expected NAME=NUMBER" in capsys.readouterr().err
