@@ -263,6 +263,7 @@ def command_complaints(documents: list[Document]) -> list[str]:
             complaints.append(f"{script} is not in the image")
             continue
         after = arguments[arguments.index(script) + 1 :]
+        after = after[: after.index("--")] if "--" in after else after  # what it runs itself
         given = {argument.partition("=")[0] for argument in after}
         complaints += [f"{script} has no {option}" for option in given - options_of(source)]
     if not scripts:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import copy
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from checks import (
+    IN_IMAGE,
     K8S,
     OVERLAYS,
     ROOT,
@@ -20,12 +23,17 @@ from checks import (
     only,
     pods,
     render,
+    writable,
 )
+
+sys.path.insert(0, str(ROOT / "examples"))
+import each_method
 
 LOCAL = "overlays/local-cpu/deeplight/standard"
 
 
 METHODS = {"none", "fp16", "standard", "exponential", "two-hop", "auto"}
+ALL = "all"  # of them, in one job
 WORKERS = {"local-cpu": 2, "gke-64xa100": 64, "gke-64-cpu": 64}
 # Samples, streams or images of a step of all ranks, which the learning rates were chosen for.
 GLOBAL_BATCH = {
@@ -45,7 +53,7 @@ def test_there_is_an_overlay_for_every_cluster_workload_and_method() -> None:
     methods = {path.name for path in (K8S / "methods").iterdir()}
     assert clusters == set(WORKERS)
     assert workloads == {workload for workload, _ in GLOBAL_BATCH}
-    assert methods == METHODS
+    assert methods == {*METHODS, ALL}
     assert set(OVERLAYS) == {f"overlays/{c}/{w}/{m}" for w, c in GLOBAL_BATCH for m in methods}
 
 
@@ -155,9 +163,30 @@ def test_methods_differ_in_names_and_compression_only() -> None:
         return text.replace(f"{workload}-{method}", "NAME").replace(f"COMPRESSION: {method}", "")
 
     for workload, cluster in GLOBAL_BATCH:
-        overlays = [overlay for overlay in OVERLAYS if f"/{cluster}/{workload}/" in overlay]
-        assert len(overlays) == len(METHODS)
+        overlays = [f"overlays/{cluster}/{workload}/{method}" for method in METHODS]
         assert len({without_method(overlay) for overlay in overlays}) == 1
+
+
+@pytest.mark.parametrize("overlay", [own for own in OVERLAYS if own.endswith(f"/{ALL}")])
+def test_a_job_of_all_methods_is_each_of_them(overlay: str) -> None:
+    """What it runs for a method is the command of that method's own overlay."""
+    documents = render(K8S / overlay)
+    config = only(documents, "ConfigMap")["data"]
+    assert set(config["METHODS"].split()) == METHODS
+
+    def words(documents: list[dict[str, Any]]) -> list[str]:
+        (launcher,) = pods(only(documents, "MPIJob"))["Launcher"]["spec"]["containers"]
+        own = only(documents, "ConfigMap")["data"]
+        return [re.sub(r"\$\((\w+)\)", lambda key: own[key[1]], a) for a in launcher["args"]]
+
+    begin = ["python", f"{IN_IMAGE}examples/each_method.py", f"--methods={config['METHODS']}", "--"]
+    assert words(documents)[: len(begin)] == begin
+    for method in config["METHODS"].split():
+        alone = words(render(K8S / overlay.removesuffix(ALL) / method))
+        assert each_method.command_for(method, words(documents)[len(begin) :]) == alone
+    # The launcher looks there for what has finished.
+    launcher = pods(only(documents, "MPIJob"))["Launcher"]
+    assert "/results" in writable(launcher, lasting=True)
 
 
 def test_the_pod_for_results() -> None:
