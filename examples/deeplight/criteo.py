@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -131,6 +132,48 @@ def synthetic(count: int, rows: Sequence[int], seed: Sequence[int]) -> Samples:
     return samples, (random.random(count) < 1 / (1 + np.exp(-logit))).astype(np.float32)
 
 
+class Lines:
+    """The lines of a file, plain or .gz: numbers from 0 on, and lines without their ends.
+
+    A line that is too long is cut. `position` is how far the file itself has been read.
+    """
+
+    def __init__(self, path: Path, number: int = 0, offset: int = 0) -> None:
+        """Open nothing yet.
+
+        Arguments:
+            path: the file.
+            number: of the first line that is wanted.
+            offset: where that line begins in a file that is not compressed; not used for others.
+        """
+        self._path, self._first = path, number
+        self.offset = 0 if path.suffix == ".gz" else offset  # behind the last line
+        self.position = 0  # bytes of the file
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Raises ValueError for compressed data that ends early."""
+        compressed = self._path.suffix == ".gz"
+        with self._path.open("rb") as raw:
+            raw.seek(self.offset)
+            file: IO[bytes] = gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[assignment]
+            number = 0 if compressed else self._first
+            try:
+                while line := file.readline(LONGEST):
+                    rest, self.offset = line, self.offset + len(line)
+                    while len(rest) == LONGEST and not rest.endswith(b"\n"):
+                        rest = file.readline(LONGEST)
+                        self.offset += len(rest)
+                    self.position = raw.tell() if compressed else self.offset
+                    if number >= self._first:
+                        yield number, line.rstrip(b"\r\n")
+                    number += 1
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(
+                    f"{self._path}:{number + 1}: expected complete gzip data, got {error}; fetch "
+                    "the file again."
+                ) from error
+
+
 class Reader:
     """One rank's lines of a file.
 
@@ -161,7 +204,7 @@ class Reader:
 
         Raises ValueError for compressed data that ends early, TooManyRejectedError.
         """
-        lines = islice((each for each in self._lines() if keep(each[0])), limit)
+        lines = islice((each for each in Lines(self._path) if keep(each[0])), limit)
         own = [each for place, each in enumerate(lines) if self._mine(place)]
         return self._parsed(own)
 
@@ -186,7 +229,7 @@ class Reader:
         compressed data that ends early and for a window with fewer samples than batches,
         TooManyRejectedError.
         """
-        lines = (each for each in self._lines() if keep(each[0]))
+        lines = (each for each in Lines(self._path) if keep(each[0]))
         group = batch * self._size
         for first in count(0, window):
             wanted = first + window > skip
@@ -204,24 +247,6 @@ class Reader:
 
     def _mine(self, place: int) -> bool:
         return place % self._size == self._rank
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Numbers from 0 on, and lines without their ends, cut where they are too long."""
-        opened = gzip.open if self._path.suffix == ".gz" else open
-        number = 0
-        with opened(self._path, "rb") as file:
-            try:
-                while line := file.readline(LONGEST):
-                    rest = line
-                    while len(rest) == LONGEST and not rest.endswith(b"\n"):
-                        rest = file.readline(LONGEST)
-                    yield number, line.rstrip(b"\r\n")
-                    number += 1
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(
-                    f"{self._path}:{number + 1}: expected complete gzip data, got {error}; fetch "
-                    "the file again."
-                ) from error
 
     def _parsed(self, lines: list[tuple[int, bytes]]) -> Samples:
         labels, found = [], []

@@ -23,6 +23,7 @@ import data
 import horovod.torch as hvd
 import model
 import numpy as np
+import prepare_criteo
 import torch
 from common import loop
 from sklearn.metrics import roc_auc_score
@@ -104,10 +105,14 @@ class Criteo(Clicks):
         super().__init__(options)
         self.steps = None  # nobody has counted the lines
         self._readers: list[criteo.Reader] = []
-        self._reader = self._open(options.data)
-        if options.test_data:
+        data, test_data = options.data, options.test_data
+        if data.is_dir():
+            data, prepared_test_data = prepare_criteo.files_of(data)
+            test_data = test_data or prepared_test_data
+        self._reader = self._open(data)
+        if test_data:
             self._keep = lambda line: True
-            fields, clicked = self._open(options.test_data).samples(self._keep, options.eval_rows)
+            fields, clicked = self._open(test_data).samples(self._keep, options.eval_rows)
         else:
             self._keep = lambda line: line % criteo.HELD_OUT_EVERY != 0
             fields, clicked = self._reader.samples(
@@ -118,7 +123,7 @@ class Criteo(Clicks):
         clicks, rows = hvd.allreduce(counts, op=hvd.Sum, name="held.out").tolist()
         if not 0 < clicks < rows:
             raise ValueError(
-                f"{options.test_data or options.data}: expected held-out lines with both labels, "
+                f"{test_data or data}: expected held-out lines with both labels, "
                 f"which the AUC needs, got {rows:.0f} of which {clicks:.0f} are clicks; raise "
                 "--eval-rows, or name other --test-data."
             )
@@ -284,7 +289,9 @@ class DeepLight(loop.Workload):
         parser.add_argument("--layers", type=int, help="hidden layers")
         parser.add_argument("--l2", type=float, default=0.0, help="weight decay of Adam")
         parser.add_argument(
-            "--data", type=Path, help="Criteo's file, tab-separated, .gz too; or 'synthetic'"
+            "--data",
+            type=Path,
+            help="Criteo's file, .gz too; the folder that prepare_criteo.py made; or 'synthetic'",
         )
         parser.add_argument(
             "--samples", type=int, help="Criteo: lines for training; 0 reads the whole file"
