@@ -83,6 +83,11 @@ def test_the_pod_for_results_is_accepted(namespace: str) -> None:
     assert status == 0, output
 
 
+def test_the_job_that_prepares_criteo_s_file_is_accepted(namespace: str) -> None:
+    status, output = dry_run(namespace, render(K8S / "criteo"))
+    assert status == 0, output
+
+
 def misspelt(documents: list[Document]) -> None:
     spec = only(documents, "MPIJob")["spec"]
     spec["slotPerWorker"] = spec.pop("slotsPerWorker")

@@ -20,9 +20,12 @@ from checks import (
     builtin_complaints,
     complaints_about,
     container_complaints,
+    lies_under,
     only,
+    options_of,
     pods,
     render,
+    version,
     writable,
 )
 
@@ -204,6 +207,65 @@ def test_the_pod_for_results() -> None:
         assert len(container_complaints("results", broken)) == 1
     pod["spec"]["activeDeadlineSecond"] = pod["spec"].pop("activeDeadlineSeconds")
     assert "activeDeadlineSecond" in str(builtin_complaints([pod]))
+
+
+def criteo_complaints(documents: list[dict[str, Any]]) -> list[str]:
+    """What keeps the Job that prepares Criteo's file from doing so in the runs' volume."""
+    job = only(documents, "Job")
+    pod = {"apiVersion": "v1", "kind": "Pod", **job["spec"]["template"]}
+    pod["metadata"]["name"] = job["metadata"]["name"]
+    found = builtin_complaints(documents) + container_complaints("criteo", pod)
+    (container,) = pod["spec"]["containers"]
+    script, *_ = [word for word in container["command"] if word.endswith(".py")]
+    source = ROOT / script.removeprefix(IN_IMAGE)
+    if not source.is_file():
+        return [*found, f"{script} is not in the image"]
+    options = dict(word.partition("=")[::2] for word in container["args"] if word.startswith("--"))
+    found += [f"{script} has no {name}" for name in set(options) - options_of(source)]
+    paths = [options["--output"], *(w for w in container["args"] if not w.startswith("--"))]
+    found += [
+        f"no claimed volume at {path}"
+        for path in paths
+        if not lies_under(path, writable(pod, lasting=True))
+    ]
+    claims = {v["persistentVolumeClaim"]["claimName"] for v in pod["spec"]["volumes"][1:]}
+    if claims != {only(render(K8S / LOCAL), "PersistentVolumeClaim")["metadata"]["name"]}:
+        found.append(f"{claims}: not the volume of the runs")
+    if pod["spec"]["securityContext"]["runAsUser"] != 1000:
+        found.append("the files would not be mpiuser's")
+    return found
+
+
+def test_the_job_that_prepares_criteo_s_file() -> None:
+    documents = render(K8S / "criteo")
+    assert criteo_complaints(documents) == []
+    (container,) = only(documents, "Job")["spec"]["template"]["spec"]["containers"]
+    # The image of the other manifests.
+    assert container["image"] == f"localhost/gq-horovod:{version()}"
+    # The folder is the one that docs/cloud.md has training read.
+    assert "DATA: /results/data/criteo" in (ROOT / "docs" / "cloud.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("prepare_criteo.py", "prepare.py", "is not in the image"),
+        ("--preset=paper", "--sample=paper", "has no --sample"),
+        ("--output=/results/", "--output=/data/", "no claimed volume at /data/data/criteo"),
+        ("claimName: gq-results", "claimName: results", "not the volume of the runs"),
+        ("runAsUser: 1000", "runAsUser: 1001", "the files would not be mpiuser's"),
+        ("readOnlyRootFilesystem: true", "privileged: false", "can write to its root"),
+        ("backoffLimit", "backOffLimit", "backOffLimit"),
+    ],
+)
+def test_a_broken_job_for_criteo_is_rejected(
+    old: str, new: str, complaint: str, tmp_path: Path
+) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "criteo" / "job.yaml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    assert complaint in "\n".join(criteo_complaints(render(tmp_path / "k8s" / "criteo")))
 
 
 BROKEN = yaml.safe_load((Path(__file__).parent / "broken.yaml").read_text())
