@@ -131,7 +131,7 @@ class Frontend:
         if process_set.rank() != 0:
             return None
         options = self.config.describe()
-        known = {"bits": plan.bits, "block_size": plan.block_size}
+        known = {"bits": plan.bits, "block_size": "bucket" if plan.one_norm else plan.block_size}
         if options.get("levels") != "auto":
             options |= {key: value for key, value in known.items() if key in options}
             if "levels" in options:
@@ -233,9 +233,9 @@ class Compression(Frontend):
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
 
     paper_standard = Preset(PAPER_STANDARD)
-    """The paper's standard dithering: 8 bits, one norm per tensor."""
+    """The paper's standard dithering: 8 bits, one norm for each bucket of 25 MiB."""
     paper_exponential = Preset(PAPER_EXPONENTIAL)
-    """The paper's exponential dithering: 8 bits, one norm per tensor."""
+    """The paper's exponential dithering: 8 bits, one norm for each bucket of 25 MiB."""
     auto = Preset(AUTO)
     """What is fastest here, tried during the first steps: levels="auto"."""
 
@@ -244,7 +244,7 @@ class Compression(Frontend):
         *,
         levels: Literal["standard", "exponential", "two-hop", "auto"] = "standard",
         bits: int | None = None,
-        block_size: int | Literal["auto"] | None = "auto",
+        block_size: int | Literal["auto", "bucket"] | None = "auto",
         norm: Literal["max", "l2"] = "max",
         min_elements: int = DEFAULT_MIN_ELEMENTS,
         seed: int = 0,
@@ -270,13 +270,14 @@ class Compression(Frontend):
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
-                "auto" takes 256, and None for 8-bit exponential levels.
+                "auto" takes 256, and None for 8-bit exponential levels; "bucket" has one norm for
+                all tensors of a bucket, as the paper's runs had.
             norm: "max" or "l2", the norm of a block on one rank; the global norm is the largest.
             min_elements: tensors with fewer elements go through Horovod's own Allreduce.
             seed: key of the dither; runs that share it (and everything else) are reproducible.
             process_set: the process set whose ranks reduce; by default that of the caller.
             bucket_bytes: gradients of an optimizer that are reduced together, in bytes; 0 for each
-                by itself. Results do not depend on it.
+                by itself. Results do not depend on it, unless block_size is "bucket".
             first_bucket_bytes: the same of those that come first.
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;

@@ -76,7 +76,19 @@ def measure(x: Tensors, segments: NDArray[Any], plan: Plan, out: Norms, gaps: bo
             staged.fill(0)
         norm = "l2norm" if plan.norm == "l2" else "absmax"
         kernels.measure_table(norm, x.dtype, segments, plan.block_size or 0, staged)
+        if plan.one_norm and staged.size > 1:
+            _spread_largest(kernels, staged)
         kernels.download(staged, out)
+
+
+def _spread_largest(kernels: Kernels, norms: Norms) -> None:
+    """Make all norms the largest of them."""
+    # As bit patterns, norms have the order of the floats that they are, NaN included.
+    own = Buffer(kernels.address(norms), "float32", norms.size, norms, kernels.memory)
+    largest = kernels.empty(1, INT32)
+    kernels.absmax(own, lanes.whole_tensor_block(own.size), out=largest)
+    for place in range(norms.size):  # copies, as CuPy would compile a kernel for one number to all
+        norms[place : place + 1] = largest
 
 
 def quantize_parcel(

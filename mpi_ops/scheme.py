@@ -159,6 +159,7 @@ class Plan:
     norm: str
     world_size: int
     square: bool = False  # code k of s stands for sign(k)·(k/s)² of its norm, and not for k/s
+    one_norm: bool = False  # whether all tensors of a bucket have the largest of their norms
 
     @property
     def units(self) -> int:

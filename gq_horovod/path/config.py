@@ -33,6 +33,9 @@ class Config(Scheme):
     FUNCTION: ClassVar[str] = "GlobalQSGD"
     LEVELS: ClassVar[tuple[str, ...]] = (*Scheme.LEVELS, "auto")  # "auto": see gq_horovod.path.auto
 
+    # "bucket": one norm for all tensors of a bucket, the largest of theirs. Results then depend on
+    # the buckets.
+    block_size: int | Literal["auto", "bucket"] | None = "auto"  # type: ignore[assignment]
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
     # Bytes of gradients that are reduced together, and of those that come first. 0: each by itself.
@@ -143,9 +146,27 @@ class Config(Scheme):
         """Whether a rule says how a tensor is reduced."""
         return self.of(name) is not self
 
+    def _check_block_size(self) -> None:
+        if self.block_size != "bucket":
+            super()._check_block_size()
+            return
+        if self.levels not in ("standard", "exponential"):
+            # A share of two-hop levels has a norm of its own, and "auto" tries other buckets.
+            choices = one_of(("standard", "exponential"))
+            self._fail("levels", f"{choices} with block_size='bucket'", self.levels, "take 'auto'")
+        if self.norm != "max":
+            remedy = "the norm of a bucket is the largest of its tensors'"
+            self._fail("norm", "'max' with block_size='bucket'", self.norm, remedy)
+
+    def _block_size(self, bits: int) -> int | None:
+        return None if self.block_size == "bucket" else super()._block_size(bits)
+
     def describe_results(self) -> dict[str, Any]:
         """The options that results depend on: a resumed run may have others of the rest."""
-        rest = ("timeout", "check_replicas", "bucket_bytes", "first_bucket_bytes")
+        rest = {"timeout", "check_replicas"}
+        every = (self, *self._by_pattern.values())
+        if not any(own is not None and own.block_size == "bucket" for own in every):
+            rest |= {"bucket_bytes", "first_bucket_bytes"}
         return {key: value for key, value in self.describe().items() if key not in rest}
 
     def plan(self, world_size: int) -> Plan:
@@ -153,7 +174,7 @@ class Config(Scheme):
         if self.levels == "auto":
             expected = f"{one_of(Scheme.LEVELS)} for a plan"
             self._fail("levels", expected, "auto", "replace them by one of those")
-        return super().plan(world_size)
+        return replace(super().plan(world_size), one_norm=self.block_size == "bucket")
 
     def require_plans(self, world_size: int) -> None:
         """Raise ValueError unless the tensors of all rules can be reduced over so many ranks."""
@@ -168,9 +189,19 @@ def _first_of(patterns: tuple[str, ...], name: str) -> str | None:
     return next((own for own in patterns if fnmatchcase(name, own)), None)
 
 
-# The settings of the paper's runs (arXiv 2305.18627, section 5): 8 bits and one norm for a tensor.
-# Its 127/n levels are rounded down here, because rounded up they overflow int8 (docs/design.md).
-PAPER_STANDARD = Config(levels="standard", bits=8, block_size=None)
-PAPER_EXPONENTIAL = Config(levels="exponential", bits=8, block_size=None)
+# The settings of the paper's runs (arXiv 2305.18627, section 5; the granularity is that of the
+# authors' code, sands-lab/global-qsgd, commit 13d702f): 8 bits, one norm for each bucket of
+# PyTorch's DistributedDataParallel, whose first one has 1 MiB and whose others have 25, with all
+# gradients in them. The paper's 127/n levels are rounded down here, because rounded up they
+# overflow int8 (docs/design.md).
+PAPER_STANDARD = Config(
+    levels="standard",
+    bits=8,
+    block_size="bucket",
+    min_elements=0,
+    bucket_bytes=25 << 20,
+    first_bucket_bytes=1 << 20,
+)
+PAPER_EXPONENTIAL = replace(PAPER_STANDARD, levels="exponential")
 
 AUTO = Config(levels="auto")

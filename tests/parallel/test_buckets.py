@@ -100,6 +100,91 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # -------------------------------------------------------------------------------------- the results
 
 
+def units(levels: str, mean: torch.Tensor, norm: float) -> torch.Tensor:
+    """A mean as multiples of the smallest number that ranks can agree on."""
+    if levels == "standard":  # sums of n codes, each of which is a multiple of norm / s
+        return mean.double() * hvd.size() * (127 // hvd.size()) / norm
+    return torch.log2(mean[mean != 0].abs().double() / norm)  # one rounding of the mean
+
+
+@needs_ranks
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+def test_one_norm_for_a_bucket(levels: str, name: str) -> None:
+    """Every mean lies on levels of the largest element of all its bucket's tensors and ranks."""
+    scales = {"large": 8.0, "small": 2.0**-9, "middle": 1.0, "other bucket": 2.0**-6}
+    shapes: dict[str, Sequence[int]] = dict.fromkeys(scales, (1000,))
+
+    def gradients() -> dict[str, list[torch.Tensor]]:
+        return {
+            key: [scale * gradient(rank, (1000,), tag=place) for rank in range(hvd.size())]
+            for place, (key, scale) in enumerate(scales.items())
+        }
+
+    inputs = gradients()
+    own = parameters(shapes)
+    compression = make(
+        levels, bits=8, block_size="bucket", first_bucket_bytes=1, bucket_bytes=12_000
+    )
+    optimizer = optimizer_of(own, compression, name)
+    for key, parameter in own.items():
+        (parameter * inputs[key][hvd.rank()]).sum().backward()
+    optimizer.synchronize()
+    largest = {key: max(float(one.abs().max()) for one in ranks) for key, ranks in inputs.items()}
+    # The last parameter's gradient comes first, and is a bucket by itself.
+    together = max(largest["large"], largest["small"], largest["middle"])
+    for key, parameter in own.items():
+        norm = largest[key] if key == "other bucket" else together
+        assert parameter.grad is not None
+        found = units(levels, parameter.grad, norm)
+        assert torch.allclose(found, found.round(), atol=1e-3)
+        if levels == "standard" and norm == largest[key]:
+            # By a norm of its own a tensor would have other levels than by that of its bucket.
+            assert int(found.abs().max()) > hvd.size()
+    small = units(levels, own["small"].grad, largest["small"])  # type: ignore[arg-type]
+    if levels == "standard":
+        # The small one is below half a level: nearly all of its means are zeros, and not all.
+        assert float((small == 0).double().mean()) > 0.8
+    rows = all_bytes([parameter.grad for parameter in own.values()])  # type: ignore[misc]
+    assert len(rows.unique(dim=0)) == 1
+
+
+@needs_ranks
+def test_the_mean_by_a_bucket_s_norm_is_unbiased(name: str) -> None:
+    """Over many steps; a tensor far below its bucket's norm is where a bias would show."""
+    own = parameters({"large": (64,), "small": (64,)})
+    compression = make("standard", bits=8, block_size="bucket", min_elements=0)
+    optimizer = optimizer_of(own, compression, name)
+    truth, steps = 0.01 / (127 // hvd.size()), 400
+    total = torch.zeros(64, dtype=torch.float64)
+    for _ in range(steps):
+        (own["large"] * 1.0).sum().backward()  # the norm of both is 1
+        (own["small"] * truth).sum().backward()
+        optimizer.synchronize()
+        assert own["small"].grad is not None
+        total += own["small"].grad.double()
+        for parameter in own.values():
+            parameter.grad = None
+    # Each rank's code is 0 or 1 with probability 0.01, at most independent of the others'.
+    level = 1 / (127 // hvd.size())
+    deviation = level * (0.01 * 0.99 / (hvd.size() * 64 * steps)) ** 0.5
+    assert abs(float(total.mean()) / steps - truth) < 5 * deviation
+
+
+@needs_ranks
+def test_what_is_not_finite_is_so_in_the_whole_bucket(name: str) -> None:
+    own = parameters({"first": (500,), "second": (500,)})
+    optimizer = optimizer_of(own, make("standard", block_size="bucket"), name)
+    constant = gradient(hvd.rank(), (500,), tag=1)
+    if hvd.rank() == hvd.size() - 1:
+        constant[7] = torch.inf
+    (own["first"] * constant).sum().backward()
+    (own["second"] * gradient(hvd.rank(), (500,), tag=2)).sum().backward()
+    optimizer.synchronize()
+    for parameter in own.values():
+        assert parameter.grad is not None
+        assert parameter.grad.isnan().all()
+
+
 @needs_ranks
 @LEVELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

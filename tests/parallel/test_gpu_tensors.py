@@ -112,9 +112,12 @@ def test_the_same_bytes_as_in_host_memory(
     check_replicas(plain(result))
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(
+    ("levels", "block_size"),
+    [*((levels, "auto") for levels in LEVELS), ("standard", "bucket"), ("exponential", "bucket")],
+)
 def test_buckets_of_several_steps(
-    levels: Any, resident: bool, name: str, monkeypatch: pytest.MonkeyPatch
+    levels: Any, block_size: Any, resident: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several chunks and parcels; memory that is used again; a rank that lacks a gradient."""
     monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 8192)
@@ -123,7 +126,9 @@ def test_buckets_of_several_steps(
     def train(there: Any) -> list[torch.Tensor]:
         parameters = [torch.nn.Parameter(there(torch.zeros(shape))) for shape in shapes]
         named = [(f"{name}.{number}", one) for number, one in enumerate(parameters)]
-        compression = plugin.GlobalQSGD(levels=levels, bucket_bytes=60_000, transport=TRANSPORT)
+        compression = plugin.GlobalQSGD(
+            levels=levels, block_size=block_size, bucket_bytes=60_000, transport=TRANSPORT
+        )
         optimizer = hvd.DistributedOptimizer(
             torch.optim.SGD(parameters, lr=1.0), named, compression=compression
         )

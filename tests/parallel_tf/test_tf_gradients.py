@@ -402,6 +402,28 @@ def test_gradients_that_are_reduced_together(levels: str) -> None:
 
 
 @pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+def test_one_norm_for_a_bucket(levels: str) -> None:
+    """Means lie on the levels of the largest element of all gradients of all ranks."""
+    compression = GlobalQSGD(levels=levels, bits=8, block_size="bucket", min_elements=0)
+    scales = [4.0 ** -(place % 3) for place in range(len(SHAPES))]
+    inputs = [
+        [scale * own for own in ranks] for scale, ranks in zip(scales, locals_of(33), strict=True)
+    ]
+    norm = max(float(tf.reduce_max(tf.abs(own))) for ranks in inputs for own in ranks)
+    model = Model(compression=compression)
+    results = tf.function(model.gradients)([ranks[hvd.rank()] for ranks in inputs])
+    for result in results:
+        places = np.ravel(result).astype(float) / norm
+        if levels == "standard":
+            places = places * hvd.size() * (127 // hvd.size())
+        else:
+            places = np.log2(np.abs(places[places != 0]))
+        np.testing.assert_allclose(places, np.rint(places), atol=1e-3)
+    check_replicas(*results)
+
+
+@pytest.mark.usefixtures("several_ranks")
 def test_small_gradients_are_in_no_bucket() -> None:
     """They go the way of Horovod, unlike those of a group."""
     compression = GlobalQSGD(min_elements=4096, levels="two-hop")

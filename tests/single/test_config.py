@@ -311,7 +311,41 @@ def test_settings_of_the_paper() -> None:
     for preset, levels in ((PAPER_STANDARD, "standard"), (PAPER_EXPONENTIAL, "exponential")):
         plan = preset.plan(4)
         assert (plan.levels, plan.bits, plan.block_size, plan.norm) == (levels, 8, None, "max")
+        # Of all tensors of a bucket of DistributedDataParallel's sizes, biases included.
+        assert plan.one_norm
+        assert (preset.first_bucket_bytes, preset.bucket_bytes) == (1 << 20, 25 << 20)
+        assert preset.min_elements == 0
     assert PAPER_STANDARD.plan(4).level_count == 31  # 127 / 4, rounded down
+
+
+def test_one_norm_for_a_bucket() -> None:
+    config = Config(block_size="bucket")
+    assert config.plan(4).one_norm
+    assert config.plan(4).block_size is None
+    assert not Config(block_size=None).plan(4).one_norm
+    # Results depend on the buckets, so a resumed run has to have the same.
+    for name in ("bucket_bytes", "first_bucket_bytes"):
+        assert name in config.describe_results()
+        assert name not in Config(block_size=None).describe_results()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        *(
+            ({"levels": levels}, "levels must be 'standard' or 'exponential' with block_size='buck")
+            for levels in ("two-hop", "auto")
+        ),
+        ({"norm": "l2"}, "norm must be 'max' with block_size='bucket', got 'l2'"),
+    ],
+)
+def test_what_one_norm_for_a_bucket_does_not_go_with(
+    options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=f"GlobalQSGD: {expected}"):
+        Config(block_size="bucket", **options)
+    with pytest.raises(TypeError, match=r"mpi_ops\.allreduce: block_size must be an integer"):
+        Scheme(block_size="bucket")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------- agreement

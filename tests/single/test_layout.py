@@ -115,6 +115,61 @@ def test_a_bucket_gives_what_its_tensors_get_alone(config: str, ranks: int) -> N
     check_as_alone(CONFIGS[config], xs, reduce_together(CONFIGS[config], xs, names))
 
 
+@pytest.mark.parametrize("levels", ["standard", "exponential"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_one_norm_for_a_bucket(levels: str, dtype: str, ranks: int) -> None:
+    """Means lie on the levels of the bucket's norm, and those of a tensor on no others."""
+    config = Config(levels=levels, bits=8, block_size="bucket")
+    xs = inputs(ranks, COUNTS, dtype)
+    names = [f"w{place}" for place in range(len(COUNTS))]
+    norm = np.float32(max(np.abs(x).max(initial=0) for own in xs for x in own)).astype(float)
+    together = reduce_together(config, xs, names)
+    for own in together[1:]:
+        assert [x.tobytes() for x in own] == [x.tobytes() for x in together[0]]
+    for mean in together[0]:
+        places = mean.astype(float) / norm
+        if levels == "standard":
+            places = places * ranks * (127 // ranks)
+        else:
+            places = np.log2(np.abs(places[places != 0]))
+        np.testing.assert_allclose(places, np.rint(places), atol=1e-4)
+    # A tensor by itself is a bucket of its own; with the largest one, its norm is the same.
+    largest = max(
+        range(len(COUNTS)), key=lambda place: max(np.abs(o[place]).max(initial=0) for o in xs)
+    )
+    for place in range(len(COUNTS)):
+        alone = reduce_alone(config, [own[place] for own in xs], names[place], place)
+        if place == largest:
+            assert alone.tobytes() == together[0][place].tobytes()
+
+
+def test_one_norm_for_a_bucket_without_some_of_its_tensors() -> None:
+    """What a rank does not have is zeros, whose codes are zeros by any norm."""
+    config = Config(bits=8, block_size="bucket")
+    xs = inputs(3, (300, 5000, 64))
+    names = ["a", "b", "c"]
+    absent = ((0, 1), (2, 1), (2, 2))
+    found = reduce_together(config, xs, names, absent)
+    zeros = [
+        [x * ((rank, place) not in absent) for place, x in enumerate(own)]
+        for rank, own in enumerate(xs)
+    ]
+    expected = reduce_together(config, zeros, names)
+    for rank, own in enumerate(found):
+        for place, x in enumerate(own):
+            if (rank, place) not in absent:
+                assert x.tobytes() == expected[rank][place].tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_norm_for_a_bucket_that_is_not_finite(bad: float) -> None:
+    xs = inputs(2, (300, 64))
+    xs[1][1][5] = bad
+    for own in reduce_together(Config(block_size="bucket"), xs, ["a", "b"]):
+        assert all(np.isnan(x).all() for x in own)
+
+
 @pytest.mark.parametrize("config", ["standard", "exponential", "two-hop"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", host.INSTRUCTION_SETS)
