@@ -22,6 +22,7 @@ optimizer, evaluation, metrics, checkpoints. It calls the workload in this order
    `schedule(optimizer, steps)`.
 4. For each step `loss(model, batch)` with the next of `batches(epoch, skip)`, moved to the model's
    device; backward; the optimizer's step; the schedule's step.
+   Then `after_step(model, epoch)`.
 5. `evaluate(model)` every --eval-every steps and after the last, in eval mode, without gradients.
 
 What a workload has to keep to, so that a resumed run continues the same curve bit for bit:
@@ -114,6 +115,9 @@ class Workload:
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of this rank's samples, with a graph behind it."""
         raise NotImplementedError
+
+    def after_step(self, model: nn.Module, epoch: int) -> None:
+        """Change the parameters after a step, alike on all ranks; epochs count from 0."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Metrics of held-out samples, the same on every rank; every rank calls it."""
@@ -584,6 +588,7 @@ def train(workload: Workload) -> None:
                 optimizer.step()
         if schedule:
             schedule.step()
+        workload.after_step(model, epoch)
         step += 1
         done += 1
         measured.losses.append(loss.detach())

@@ -24,6 +24,7 @@ import horovod.torch as hvd
 import model
 import numpy as np
 import prepare_criteo
+import pruning
 import torch
 from common import loop
 from sklearn.metrics import roc_auc_score
@@ -238,7 +239,8 @@ def clicks(options: argparse.Namespace) -> Clicks:
     return Sample(options) if options.samples else Criteo(options)
 
 
-# Settings of the authors' runs (sands-lab/global-qsgd, commit 13d702f).
+# Settings of the authors' runs (sands-lab/global-qsgd, commit 13d702f). The share that pruning
+# leaves zero is DeepLight's own.
 CRITEO = {
     "batch_size": 512,
     "lr": 1e-3,
@@ -251,6 +253,8 @@ CRITEO = {
     "dim": 10,
     "units": 400,
     "layers": 3,
+    "prune_from": 3,
+    "sparsity": 0.9,
 }
 
 
@@ -288,6 +292,9 @@ class DeepLight(loop.Workload):
         parser.add_argument("--units", type=int, help="of a hidden layer")
         parser.add_argument("--layers", type=int, help="hidden layers")
         parser.add_argument("--l2", type=float, default=0.0, help="weight decay of Adam")
+        parser.add_argument("--prune-from", type=int, help="epoch, from 1 on, that begins to prune")
+        parser.add_argument("--prune-every", type=int, default=10, help="steps (default 10)")
+        parser.add_argument("--sparsity", type=float, help="share of zeros that pruning comes to")
         parser.add_argument(
             "--data",
             type=Path,
@@ -305,8 +312,16 @@ class DeepLight(loop.Workload):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
+        if options.prune_from is not None and not 0 < (options.sparsity or 0.0) < 1:
+            raise ValueError(
+                "--prune-from: expected --sparsity above 0 and below 1 beside it, got "
+                f"{options.sparsity}; give 0.9, or leave both out."
+            )
+        if options.prune_every < 1:
+            raise ValueError(f"--prune-every: expected 1 or more, got {options.prune_every}.")
         self._data: Any = Flights(options) if options.preset == "flights" else clicks(options)
         self.steps_per_epoch = self._data.steps
+        self._steps_of_pruning = 0
 
     def model(self) -> nn.Module:
         made: nn.Module = self._data.model()
@@ -329,9 +344,27 @@ class DeepLight(loop.Workload):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return binary_cross_entropy_with_logits(model(batch[0]), batch[1])
 
+    def after_step(self, model: nn.Module, epoch: int) -> None:
+        options = self.options
+        if options.prune_from is None or epoch + 1 < options.prune_from:
+            return
+        self._steps_of_pruning += 1
+        if self._steps_of_pruning % options.prune_every == 0:
+            share = pruning.share_at(self._steps_of_pruning, options.sparsity)
+            pruning.prune(pruning.parts(model), share)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         auc, loss = evaluate(model, *self._data.held_out)
-        return {"test_loss": loss, "auc": auc}
+        found = {"test_loss": loss, "auc": auc}
+        if self._steps_of_pruning:
+            found["zeros"] = pruning.zeros(pruning.parts(model))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps_of_pruning": self._steps_of_pruning}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps_of_pruning = state["steps_of_pruning"]
 
     def describe(self) -> dict[str, Any]:
         return self._data.sizes

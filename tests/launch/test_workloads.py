@@ -142,3 +142,22 @@ def test_the_paper_s_model_on_synthetic_data(tmp_path: Path) -> None:
     assert final["auc"] > 0.55  # of other samples
     losses = [own[0] for own in measured(events_of(tmp_path)).values()]
     assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
+
+
+def test_pruning_leaves_replicas_equal(tmp_path: Path) -> None:
+    """From the third epoch on, on both ranks alike."""
+    command = ["examples/deeplight/train.py", "--preset=criteo-small", "--data=synthetic"]
+    command += ["--shrink=20000", "--samples=1024", "--repeat=4", "--epochs=4", "--eval-every=32"]
+    command += ["--prune-every=1", "--eval-rows=512"]
+    command += ["--compression=standard", f"--metrics={tmp_path / 'metrics.jsonl'}"]
+    job = launch("mpirun", 2, command, LIMIT_SECONDS, tmp_path)
+    assert job.status == 0, job.report()
+    events = events_of(tmp_path)
+    zeros = {event["step"]: event.get("zeros") for event in events if event["event"] == "eval"}
+    # 32 steps of an epoch; after 64 of pruning the share is 0.9 (1 - 0.99^0.64).
+    assert (zeros[32], zeros[64]) == (None, None)
+    assert 0 < zeros[96] < zeros[128]
+    final = events[-1]
+    assert final["replicas_equal"]
+    assert final["zeros"] == zeros[128]
+    assert abs(zeros[128] - 0.9 * (1 - 0.99**0.64)) < 0.001
