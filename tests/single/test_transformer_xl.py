@@ -422,6 +422,32 @@ class TestWorkload:
         # Bytes are about equally likely at the start, but for what tells the clusters apart.
         assert 1 < losses[0][0] < math.log(256) + 0.1
 
+    def test_the_settings_of_the_paper_s_runs(self, train, monkeypatch):
+        """Of 64 ranks: 256 streams, LAMB, and a cosine that ends with the last of 40,000 steps."""
+        monkeypatch.setattr(train, "hvd", SimpleNamespace(rank=lambda: 0, size=lambda: 64))
+        arguments = ["--preset", "paper", "--data", "synthetic"]
+        workload = train.LanguageModel(train.loop.parse(train.LanguageModel, arguments))
+        assert workload.describe()["streams"] == 256
+        assert workload._shape is train.WIKITEXT103
+        assert workload.options.length == workload._shape.memory == 192
+        optimizer = workload.optimizer(torch.nn.Linear(2, 2))
+        assert isinstance(optimizer, train.Lamb)
+        workload.options.cosine_steps = 4000  # a tenth, for time's sake
+        schedule = workload.schedule(optimizer, 10**6)
+        rates = []
+        for _ in range(4000):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()  # without gradients
+            schedule.step()
+        assert max(rates) == rates[1000] == 0.01
+        assert rates[499] == pytest.approx(0.005)
+        assert rates[2500] == pytest.approx(0.005)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+        paper = train.LanguageModel.PRESETS["paper"]
+        assert (paper["cosine_steps"], paper["max_steps"], paper["warm_up"]) == (40000, 40000, 1000)
+        # As many steps as the 103,227,021 tokens of WikiText-103 have in these epochs.
+        assert paper["epochs"] * (103_227_021 // (256 * 192)) >= 40_000
+
     def test_the_preset_needs_its_data(self, train, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "hvd", SimpleNamespace(rank=lambda: 0, size=lambda: 1))
         monkeypatch.setattr(train.loop, "first_rank_first", lambda function: function())

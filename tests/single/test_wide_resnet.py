@@ -243,6 +243,17 @@ class TestWorkload:
         options = train.loop.parse(train.ImageClassifier, arguments)
         return list(train.ImageClassifier(options).batches(1, 1))
 
+    def test_the_settings_of_the_paper_s_runs(self, train, monkeypatch):
+        monkeypatch.setattr(train, "hvd", SimpleNamespace(rank=lambda: 0, size=lambda: 64))
+        arguments = ["--preset", "paper", "--data", "synthetic", "--image-size", "8"]
+        workload = train.ImageClassifier(train.loop.parse(train.ImageClassifier, arguments))
+        assert workload._shape is WIDE_RESNET_101_2
+        options = workload.options
+        assert (options.batch_size, options.lr, options.epochs) == (16, 0.1, 90)
+        optimizer = workload.optimizer(torch.nn.Linear(2, 2))
+        workload.schedule(optimizer, 1000)
+        assert optimizer.param_groups[0]["lr"] == 0.1  # from the first step on
+
     @pytest.mark.parametrize("preset", ["digits", "imagenet"])
     def test_ranks_share_one_global_batch(self, preset, train, monkeypatch, classes):
         arguments = ["--preset", preset, "--data", str(classes), "--image-size", "8"]
