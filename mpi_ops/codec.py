@@ -160,9 +160,8 @@ def _requantize(
     number = lanes.blocks(count, block_size)
     own_norms, codes = out[:number], out[number:]
     measure_one = kernels.l2norm if plan.norm == "l2" else kernels.absmax
-    measure_one(Buffer.of(mean), block_size, out=own_norms)
     # No mean exceeds the norm that it was decoded with, but for rounding, which must not make Inf.
-    kernels.bound_norms(own_norms, norms)
+    measure_one(Buffer.of(mean), block_size, out=own_norms, bounds=norms)
     own = segments.copy()
     own["x"] = kernels.address(mean) + ITEM_BYTES["float32"] * own["x"] if count else 0
     kernels.quantize_table(

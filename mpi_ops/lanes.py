@@ -8,6 +8,13 @@ signed). A *block* is the run of elements that share one norm. Elements are hand
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Count = TypeVar("Count", int, NDArray[np.int64])  # of elements, of one tensor or of each of several
+
 ROW = 32
 # Elements that share a call of the random generator (kGroupRows rows in kernels/elements.h). Where
 # a part of a tensor begins with a whole group, it has the numbers that the whole tensor would have.
@@ -54,7 +61,7 @@ def default_bits(world_size: int) -> int:
     return DEFAULT_WIDTHS[-1]
 
 
-def rows(count: int) -> int:
+def rows(count: Count) -> Count:
     """Rows of `ROW` elements that hold `count` elements."""
     return -(-count // ROW)
 
@@ -69,11 +76,11 @@ def whole_tensor_block(count: int) -> int:
     return max(rows(count), 1) * ROW
 
 
-def standard_words(count: int, bits: int) -> int:
+def standard_words(count: Count, bits: int) -> Count:
     """int32 words that carry `count` standard codes of `bits` bits."""
     return -(-rows(count) // (WORD_BITS // bits)) * ROW
 
 
-def exponential_bytes(count: int, bits: int) -> int:
+def exponential_bytes(count: Count, bits: int) -> Count:
     """Bytes that carry `count` exponential codes of `bits` bits."""
     return -(-rows(count) // (8 // bits)) * ROW

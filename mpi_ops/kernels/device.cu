@@ -1,9 +1,14 @@
 // CUDA kernels: thin loops over elements.h, compiled at run time by device.py.
 //
+// A kernel works on a table of segments: the tensors of a bucket, or parts of them. What a warp
+// does at one time is a task; tasks are numbered through all segments, and none has parts of two.
+// So one launch serves any number of tensors.
+//
 // One thread stands for one column of the rows of 32 elements, so a warp reads and writes whole
-// rows. A thread walks down as many rows as fill both whole payload rows and whole groups of eight
-// rows, so one Philox block serves its eight elements. Grids may be smaller than the data. Every
-// loop that holds a shuffle runs the same number of times in all threads of a warp.
+// rows, wherever they begin. A thread walks down as many rows as fill both whole payload rows and
+// whole groups of eight rows, so one Philox block serves its eight elements. Grids may be smaller
+// than the data. Every loop that holds a shuffle or a vote runs the same number of times in all
+// threads of a warp.
 
 #include "elements.h"
 
@@ -21,100 +26,160 @@ GQ_HD int64_t warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / kR
 
 GQ_HD int64_t rows_of(int64_t count) { return (count + kRow - 1) / kRow; }
 GQ_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+GQ_HD int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ------------------------------------------------------------------------------------------- tasks
+
+// A tensor, or a part of one. The same fields as SEGMENT in interface.py, and what device.py adds.
+struct Segment {
+  void* x;  // its elements; null: zeros, and no results
+  int64_t elements;
+  int64_t norms;       // place of its first norm
+  int64_t payload;     // place of its codes
+  int64_t stop;        // place where what follows the codes ends, which becomes zeros
+  uint32_t random[4];  // its dither, with the number of steps since that of the launch
+  int64_t group;       // the group of kGroupRows rows, in its dither, that it begins with
+  int64_t task;        // the first one of its tasks
+};
+
+// The segment of a task: the last one that does not begin behind it. One without tasks begins where
+// the next one does. The threads of a warp look at 32 places at once.
+GQ_HD Segment segment_of(const Segment* segments, int count, int64_t task) {
+  int first = 0;
+  while (count > 1) {
+    const int stride = (count + kRow - 1) / kRow;
+    const int place = column() * stride;
+    const bool begun = place < count && segments[first + place].task <= task;
+    const int skipped = (__popc(__ballot_sync(kAllThreads, begun)) - 1) * stride;
+    first += skipped;
+    count = count - skipped < stride ? count - skipped : stride;
+  }
+  return segments[first];
+}
+
+// Calls body(s, number) for every task of this warp: the one of that number in segment s.
+template <typename Body>
+GQ_HD void for_tasks(const Segment* segments, int count, int64_t tasks, const Body& body) {
+  for (int64_t task = warp(); task < tasks; task += warps()) {
+    const Segment s = segment_of(segments, count, task);
+    body(s, task - s.task);
+  }
+}
+
+// The elements that are there.
+GQ_HD int64_t present(const Segment& s) { return s.x == nullptr ? 0 : s.elements; }
 
 // ------------------------------------------------------------------------------------------ norms
 
-// Half a warp measures one segment of a block: one of the sixteen partial sums of the host to a
-// thread, so blocks of one segment get the very L2 norm that the host computes.
+// Half a warp measures one piece of a block: one of the sixteen partial sums of the host to a
+// thread, so blocks of one piece get the very L2 norm that the host computes.
 constexpr int kHalf = 16;
+constexpr int64_t kPiece = GQ_PIECE;
 
-// The segment of a half-warp. Segments are numbered through all blocks, as many to each of them.
-struct Segment {
+// The size of a segment's blocks; it is one block where `block` is 0, or more than it has.
+GQ_HD int64_t block_of(const Segment& s, int64_t block) {
+  const int64_t whole = maximum(rows_of(s.elements), 1) * kRow;
+  return block > 0 && block < whole ? block : whole;
+}
+
+GQ_HD int64_t pieces_of(int64_t block) { return (block + kPiece - 1) / kPiece; }
+
+// The piece of a half-warp. Pieces are numbered through all blocks, as many to each of them.
+struct Piece {
   int64_t block;
-  int64_t begin;  // not below end if there is no such segment
+  int64_t begin;  // not below the number of elements if there is no such piece
   int64_t end;
 };
 
-GQ_HD Segment segment_at(int64_t index, int64_t count, int64_t block, int64_t segment) {
-  const int64_t per_block = (block + segment - 1) / segment;
-  const int64_t number = index / per_block;
-  const int64_t begin = number * block + (index - number * per_block) * segment;
-  return {number, begin, minimum(minimum(begin + segment, (number + 1) * block), count)};
+GQ_HD Piece piece_at(int64_t index, int64_t count, int64_t block) {
+  const int64_t per_block = pieces_of(block);
+  const int64_t number = per_block == 1 ? index : index / per_block;
+  const int64_t begin = number * block + (index - number * per_block) * kPiece;
+  return {number, begin, minimum(minimum(begin + kPiece, (number + 1) * block), count)};
 }
 
-// An upper bound of pairs of segments: what warps loop over.
-GQ_HD int64_t segment_pairs(int64_t count, int64_t block, int64_t segment) {
-  const int64_t per_block = (block + segment - 1) / segment;
-  return ((count + block - 1) / block * per_block + 1) / 2;
+// A norm, or the one of `bounds` at its place where that is smaller and finite; null: no bounds.
+GQ_HD int32_t bounded(int32_t norm, const int32_t* bounds, int64_t place) {
+  if (bounds == nullptr) return norm;
+  const int32_t bound = bounds[place];
+  return norm_is_finite(bound) && bound < norm ? bound : norm;
 }
 
-// Where a block has several segments its norm must be zero before.
+// A task is a pair of pieces. Where a block has several its norm must be zero before.
 template <typename T>
-GQ_HD void absmax(const T* x, int64_t count, int64_t block, int64_t segment, int32_t* norms) {
-  const int half = column() / kHalf;
-  for (int64_t pair = warp(); pair < segment_pairs(count, block, segment); pair += warps()) {
-    const Segment own = segment_at(2 * pair + half, count, block, segment);
-    int32_t largest = 0;
-#pragma unroll 8
-    for (int64_t i = own.begin + column() % kHalf; i < own.end; i += kHalf) {
-      const int32_t bits = static_cast<int32_t>(bits_of(load(x[i])) & kAbsMask);
-      largest = bits > largest ? bits : largest;
-    }
-    for (int offset = kHalf / 2; offset > 0; offset /= 2) {
-      const int32_t other = __shfl_xor_sync(kAllThreads, largest, offset);
-      largest = other > largest ? other : largest;
-    }
-    if (column() % kHalf == 0 && own.begin < own.end) {
-      if (segment >= block)
-        norms[own.block] = largest;
-      else
-        atomicMax(norms + own.block, largest);  // of integers: the same in every order
-    }
-  }
-}
-
-// Writes norms where a block is one segment, and else the sums of the segments, to be finished.
-template <typename T>
-GQ_HD void l2norm(const T* x, int64_t count, int64_t block, int64_t segment, double* partial,
+GQ_HD void absmax(const Segment& s, int64_t number, int64_t block, const int32_t* bounds,
                   int32_t* norms) {
-  const int half = column() / kHalf;
-  for (int64_t pair = warp(); pair < segment_pairs(count, block, segment); pair += warps()) {
-    const Segment own = segment_at(2 * pair + half, count, block, segment);
-    double sum = 0;
+  const T* x = static_cast<const T*>(s.x);
+  const int64_t size = block_of(s, block);
+  const Piece own = piece_at(2 * number + column() / kHalf, s.elements, size);
+  const int64_t end = x == nullptr ? own.begin : own.end;
+  int32_t largest = 0;
 #pragma unroll 8
-    for (int64_t i = own.begin + column() % kHalf; i < own.end; i += kHalf) {
-      const double value = load(x[i]);
-      sum += value * value;
-    }
-    double total = 0;
-    for (int j = 0; j < kHalf; ++j) total += __shfl_sync(kAllThreads, sum, j, kHalf);
-    if (column() % kHalf == 0 && own.begin < count) {
-      if (segment >= block)
-        norms[own.block] = norm_of_squares<T>(total);
-      else
-        partial[2 * pair + half] = own.begin < own.end ? total : 0.0;
-    }
+  for (int64_t i = own.begin + column() % kHalf; i < end; i += kHalf) {
+    const int32_t bits = static_cast<int32_t>(bits_of(load(x[i])) & kAbsMask);
+    largest = bits > largest ? bits : largest;
+  }
+  for (int offset = kHalf / 2; offset > 0; offset /= 2) {
+    const int32_t other = __shfl_xor_sync(kAllThreads, largest, offset);
+    largest = other > largest ? other : largest;
+  }
+  if (column() % kHalf == 0 && own.begin < s.elements) {
+    const int64_t place = s.norms + own.block;
+    largest = bounded(largest, bounds, place);
+    if (size <= kPiece)
+      norms[place] = largest;
+    else
+      atomicMax(norms + place, largest);  // of integers: the same in every order
   }
 }
 
-// A warp to a block adds the sums of its segments, in an order that depends on nothing else.
+// Writes norms where a block is one piece, and else the sums of `pair` of pieces, to be finished.
 template <typename T>
-GQ_HD void l2norm_of_partial(const double* partial, int64_t count, int64_t block, int64_t segment,
-                             int32_t* norms) {
-  const int64_t per_block = (block + segment - 1) / segment;
-  const int64_t blocks = (count + block - 1) / block;
-  for (int64_t own = warp(); own < blocks; own += warps()) {
-    const int64_t used = minimum(per_block, (count - own * block + segment - 1) / segment);
-    double sum = 0;
-#pragma unroll 4
-    for (int64_t i = column(); i < used; i += kRow) sum += partial[own * per_block + i];
-    for (int offset = kRow / 2; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(kAllThreads, sum, offset);
-    if (column() == 0) norms[own] = norm_of_squares<T>(sum);
+GQ_HD void l2norm(const Segment& s, int64_t number, int64_t block, double* pair,
+                  const int32_t* bounds, int32_t* norms) {
+  const T* x = static_cast<const T*>(s.x);
+  const int64_t size = block_of(s, block);
+  const int half = column() / kHalf;
+  const Piece own = piece_at(2 * number + half, s.elements, size);
+  const int64_t end = x == nullptr ? own.begin : own.end;
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t i = own.begin + column() % kHalf; i < end; i += kHalf) {
+    const double value = load(x[i]);
+    sum += value * value;
   }
+  double total = 0;
+  for (int j = 0; j < kHalf; ++j) total += __shfl_sync(kAllThreads, sum, j, kHalf);
+  if (column() % kHalf == 0 && own.begin < s.elements) {
+    const int64_t place = s.norms + own.block;
+    if (size <= kPiece)
+      norms[place] = bounded(norm_of_squares<T>(total), bounds, place);
+    else
+      pair[half] = total;
+  }
+}
+
+// A task is a block, whose pieces' sums are added in an order that depends on nothing else. Those
+// of a segment begin at the place of its codes.
+template <typename T>
+GQ_HD void l2norm_of_partial(const Segment& s, int64_t number, int64_t block, const double* partial,
+                             const int32_t* bounds, int32_t* norms) {
+  const int64_t size = block_of(s, block), per_block = pieces_of(size);
+  const int64_t used = minimum(per_block, (s.elements - number * size + kPiece - 1) / kPiece);
+  const double* from = partial + s.payload + number * per_block;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = column(); i < used; i += kRow) sum += from[i];
+  for (int offset = kRow / 2; offset > 0; offset /= 2)
+    sum += __shfl_xor_sync(kAllThreads, sum, offset);
+  const int64_t place = s.norms + number;
+  if (column() == 0) norms[place] = bounded(norm_of_squares<T>(sum), bounds, place);
 }
 
 // --------------------------------------------------------------------------------------- row walk
+
+// No walk comes to the end of so many rows, and an int that counts them saves registers.
+constexpr int kEnough = 64;
 
 // Gives the norm bits of the rows' blocks, row after row; one division for each walk.
 struct RowNorms {
@@ -124,13 +189,14 @@ struct RowNorms {
   int rows_per_block;
   int32_t current;
 
-  GQ_HD RowNorms(const int32_t* norms, int64_t block, int64_t row) : left(0), current(0) {
+  // A block of 0 elements is the whole tensor.
+  GQ_HD RowNorms(const int32_t* norms, int64_t block, int64_t row)
+      : next(norms), left(0), following(kEnough), rows_per_block(kEnough), current(0) {
+    if (block == 0) return;
     const int64_t rows = block / kRow;
     const int64_t number =
         static_cast<int64_t>(static_cast<uint64_t>(row) / static_cast<uint64_t>(rows));
-    next = norms + number;
-    // No walk comes to the end of so many rows, and the int saves registers.
-    constexpr int64_t kEnough = 64;
+    next += number;
     following = static_cast<int>(minimum((number + 1) * rows - row, kEnough));
     rows_per_block = static_cast<int>(minimum(rows, kEnough));
   }
@@ -156,18 +222,18 @@ GQ_HD int walk_rows(int lanes) {
   return 8 * lanes;
 }
 
-// This thread's column of the eight rows from `row` on; zeros beyond the end.
+// At most so many rows or elements are left of a walk: an int saves registers.
+GQ_HD int few(int64_t left) { return static_cast<int>(minimum(left, kEnough * kRow)); }
+
+// This thread's column of eight rows, of which `left` elements are there; zeros beyond.
 template <typename T>
-GQ_HD void load_group(const T* x, int64_t row, int64_t count, float values[kGroupRows]) {
-  const T* from = x + row * kRow + column();
-  const int64_t after = count - row * kRow - column();
+GQ_HD void load_group(const T* from, int left, float values[kGroupRows]) {
 #pragma unroll
-  for (int h = 0; h < kGroupRows; ++h) values[h] = h * kRow < after ? load(from[h * kRow]) : 0.0f;
+  for (int h = 0; h < kGroupRows; ++h) values[h] = h * kRow < left ? load(from[h * kRow]) : 0.0f;
 }
 
-GQ_HD Random random_of(uint64_t key, uint64_t stream) {
-  return {{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)},
-          {static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)}};
+GQ_HD Random random_of(const Segment& s, uint32_t step) {
+  return {{s.random[0], s.random[1]}, {s.random[2] + step, s.random[3]}};
 }
 
 // This thread's words of a group of rows, each XOR `mask`.
@@ -180,136 +246,146 @@ GQ_HD void random_column(const Random& random, int64_t group, uint32_t mask, uin
 
 // ------------------------------------------------------------------------------------- quantizing
 
-// kLanes is the number of lanes where it divides the eight rows of a group, 0 elsewhere. The first
-// rows have the random numbers of the group `start`.
+// Bytes or words of this thread's column, from a place of a segment on, that become codes, or zeros
+// behind them.
+GQ_HD int left_of(const Segment& s, int64_t codes, int64_t from) {
+  return few(maximum(codes, s.stop - s.payload) - from - column());
+}
+
+// A task is a walk. kLanes is the number of lanes where it divides the eight rows of a group, 0
+// elsewhere.
 template <int kLanes, bool kSquare, typename T>
-GQ_HD void quantize_standard_rows(const T* x, int64_t count, int64_t block, const int32_t* norms,
-                                  int bits, int levels, const Dither& dither, int64_t start,
+GQ_HD void quantize_standard_rows(const Segment& s, int64_t number, int64_t block,
+                                  const int32_t* norms, int bits, int levels, uint32_t step,
                                   int32_t* payload) {
   const int lanes = kLanes > 0 ? kLanes : 32 / bits;
   const int walk = kLanes > 0 ? kGroupRows : walk_rows(lanes);
   const float limit = limit_of<kSquare>(levels);
-  const int64_t rows = rows_of(count);
-  for (int64_t first = warp() * walk; first < rows; first += warps() * walk) {
-    int32_t* to = payload + first / walk * (walk / lanes) * kRow + column();
-    RowNorms row_norms(norms, block, first);
-    Scale scale = {1.0f, 0.0f};
-    uint32_t word = 0;
-    int lane = 0;
-    const int64_t end = minimum(first + walk, rows);
-    for (int64_t row = first; row < end; row += kGroupRows) {
-      float values[kGroupRows];
-      load_group(x, row, count, values);
-      uint32_t words[4];
-      const int64_t group = start + row / kGroupRows;
-      random_column(dither.random, group, dither_mask(dither, static_cast<uint64_t>(group)), words);
+  const int64_t count = present(s), first = number * walk;
+  const int64_t place = number * (walk / lanes) * kRow;
+  int left = left_of(s, (rows_of(count) + lanes - 1) / lanes * kRow, place);
+  int32_t* to = payload + s.payload + place + column();
+  const T* from = static_cast<const T*>(s.x) + first * kRow + column();
+  int elements = few(count - first * kRow);
+  int64_t group = s.group + first / kGroupRows;
+  const Dither dither = dither_of(random_of(s, step));
+  RowNorms row_norms(norms + s.norms, block, first);
+  Scale scale = {1.0f, 0.0f};
+  uint32_t word = 0;
+  int lane = 0;
+  for (int groups = walk / kGroupRows; groups > 0; --groups) {
+    float values[kGroupRows];
+    load_group(from, elements - column(), values);
+    uint32_t words[4];
+    random_column(dither.random, group, dither_mask(dither, static_cast<uint64_t>(group)), words);
 #pragma unroll
-      for (int h = 0; h < kGroupRows; ++h) {
-        if (kLanes > 0) lane = h % lanes;
-        // Beyond the last row values are zero, and zero under any scale gives the code zero.
-        if (row + h < rows && row_norms.advance()) scale = scale_down(row_norms.current, limit);
-        const int32_t code =
-            quantize_level<kSquare>(values[h], scale, limit, random_bits(words[h / 2], h));
-        word += static_cast<uint32_t>(code) << (bits * lane);
-        if (lane == lanes - 1) {
-          if (row + h - lane < rows) *to = static_cast<int32_t>(word);
-          to += kRow;
-          word = 0;
-        }
-        if (kLanes == 0) lane = lane == lanes - 1 ? 0 : lane + 1;
+    for (int h = 0; h < kGroupRows; ++h) {
+      if (kLanes > 0) lane = h % lanes;
+      // Beyond the last row values are zero, and zero under any scale gives the code zero.
+      if (h * kRow < elements && row_norms.advance()) scale = scale_down(row_norms.current, limit);
+      const int32_t code =
+          quantize_level<kSquare>(values[h], scale, limit, random_bits(words[h / 2], h));
+      word += static_cast<uint32_t>(code) << (bits * lane);
+      if (lane == lanes - 1) {
+        if (left > 0) *to = static_cast<int32_t>(word);
+        left -= kRow;
+        to += kRow;
+        word = 0;
       }
+      if (kLanes == 0) lane = lane == lanes - 1 ? 0 : lane + 1;
     }
-    // Rows of the last groups ended inside a payload row.
-    if (kLanes == 0 && lane > 0) {
-      const int64_t after = first + (end - first + kGroupRows - 1) / kGroupRows * kGroupRows;
-      if (after - lane < rows) *to = static_cast<int32_t>(word);
-    }
+    from += kGroupRows * kRow;
+    elements -= kGroupRows * kRow;
+    ++group;
   }
 }
 
+// A task is a group of rows.
 template <int kBits, typename T>
-GQ_HD void quantize_exponential_rows(const T* x, int64_t count, int64_t block, const int32_t* norms,
-                                     int headroom, const Random& random, uint8_t* codes) {
+GQ_HD void quantize_exponential_rows(const Segment& s, int64_t number, int64_t block,
+                                     const int32_t* norms, int headroom, uint32_t step,
+                                     uint8_t* codes) {
   constexpr int kPerByte = 8 / kBits;
   const uint32_t top_bits = static_cast<uint32_t>(127 - headroom) << 23;  // 2^-headroom
-  const int64_t rows = rows_of(count);
-  for (int64_t row = warp() * kGroupRows; row < rows; row += warps() * kGroupRows) {
-    float values[kGroupRows];
-    load_group(x, row, count, values);
-    uint32_t words[4];
-    random_column(random, row / kGroupRows, 0, words);
-    RowNorms row_norms(norms, block, row);
-    Scale scale = {1.0f, 0.0f};
-    uint8_t* to = codes + row / kPerByte * kRow + column();
-    uint32_t byte = 0;
+  const int64_t count = present(s), row = number * kGroupRows;
+  const int64_t place = row / kPerByte * kRow;
+  const int left = left_of(s, (rows_of(count) + kPerByte - 1) / kPerByte * kRow, place);
+  const int elements = few(count - row * kRow);
+  float values[kGroupRows];
+  load_group(static_cast<const T*>(s.x) + row * kRow + column(), elements - column(), values);
+  uint32_t words[4];
+  random_column(random_of(s, step), s.group + number, 0, words);
+  RowNorms row_norms(norms + s.norms, block, row);
+  Scale scale = {1.0f, 0.0f};
+  uint8_t* to = codes + s.payload + place + column();
+  uint32_t byte = 0;
 #pragma unroll
-    for (int h = 0; h < kGroupRows; ++h) {
-      const int k = h % kPerByte;
-      if (row + h < rows && row_norms.advance()) scale = scale_down(row_norms.current, 1.0f);
-      byte |= quantize_exponential<kBits>(values[h], scale, top_bits, random_bits(words[h / 2], h))
-              << (kBits * k);
-      if (k == kPerByte - 1) {
-        if (row + h - k < rows) to[h / kPerByte * kRow] = static_cast<uint8_t>(byte);
-        byte = 0;
-      }
+  for (int h = 0; h < kGroupRows; ++h) {
+    const int k = h % kPerByte;
+    if (h * kRow < elements && row_norms.advance()) scale = scale_down(row_norms.current, 1.0f);
+    byte |= quantize_exponential<kBits>(values[h], scale, top_bits, random_bits(words[h / 2], h))
+            << (kBits * k);
+    if (k == kPerByte - 1) {
+      if (h / kPerByte * kRow < left) to[h / kPerByte * kRow] = static_cast<uint8_t>(byte);
+      byte = 0;
     }
   }
 }
 
 // ----------------------------------------------------------------------------------- dequantizing
 
+// A task is a walk.
 template <typename T>
-GQ_HD void dequantize_standard_rows(const int32_t* payload, int64_t count, int64_t block,
+GQ_HD void dequantize_standard_rows(const Segment& s, int64_t number, int64_t block,
                                     const int32_t* norms, int bits, bool square, int64_t divisor,
-                                    T* out) {
+                                    const int32_t* payload) {
   const int lanes = 32 / bits;
   const int walk = walk_rows(lanes);
-  const int64_t rows = rows_of(count);
-  for (int64_t first = warp() * walk; first < rows; first += warps() * walk) {
-    const int32_t* from = payload + first / walk * (walk / lanes) * kRow + column();
-    RowNorms row_norms(norms, block, first);
-    Scale scale = {1.0f, 0.0f};
-    const int64_t end = minimum(first + walk, rows);
-    for (int64_t row = first; row < end;) {
-      int32_t word = *from;
-      from += kRow;
-      for (int k = 0; k < lanes && row < end; ++k, ++row) {
-        if (row_norms.advance()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
-        const int32_t code = lowest_lane(word, bits);
-        word = drop_lane(word, code, bits);
-        const int64_t i = row * kRow + column();
-        const int32_t level = level_of(code, square);
-        if (i < count)
-          store(out + i, dequantize_standard(level, scale, norm_of(row_norms.current)));
-      }
+  const int64_t first = number * walk;
+  const int32_t* from = payload + s.payload + number * (walk / lanes) * kRow + column();
+  T* to = static_cast<T*>(s.x) + first * kRow + column();
+  int left = static_cast<int>(minimum(s.elements - first * kRow, walk * kRow));
+  RowNorms row_norms(norms + s.norms, block, first);
+  Scale scale = {1.0f, 0.0f};
+  while (left > 0) {
+    int32_t word = *from;
+    from += kRow;
+    for (int k = 0; k < lanes && left > 0; ++k) {
+      if (row_norms.advance()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
+      const int32_t code = lowest_lane(word, bits);
+      word = drop_lane(word, code, bits);
+      const int32_t level = level_of(code, square);
+      if (column() < left) store(to, dequantize_standard(level, scale, norm_of(row_norms.current)));
+      to += kRow;
+      left -= kRow;
     }
   }
 }
 
+// A task is a group of rows.
 template <int kBits, typename T>
-GQ_HD void dequantize_exponential_rows(const uint8_t* codes, int64_t count, int64_t block,
-                                       const int32_t* norms, int headroom, T* out) {
+GQ_HD void dequantize_exponential_rows(const Segment& s, int64_t number, int64_t block,
+                                       const int32_t* norms, int headroom, const uint8_t* codes) {
   constexpr int kPerByte = 8 / kBits;
   constexpr int kByteRows = kGroupRows / kPerByte;
   const float raise = float_of(static_cast<uint32_t>(127 + headroom) << 23);  // 2^headroom
-  const int64_t rows = rows_of(count);
-  for (int64_t row = warp() * kGroupRows; row < rows; row += warps() * kGroupRows) {
-    const uint8_t* from = codes + row / kPerByte * kRow + column();
-    int32_t packed[kByteRows];
+  const int64_t row = number * kGroupRows;
+  const uint8_t* from = codes + s.payload + number * kByteRows * kRow + column();
+  T* to = static_cast<T*>(s.x) + row * kRow + column();
+  const int left = few(s.elements - row * kRow);
+  int32_t packed[kByteRows];
 #pragma unroll
-    for (int p = 0; p < kByteRows; ++p)
-      packed[p] = row + p * kPerByte < rows ? static_cast<int8_t>(from[p * kRow]) : 0;
-    RowNorms row_norms(norms, block, row);
-    float norm = 0.0f;
+  for (int p = 0; p < kByteRows; ++p)
+    packed[p] = p * kPerByte * kRow < left ? static_cast<int8_t>(from[p * kRow]) : 0;
+  RowNorms row_norms(norms + s.norms, block, row);
+  float norm = 0.0f;
 #pragma unroll
-    for (int h = 0; h < kGroupRows; ++h) {
-      if (row + h < rows && row_norms.advance()) norm = norm_of(row_norms.current);
-      const int32_t code = packed[h / kPerByte] >> (kBits * (h % kPerByte));
-      const float value = decode_exponential<kBits>(code) * raise * norm;
-      const int64_t i = (row + h) * kRow + column();
-      // A GPU makes one NaN of all of them; a CPU keeps the norm's.
-      if (i < count) store(out + i, norm == norm ? value : norm);
-    }
+  for (int h = 0; h < kGroupRows; ++h) {
+    if (h * kRow < left && row_norms.advance()) norm = norm_of(row_norms.current);
+    const int32_t code = packed[h / kPerByte] >> (kBits * (h % kPerByte));
+    const float value = decode_exponential<kBits>(code) * raise * norm;
+    // A GPU makes one NaN of all of them; a CPU keeps the norm's.
+    if (h * kRow + column() < left) store(to + h * kRow, norm == norm ? value : norm);
   }
 }
 
@@ -432,24 +508,20 @@ GQ_HD void store_rounded(const float sums[kGroupRows], float factor, const Rando
   }
 }
 
-// Of `bytes` bytes from `place` on, which have the random numbers of the group `start` and of those
-// that follow.
+// A task is a group of rows. An element of a segment is a byte here.
 template <int kBits>
-GQ_HD void reduce_exponential_rows(const uint8_t* const* codes, int inputs, int64_t bytes,
-                                   float factor, const Random& random, int64_t place, int64_t start,
-                                   uint8_t* out) {
+GQ_HD void reduce_exponential_rows(const Segment& s, int64_t number, const uint8_t* const* codes,
+                                   int inputs, float factor, uint32_t step, uint8_t* out) {
   constexpr int kByteRows = kGroupRows * kBits / 8;
-  constexpr int kGroupBytes = kByteRows * kRow;
-  for (int64_t group = warp(); group * kGroupBytes < bytes; group += warps()) {
-    const int64_t begin = group * kGroupBytes;
-    float sums[kGroupRows];
-    for (int i = 0; i < inputs; ++i) {
-      uint8_t own[kByteRows];
-      load_bytes<kByteRows>(codes[i] + place, begin, bytes, own);
-      add_decoded<kBits>(own, i == 0, sums);
-    }
-    store_rounded<kBits>(sums, factor, random, start + group, begin, bytes, out + place);
+  const int64_t begin = number * kByteRows * kRow;
+  float sums[kGroupRows];
+  for (int i = 0; i < inputs; ++i) {
+    uint8_t own[kByteRows];
+    load_bytes<kByteRows>(codes[i] + s.payload, begin, s.elements, own);
+    add_decoded<kBits>(own, i == 0, sums);
   }
+  store_rounded<kBits>(sums, factor, random_of(s, step), s.group + number, begin, s.elements,
+                       out + s.payload);
 }
 
 // The stream of a group's dither, keyed by its contents.
@@ -510,9 +582,9 @@ GQ_HD void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes, con
 
 // ---------------------------------------------------------------------------------------- kernels
 
-// The parameters are those of the host library (SIGNATURES in interface.py), but for the norms, for
-// the dither, which comes by value, and for parts of a tensor: `start` is the group in its dither
-// that they begin with, `place` where they lie in all codes. `bits` has been checked.
+// A table is its segments, their number, and that of all tasks. `block` is the size of a block; 0
+// makes one of each segment. `step` is added to that of each segment's dither. `bits` has been
+// checked.
 
 // GQ_THREADS is the size of a thread block. Half of an SM's threads or more fit into its registers,
 // which hides the latency of memory.
@@ -522,29 +594,36 @@ GQ_HD void add_packed_rows(const uint8_t* in, uint8_t* inout, int64_t bytes, con
 
 using Element = GQ_ELEMENT;
 
-GQ_KERNEL gq_absmax(const Element* x, int64_t count, int64_t block, int64_t segment,
-                    int32_t* norms) {
-  absmax(x, count, block, segment, norms);
+GQ_KERNEL gq_absmax(const Segment* segments, int count, int64_t tasks, int64_t block,
+                    const int32_t* bounds, int32_t* norms) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    absmax<Element>(s, number, block, bounds, norms);
+  });
 }
 
-GQ_KERNEL gq_l2norm(const Element* x, int64_t count, int64_t block, int64_t segment,
-                    double* partial, int32_t* norms) {
-  l2norm(x, count, block, segment, partial, norms);
+GQ_KERNEL gq_l2norm(const Segment* segments, int count, int64_t tasks, int64_t block,
+                    double* partial, const int32_t* bounds, int32_t* norms) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    l2norm<Element>(s, number, block, partial + 2 * (s.task + number), bounds, norms);
+  });
 }
 
-GQ_KERNEL gq_l2norm_of_partial(const double* partial, int64_t count, int64_t block, int64_t segment,
-                               int32_t* norms) {
-  l2norm_of_partial<Element>(partial, count, block, segment, norms);
+GQ_KERNEL gq_l2norm_of_partial(const Segment* segments, int count, int64_t tasks, int64_t block,
+                               const double* partial, const int32_t* bounds, int32_t* norms) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    l2norm_of_partial<Element>(s, number, block, partial, bounds, norms);
+  });
 }
 
 // A kernel for each number of lanes that divides a group, and one for all others: in one kernel
 // their registers would add up. And for square levels, which have eight bits or less.
-#define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE)                                                \
-  GQ_KERNEL NAME(const Element* x, int64_t count, int64_t block, const int32_t* norms, int bits, \
-                 int levels, int, uint64_t key, uint64_t stream, int32_t* payload,               \
-                 int64_t start) {                                                                \
-    quantize_standard_rows<LANES, SQUARE>(x, count, block, norms, bits, levels,                  \
-                                          dither_of(random_of(key, stream)), start, payload);    \
+#define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE)                                                 \
+  GQ_KERNEL NAME(const Segment* segments, int count, int64_t tasks, int64_t block,                \
+                 const int32_t* norms, int bits, int levels, uint32_t step, int32_t* payload) {   \
+    for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {                     \
+      quantize_standard_rows<LANES, SQUARE, Element>(s, number, block, norms, bits, levels, step, \
+                                                     payload);                                    \
+    });                                                                                           \
   }
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2, false)
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4, false)
@@ -554,41 +633,51 @@ GQ_QUANTIZE_STANDARD(gq_quantize_standard_4_square, 4, true)
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_8_square, 8, true)
 GQ_QUANTIZE_STANDARD(gq_quantize_standard_square, 0, true)
 
-GQ_KERNEL gq_dequantize_standard(const int32_t* payload, int64_t count, int64_t block,
+GQ_KERNEL gq_dequantize_standard(const Segment* segments, int count, int64_t tasks, int64_t block,
                                  const int32_t* norms, int bits, int square, int64_t divisor,
-                                 Element* out) {
-  dequantize_standard_rows(payload, count, block, norms, bits, square != 0, divisor, out);
+                                 const int32_t* payload) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    dequantize_standard_rows<Element>(s, number, block, norms, bits, square != 0, divisor, payload);
+  });
 }
 
-GQ_KERNEL gq_quantize_exponential(const Element* x, int64_t count, int64_t block,
-                                  const int32_t* norms, int bits, int headroom, uint64_t key,
-                                  uint64_t stream, uint8_t* codes) {
-  const Random random = random_of(key, stream);
-  if (bits == 8)
-    quantize_exponential_rows<8>(x, count, block, norms, headroom, random, codes);
-  else
-    quantize_exponential_rows<4>(x, count, block, norms, headroom, random, codes);
+GQ_KERNEL gq_quantize_exponential(const Segment* segments, int count, int64_t tasks, int64_t block,
+                                  const int32_t* norms, int bits, int headroom, uint32_t step,
+                                  uint8_t* codes) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    if (bits == 8)
+      quantize_exponential_rows<8, Element>(s, number, block, norms, headroom, step, codes);
+    else
+      quantize_exponential_rows<4, Element>(s, number, block, norms, headroom, step, codes);
+  });
 }
 
-GQ_KERNEL gq_dequantize_exponential(const uint8_t* codes, int64_t count, int64_t block,
-                                    const int32_t* norms, int bits, int headroom, Element* out) {
-  if (bits == 8)
-    dequantize_exponential_rows<8>(codes, count, block, norms, headroom, out);
-  else
-    dequantize_exponential_rows<4>(codes, count, block, norms, headroom, out);
+GQ_KERNEL gq_dequantize_exponential(const Segment* segments, int count, int64_t tasks,
+                                    int64_t block, const int32_t* norms, int bits, int headroom,
+                                    const uint8_t* codes) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    if (bits == 8)
+      dequantize_exponential_rows<8, Element>(s, number, block, norms, headroom, codes);
+    else
+      dequantize_exponential_rows<4, Element>(s, number, block, norms, headroom, codes);
+  });
 }
 
 #else  // codes have no element type: one module for them
 
-GQ_KERNEL gq_reduce_exponential(const uint8_t* const* codes, int inputs, int64_t bytes, int bits,
-                                float factor, uint64_t key, uint64_t stream, uint8_t* out,
-                                int64_t place, int64_t start) {
-  const Random random = random_of(key, stream);
-  if (bits == 8)
-    reduce_exponential_rows<8>(codes, inputs, bytes, factor, random, place, start, out);
-  else
-    reduce_exponential_rows<4>(codes, inputs, bytes, factor, random, place, start, out);
+GQ_KERNEL gq_reduce_exponential(const Segment* segments, int count, int64_t tasks,
+                                const uint8_t* const* codes, int inputs, int bits, float factor,
+                                uint32_t step, uint8_t* out) {
+  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
+    if (bits == 8)
+      reduce_exponential_rows<8>(s, number, codes, inputs, factor, step, out);
+    else
+      reduce_exponential_rows<4>(s, number, codes, inputs, factor, step, out);
+  });
 }
+
+// Those of one tensor have the parameters of the host library (SIGNATURES in interface.py), but for
+// the dither, which comes by value.
 
 #define GQ_MEAN_STANDARD(NAME, LANES)                                                            \
   GQ_KERNEL NAME(const int32_t* const* payloads, int inputs, int64_t count, int64_t block,       \
@@ -601,17 +690,10 @@ GQ_MEAN_STANDARD(gq_mean_standard_4, 4)
 GQ_MEAN_STANDARD(gq_mean_standard_8, 8)
 GQ_MEAN_STANDARD(gq_mean_standard, 0)
 
-// The smaller one of each two norms, where the second is finite.
-GQ_KERNEL gq_bound_norms(int32_t* own, const int32_t* norms, int64_t count) {
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; i < count; i += threads)
-    if (norm_is_finite(norms[i]) && norms[i] < own[i]) own[i] = norms[i];
-}
-
 GQ_KERNEL gq_add_exponential(const uint8_t* in, uint8_t* inout, int64_t bytes, int bits,
                              uint64_t key, uint64_t stream) {
-  const Random random = random_of(key, stream);
+  const Random random = {{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)},
+                         {static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)}};
   if (bits == 8)
     add_exponential_rows(in, inout, bytes, random);
   else

@@ -3,20 +3,24 @@
 The functions are those of `interface.Kernels`, for CuPy arrays and for buffers on the device, and
 give the bytes that `host` gives (see `l2norm` for the one exception). A call enqueues its kernel on
 CuPy's current stream of the current device and returns; nothing waits for the device. (Within
-`on_device_of` a buffer, that is the buffer's device and the stream that it names.) Memory comes
-from CuPy's pool: the results, the pointers of `reduce_exponential`, and 8 bytes for 2048 elements
-where `l2norm` has blocks larger than that.
+`on_device_of` a buffer, that is the buffer's device and the stream that it names.)
+
+A call is one launch, however many segments its table has; `l2norm` with blocks of more than PIECE
+elements is two, `absmax` with such blocks one after a memset. Tables are kept on the device, and a
+call that has the same tensors as an earlier one copies nothing. Memory comes from CuPy's pool: the
+results, the tables, and 8 bytes for each PIECE elements of larger blocks for `l2norm`.
 
 Importing this module imports CuPy, so callers import it where they have a buffer on a device.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +32,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import lanes
 from . import code_cache, host
-from .interface import SIGNATURES, Buffer, Kernels, Tensors
+from .interface import SEGMENT, SIGNATURES, Buffer, Kernels, Tensors
 
 # The flags are part of the arithmetic, like those of the host library: no fused multiply-add, IEEE
 # division, and denormals as they are. CuPy's own compiling would add -ftz=true behind these, which
@@ -45,26 +49,33 @@ ELEMENTS = {
 
 THREADS = 256  # of a thread block, at most 1024
 MAXIMUM_GRID = 1 << 16  # thread blocks; more work than that is done in several turns
-ELEMENTS_PER_THREAD = 8  # one Philox block
+GROUP_ROWS = lanes.GROUP // lanes.ROW  # of a column, they take one Philox block
 # Elements of a block that half a warp measures; larger blocks are measured by several.
-SEGMENT = 2048
-HALF_WARP = 16
+PIECE = 2048
 
 _SOURCES = Path(__file__).parent
+# Parameters of the kernels, as in interface.py. In the place of a dtype, which is part of a module,
+# those over tables have a table and the number of its tasks; dithers are in it, but for their step.
 _SIGNATURES = {
-    **SIGNATURES,
-    "absmax": "dplllp",
-    "l2norm": "dplllpp",
-    "l2norm_of_partial": "dplllp",
-    # For a part of a tensor: the group in its dither that it begins with; its place in all codes.
-    "quantize_standard": SIGNATURES["quantize_standard"] + "l",
-    "reduce_exponential": SIGNATURES["reduce_exponential"] + "ll",
-    "bound_norms": "ppl",
+    "absmax": "tlpp",
+    "l2norm": "tlppp",
+    "l2norm_of_partial": "tlppp",
+    "quantize_standard": "tlpiiup",
+    "dequantize_standard": "tlpiilp",
+    "quantize_exponential": "tlpiiup",
+    "dequantize_exponential": "tlpiip",
+    "reduce_exponential": "tpiifup",
+    "add_exponential": SIGNATURES["add_exponential"],
+    "mean_standard": SIGNATURES["mean_standard"],
 }
-# What of them a call for whole tensors leaves out.
-_PART = {"quantize_standard": (0,), "reduce_exponential": (0, 0)}
-# Numbers of lanes for which these have kernels of their own.
+# Numbers of lanes for which quantize_standard and mean_standard have kernels of their own.
 _OWN_KERNEL = (2, 4, 8)
+
+# The same fields as Segment in device.cu.
+_TABLE = np.dtype([("segment", SEGMENT), ("task", np.int64)])
+# Tables that are kept: those of all stages of some hundred buckets.
+_TABLES_KEPT = 2048
+_STEP = 2  # the word of a dither that says which step it is (`mpi_ops.dither`)
 
 
 def _pointer(memory: Any) -> Any:
@@ -72,14 +83,14 @@ def _pointer(memory: Any) -> Any:
     return memory if isinstance(memory, cupy.ndarray) else np.uint64(memory)
 
 
-# The dtype is part of the module here, and the dither is two words of 64 bits.
 _TYPES: dict[str, tuple[Any, ...]] = {
-    "d": (),
     "p": (_pointer,),
     "l": (np.int64,),
     "i": (np.int32,),
+    "u": (np.uint32,),
     "f": (np.float32,),
     "r": (np.uint64, np.uint64),
+    "t": (_pointer, np.int32, np.int64),
 }
 
 
@@ -115,7 +126,8 @@ def compile_kernels(dtype: str | None, target: str, *options: str) -> tuple[byte
 
 def _options(dtype: str | None, target: str) -> list[str]:
     element = [] if dtype is None else [f"-DGQ_ELEMENT={ELEMENTS[dtype]}"]
-    return [*OPTIONS, f"-DGQ_THREADS={THREADS}", *element, f"-arch={target}"]
+    sizes = [f"-DGQ_THREADS={THREADS}", f"-DGQ_PIECE={PIECE}"]
+    return [*OPTIONS, *sizes, *element, f"-arch={target}"]
 
 
 def _target(capability: int) -> str:
@@ -158,13 +170,32 @@ def _argument_types(name: str) -> tuple[Any, ...]:
     return tuple(kind for letter in _SIGNATURES[name] for kind in _TYPES[letter])
 
 
-def _launch(name: str, dtype: str | None, threads: int, *arguments: Any, variant: str = "") -> None:
-    if threads == 0:
+def _launch(name: str, dtype: str | None, warps: int, *arguments: Any, variant: str = "") -> None:
+    if warps == 0:
         return
-    grid = min(-(-threads // THREADS), MAXIMUM_GRID)
+    grid = min(-(-warps * lanes.ROW // THREADS), MAXIMUM_GRID)
     typed = zip(_argument_types(name), arguments, strict=True)
     kernel = _kernel(name + variant, dtype, runtime.getDevice())
     kernel((grid,), (THREADS,), tuple(kind(argument) for kind, argument in typed))
+
+
+@lru_cache(maxsize=_TABLES_KEPT)
+def _uploaded(content: bytes, device: int, stream: Any) -> Any:
+    """A table, copied to the current device on the current stream, on which alone it is read.
+
+    It is never changed, so kernels that are in flight may read it still.
+    """
+    return KERNELS.upload(np.frombuffer(content, np.uint8))
+
+
+def _there(array: NDArray[Any]) -> Any:
+    """The bytes of a small array for kernels on the current device and stream; of few contents."""
+    return _uploaded(array.tobytes(), runtime.getDevice(), cupy.cuda.get_current_stream())
+
+
+def _variant(lane_count: int, square: bool = False) -> str:
+    own = f"_{lane_count}" if lane_count in _OWN_KERNEL else ""
+    return own + ("_square" if square else "")
 
 
 @cache
@@ -209,7 +240,7 @@ class Device(Kernels):
         return tuple(dither.view(np.uint64))
 
     def table(self, arrays: Sequence[Any]) -> Any:
-        return cupy.asarray(np.array([self.address(array) for array in arrays], dtype=np.uint64))
+        return _there(np.array([self.address(array) for array in arrays], dtype=np.uint64))
 
     def on_device_of(self, buffer: Buffer | Tensors) -> AbstractContextManager[None]:
         pointer = buffer.pointer if isinstance(buffer, Buffer) else int(buffer.pointers.max())
@@ -232,59 +263,36 @@ class Device(Kernels):
         if staged is not array:
             array[:] = begin_copy(staged, pinned(array.size, array.dtype)).wait()
 
-    def bound_norms(self, own: Any, norms: Any) -> None:
-        _launch("bound_norms", None, own.size, self.address(own), self.address(norms), own.size)
-
     def wait(self) -> None:
         cupy.cuda.get_current_stream().synchronize()
 
-    def measure(self, name: str, x: Buffer, block_size: int, norms: Any) -> None:
-        block = min(block_size, lanes.whole_tensor_block(x.size))
-        segments = norms.size * -(-block // SEGMENT)
-        several = block > SEGMENT
-        shape = (x.size, block, SEGMENT)
-        threads = segments * HALF_WARP
-        if name == "absmax":
-            if several:
-                norms.fill(0)
-            _launch(name, x.dtype, threads, x.pointer, *shape, self.address(norms))
-            return
-        partial = self.empty(segments if several else 0, np.float64)
-        pointers = (self.address(partial), self.address(norms))
-        _launch(name, x.dtype, threads, x.pointer, *shape, *pointers)
-        if several:
-            threads = norms.size * lanes.ROW
-            _launch("l2norm_of_partial", x.dtype, threads, pointers[0], *shape, pointers[1])
+    def measure(self, name: str, x: Buffer, block_size: int, norms: Any, bounds: Any) -> None:
+        self._measure(name, x.dtype, _one(x.pointer, x.size), block_size, norms, bounds)
 
-    def launch(
-        self,
-        name: str,
-        dtype: str | None,
-        elements: int,
-        *arguments: Any,
-        part: tuple[int, ...] = (),
-    ) -> None:
-        """The same; `part` is what _SIGNATURES have for parts of tensors."""
-        threads = -(-lanes.rows(elements) // ELEMENTS_PER_THREAD) * lanes.ROW
-        variant = ""
-        if name in ("quantize_standard", "mean_standard"):
-            number = lanes.WORD_BITS // arguments[4 if name == "quantize_standard" else 5]  # lanes
-            variant = f"_{number}" if number in _OWN_KERNEL else ""
-            variant += "_square" if name == "quantize_standard" and arguments[6] else ""
-        part = part or _PART.get(name, ())
-        _launch(name, dtype, threads, *arguments, *part, variant=variant)
+    def launch(self, name: str, dtype: str | None, elements: int, *arguments: Any) -> None:
+        """The same. A tensor by itself is a table of one segment."""
+        if name in ("quantize_standard", "quantize_exponential"):
+            x, size, block, norms, *settings, key, stream, codes = arguments
+            own = _one(x, size, np.array([key, stream]).view(np.uint32))
+            self._quantize(dtype, own, block, norms, *settings, codes)
+        elif name in ("dequantize_standard", "dequantize_exponential"):
+            codes, size, block, norms, *settings, out = arguments
+            self._dequantize(dtype, _one(out, size), block, norms, *settings, codes)
+        elif name == "reduce_exponential":
+            inputs, number, size, bits, factor, key, stream, out = arguments
+            own = _one(0, size, np.array([key, stream]).view(np.uint32))
+            self._reduce(own, inputs, number, bits, factor, out)
+        else:
+            variant = _variant(lanes.WORD_BITS // arguments[5]) if name == "mean_standard" else ""
+            warps = -(-lanes.rows(elements) // GROUP_ROWS)
+            _launch(name, dtype, warps, *arguments, variant=variant)
 
     # ------------------------------------------------------------------------------------- tables
 
     def measure_table(
         self, norm: str, dtype: str, segments: NDArray[Any], block_size: int, norms: Any
     ) -> None:
-        for x, block, own in _each(dtype, segments, block_size):
-            target = norms[own["norms"] :][: lanes.blocks(x.size, block)]
-            if x.pointer:
-                self._norms(norm, x, block, target)
-            else:
-                target.fill(0)
+        self._measure(norm, dtype, segments, block_size, norms, None)
 
     def quantize_table(
         self,
@@ -298,27 +306,9 @@ class Device(Kernels):
         levels: int,
         square: bool,
     ) -> None:
-        for x, block, own in _each(dtype, segments, block_size):
-            measure = lanes.standard_words if levels else lanes.exponential_bytes
-            size = measure(x.size, bits) if x.pointer else 0
-            place = own["payload"]
-            payload[place + size : own["stop"]].fill(0)
-            if not x.pointer:
-                continue
-            out = payload[place : place + size]
-            by = norms[own["norms"] :][: lanes.blocks(x.size, block)]
-            dither = np.ascontiguousarray(own["random"])
-            if levels:
-                self.launch(
-                    *("quantize_standard", dtype, x.size, x.pointer, x.size, block),
-                    *(self.address(by), bits, levels, square, *self.random(dither)),
-                    self.address(out),
-                    part=(own["group"],),
-                )
-            else:
-                self.quantize_exponential(
-                    x, by, block_size=block, bits=bits, dither=dither, out=out
-                )
+        settings = (levels, square) if levels else (0,)
+        places = self.address(norms), self.address(payload)
+        self._quantize(dtype, segments, block_size, places[0], bits, *settings, places[1])
 
     def dequantize_table(
         self,
@@ -332,18 +322,9 @@ class Device(Kernels):
         divisor: int,
         square: bool,
     ) -> None:
-        for x, block, own in _each(dtype, segments, block_size):
-            if not x.pointer:
-                continue
-            measure = lanes.standard_words if divisor else lanes.exponential_bytes
-            codes = payload[own["payload"] :][: measure(x.size, bits)]
-            by = norms[own["norms"] :][: lanes.blocks(x.size, block)]
-            if divisor:
-                self.dequantize_standard(
-                    *(codes, by, x), block_size=block, bits=bits, divisor=divisor, square=square
-                )
-            else:
-                self.dequantize_exponential(codes, by, x, block_size=block, bits=bits)
+        settings = (square, divisor) if divisor else (0,)
+        places = self.address(norms), self.address(payload)
+        self._dequantize(dtype, segments, block_size, places[0], bits, *settings, places[1])
 
     def reduce_table(
         self,
@@ -354,22 +335,143 @@ class Device(Kernels):
         factor: float,
         out: Any,
     ) -> None:
-        table = self.table(inputs)
-        for own in segments:
-            size = lanes.exponential_bytes(int(own["elements"]), bits)
-            dither = np.ascontiguousarray(own["random"])
-            self.launch(
-                *("reduce_exponential", None, size * 8 // bits, table, len(inputs), size, bits),
-                *(factor, *self.random(dither), self.address(out)),
-                part=(own["payload"], own["group"]),
-            )
+        own = segments.copy()
+        own["elements"] = lanes.exponential_bytes(own["elements"], bits)
+        self._reduce(own, self.table(inputs), len(inputs), bits, factor, self.address(out))
+
+    # -------------------------------------------------------------------------------- one launch
+
+    def _measure(
+        self,
+        name: str,
+        dtype: str,
+        segments: NDArray[Any],
+        block_size: int,
+        norms: Any,
+        bounds: Any,
+    ) -> None:
+        block = np.maximum(lanes.rows(segments["elements"]), 1) * lanes.ROW
+        if block_size:
+            block = np.minimum(block, block_size)
+        blocks = -(-segments["elements"] // block)
+        pieces = -(-block // PIECE)  # of each block
+        several = pieces > 1
+        tasks = -(-blocks * pieces // 2)
+        places = 0 if bounds is None else self.address(bounds), self.address(norms)
+        if name == "absmax":
+            if several.any():
+                norms.fill(0)
+            _over(name, dtype, segments, tasks, block_size, *places)
+            return
+        partial = self.empty(2 * int(tasks.sum()) if several.any() else 0, np.float64)
+        arguments = (block_size, self.address(partial), *places)
+        _over(name, dtype, segments, tasks, *arguments)
+        if several.any():
+            sums = segments.copy()
+            sums["payload"] = 2 * (np.cumsum(tasks) - tasks)
+            _over("l2norm_of_partial", dtype, sums, blocks * several, *arguments)
+
+    def _quantize(
+        self,
+        dtype: str | None,
+        segments: NDArray[Any],
+        block_size: int,
+        norms: int,
+        bits: int,
+        setting: int,
+        *rest: Any,
+    ) -> None:
+        """Codes of standard levels, of which `rest` says whether they are square, or others."""
+        *square, codes = rest
+        if square:
+            name, variant = "quantize_standard", _variant(lanes.WORD_BITS // bits, *square)
+            size, rows = lanes.standard_words, _walk(bits)
+        else:
+            name, variant = "quantize_exponential", ""
+            size, rows = lanes.exponential_bytes, GROUP_ROWS
+        present = segments["elements"] * (segments["x"] != 0)
+        # Zeros that stand behind codes are written with them.
+        room = np.maximum(size(present, bits), segments["stop"] - segments["payload"])
+        tasks = -(-room // size(rows * lanes.ROW, bits))
+        segments, step = _without_step(segments)
+        settings = (block_size, norms, bits, setting, step, codes)
+        _over(name, dtype, segments, tasks, *settings, variant=variant)
+
+    def _dequantize(
+        self,
+        dtype: str | None,
+        segments: NDArray[Any],
+        block_size: int,
+        norms: int,
+        bits: int,
+        *rest: Any,
+    ) -> None:
+        """Of standard levels, of which `rest` says whether they are square, and by what to divide.
+
+        Or of others.
+        """
+        standard = len(rest) == 3
+        name = "dequantize_standard" if standard else "dequantize_exponential"
+        each = _walk(bits) if standard else GROUP_ROWS
+        tasks = -(-lanes.rows(segments["elements"]) // each) * (segments["x"] != 0)
+        _over(name, dtype, segments, tasks, block_size, norms, bits, *rest)
+
+    def _reduce(
+        self,
+        segments: NDArray[Any],
+        inputs: Any,
+        number: int,
+        bits: int,
+        factor: float,
+        out: int,
+    ) -> None:
+        """Of segments whose elements are bytes."""
+        tasks = -(-segments["elements"] // lanes.exponential_bytes(lanes.GROUP, bits))
+        segments, step = _without_step(segments)
+        settings = (inputs, number, bits, factor, step, out)
+        _over("reduce_exponential", None, segments, tasks, *settings)
 
 
-def _each(dtype: str, segments: NDArray[Any], block_size: int) -> Iterator[tuple[Buffer, int, Any]]:
-    """The segments of a table, with their block sizes."""
-    for own in segments:
-        x = Buffer(int(own["x"]), dtype, int(own["elements"]), None, "device")
-        yield x, block_size or lanes.whole_tensor_block(x.size), own
+def _one(
+    x: int, elements: int, random: NDArray[np.uint32] | tuple[int, ...] = (0, 0, 0, 0)
+) -> NDArray[Any]:
+    """The table of a tensor by itself."""
+    return np.array([(x, elements, 0, 0, 0, tuple(random), 0)], dtype=SEGMENT)
+
+
+def _without_step(segments: NDArray[Any]) -> tuple[NDArray[Any], np.uint32]:
+    """Segments whose dithers count from the step of the first one, and that step.
+
+    So they are the same in every step.
+    """
+    own = segments.copy()
+    steps = own["random"][:, _STEP]
+    step = np.uint32(steps[0] if len(steps) else 0)
+    steps -= step
+    return own, step
+
+
+def _walk(bits: int) -> int:
+    """Rows that fill whole payload rows of standard codes, and whole groups."""
+    return math.lcm(lanes.WORD_BITS // bits, GROUP_ROWS)
+
+
+def _over(
+    name: str,
+    dtype: str | None,
+    segments: NDArray[Any],
+    tasks: NDArray[np.int64],
+    *arguments: Any,
+    variant: str = "",
+) -> None:
+    """Run a kernel over a table, a warp for each of a segment's `tasks`."""
+    ends = np.cumsum(tasks)
+    table = np.empty(len(segments), _TABLE)
+    table["segment"], table["task"] = segments, ends - tasks
+    total = int(ends[-1]) if len(ends) else 0
+    if total:
+        own = (_there(table), len(table), total)
+        _launch(name, dtype, total, *own, *arguments, variant=variant)
 
 
 @contextmanager

@@ -151,8 +151,17 @@ class Host(Kernels):
     def wait(self) -> None:
         pass
 
-    def measure(self, name: str, x: Buffer, block_size: int, norms: NDArray[np.int32]) -> None:
+    def measure(
+        self,
+        name: str,
+        x: Buffer,
+        block_size: int,
+        norms: NDArray[np.int32],
+        bounds: NDArray[np.int32] | None,
+    ) -> None:
         self.launch(name, x.dtype, x.size, x.pointer, x.size, block_size, self.address(norms))
+        if bounds is not None:
+            np.minimum(norms, bounds, out=norms, where=bounds < INFINITY)
 
     def launch(self, name: str, dtype: str | None, elements: int, *arguments: Any) -> None:
         if dtype is not None:
@@ -162,9 +171,6 @@ class Host(Kernels):
             raise RuntimeError(
                 f"mpi_ops.kernels.host: kernel {name} refused its arguments ({status})."
             )
-
-    def bound_norms(self, own: NDArray[np.int32], norms: NDArray[np.int32]) -> None:
-        np.minimum(own, norms, out=own, where=norms < INFINITY)
 
     # ------------------------------------------------------------------------------------- tables
 

@@ -232,11 +232,9 @@ class Kernels(ABC):
         """Wait for the kernels that were called."""
 
     @abstractmethod
-    def bound_norms(self, own: Array, norms: Array) -> None:
-        """Lower `own` norms to `norms`, where those are finite."""
-
-    @abstractmethod
-    def measure(self, name: str, x: Buffer, block_size: int, norms: Array) -> None:
+    def measure(
+        self, name: str, x: Buffer, block_size: int, norms: Array, bounds: Array | None
+    ) -> None:
         """Run `absmax` or `l2norm` over the blocks of x."""
 
     @abstractmethod
@@ -273,23 +271,33 @@ class Kernels(ABC):
         self._check_array(function, "out", out, dtype, size)
         return out
 
-    def _norms(self, name: str, x: Buffer, block_size: int, out: Array | None) -> Array:
+    def _norms(
+        self, name: str, x: Buffer, block_size: int, out: Array | None, bounds: Array | None
+    ) -> Array:
         self._check_tensor(name, "x", x)
         _check_block(name, block_size)
-        norms = self._output(name, out, lanes.blocks(x.size, block_size), INT32)
-        self.measure(name, x, block_size, norms)
+        count = lanes.blocks(x.size, block_size)
+        if bounds is not None:
+            self._check_array(name, "bounds", bounds, INT32, count)
+        norms = self._output(name, out, count, INT32)
+        self.measure(name, x, block_size, norms, bounds)
         return norms
 
-    def absmax(self, x: Buffer, block_size: int, out: Array | None = None) -> Array:
+    def absmax(
+        self, x: Buffer, block_size: int, out: Array | None = None, bounds: Array | None = None
+    ) -> Array:
         """Largest |x| of each block, as the bit patterns of float32 (int32, one per block).
 
         Integer order of these patterns is float order with NaN above Inf above finite, so an
         integer Max-allreduce gives the global norm and carries NaN and Inf to every rank. float64
         is rounded to float32 first, as quantization does; beyond its range it counts as Inf.
+        `bounds` are norms that those of the result are lowered to, where they are finite.
         """
-        return self._norms("absmax", x, block_size, out)
+        return self._norms("absmax", x, block_size, out, bounds)
 
-    def l2norm(self, x: Buffer, block_size: int, out: Array | None = None) -> Array:
+    def l2norm(
+        self, x: Buffer, block_size: int, out: Array | None = None, bounds: Array | None = None
+    ) -> Array:
         """L2 norm of each block, rounded up, as the bit patterns of float32 (int32, one per block).
 
         Summed in double, so squares do not overflow. At most the largest finite number of x's
@@ -297,7 +305,7 @@ class Kernels(ABC):
         The one kernel whose result may differ between host and device: a device sums blocks of more
         than 2048 elements in another order (always the same one), which can move the last place.
         """
-        return self._norms("l2norm", x, block_size, out)
+        return self._norms("l2norm", x, block_size, out, bounds)
 
     def quantize_standard(
         self,

@@ -114,7 +114,7 @@ def test_l2norm(dtype: str, device: Any) -> None:
     for _, block, x in shapes(dtype):
         got = device.l2norm(on_device(device, x)[1], block).get()
         expected = host.l2norm(buffer(x), block)
-        if min(block, lanes.whole_tensor_block(x.size)) <= device.SEGMENT:
+        if min(block, lanes.whole_tensor_block(x.size)) <= device.PIECE:
             np.testing.assert_array_equal(got, expected)
         else:  # another order of additions: the last place
             np.testing.assert_array_less(np.abs(got - expected), 2)
@@ -290,17 +290,26 @@ def test_mean_standard(bits: int, number: int, device: Any) -> None:
 
 
 @pytest.mark.usefixtures("grid")
-def test_bound_norms(device: Any) -> None:
+@pytest.mark.parametrize("name", ["absmax", "l2norm"])
+@pytest.mark.parametrize("block", [32, 2048, 1 << 40])
+def test_norms_keep_to_bounds(block: int, name: str, device: Any) -> None:
+    """Those that are finite."""
     asarray = device.cupy.asarray
+    x = np.abs(tensor(9001, "float32"))
+    own = getattr(host, name)(buffer(x), block)
     odd = np.array([INF_BITS - 1, INF_BITS, NAN_BITS, 0x7FFFFFFF, 0, 1], dtype=np.int32)
-    values = np.resize(np.concatenate([odd, float_bits([0.5, 1.0, FLT_MAX])]), 1000)
-    own, norms = values.copy(), np.repeat(values[:9], 112)[:1000]
-    there = asarray(own)
-    device.KERNELS.bound_norms(there, asarray(norms))
-    host.KERNELS.bound_norms(own, norms)
-    same(there, own)
-    assert np.all(own[norms < INF_BITS] <= norms[norms < INF_BITS])
-    np.testing.assert_array_equal(own[norms >= INF_BITS], values[norms >= INF_BITS])
+    values = np.concatenate([odd, float_bits([1e-3, 1.0, FLT_MAX])])
+    for start in range(len(values)):
+        bounds = np.resize(np.roll(values, start), own.size)
+        expected = np.where(bounds < INF_BITS, np.minimum(own, bounds), own)
+        got = getattr(host, name)(buffer(x), block, bounds=bounds)
+        np.testing.assert_array_equal(got, expected)
+        there = on_device(device, x)[1]
+        got = getattr(device, name)(there, block, bounds=asarray(bounds)).get()
+        exact = name == "absmax" or block <= device.PIECE
+        assert np.all(np.abs(got - expected) <= (0 if exact else 1))
+        finite = bounds < INF_BITS
+        assert np.all(got[finite] <= bounds[finite])
 
 
 @pytest.mark.parametrize("norm", ["max", "l2"])

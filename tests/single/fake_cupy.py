@@ -384,7 +384,7 @@ def modules() -> dict[str, types.ModuleType]:
     return found
 
 
-def build(directory: Path, elements: dict[str, str]) -> dict[str, ctypes.CDLL]:
+def build(directory: Path, elements: dict[str, str], piece: int) -> dict[str, ctypes.CDLL]:
     """The emulated kernels of each element type, and under "" those of codes.
 
     What an earlier call has put into the directory is not built again.
@@ -393,7 +393,7 @@ def build(directory: Path, elements: dict[str, str]) -> dict[str, ctypes.CDLL]:
     built = {}
     for element in ["", *elements.values()]:
         library = directory / f"{element.removeprefix('gq::') or 'codes'}.so"
-        define = [f"-DGQ_ELEMENT={element}"] if element else []
+        define = [f"-DGQ_PIECE={piece}", *([f"-DGQ_ELEMENT={element}"] if element else [])]
         include = f"-I{ROOT / 'mpi_ops' / 'kernels'}"
         options = [*define, include, "-Wno-unknown-pragmas", "-o", str(library)]
         if not library.exists():
@@ -416,7 +416,7 @@ def installed(
     try:
         device = importlib.import_module("mpi_ops.kernels.device")
         elements = {dtype: device.ELEMENTS[dtype] for dtype in dtypes}
-        Module.built, Module.launches = build(directory, elements), []
+        Module.built, Module.launches = build(directory, elements, device.PIECE), []
         yield device
     finally:
         os.environ.pop(VARIABLE)

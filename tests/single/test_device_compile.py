@@ -34,7 +34,7 @@ KERNELS = {
         *("gq_quantize_exponential", "gq_dequantize_exponential"),
     },
     "codes": {
-        *("gq_reduce_exponential", "gq_add_exponential", "gq_bound_norms"),
+        *("gq_reduce_exponential", "gq_add_exponential"),
         *(f"gq_mean_standard{variant}" for variant in ("", "_2", "_4", "_8")),
     },
 }

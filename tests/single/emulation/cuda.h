@@ -1,8 +1,8 @@
 // As much of CUDA as device.cu uses, on one thread of a CPU.
 //
-// The 32 threads of a warp take turns: each runs until it needs the value of another one (a
-// shuffle) or ends. The scheduler checks that all threads of a warp come to the same number of
-// shuffles, which a GPU would answer with rubbish or with a deadlock.
+// The 32 threads of a warp take turns: each runs until it needs the values of others (a shuffle or a
+// vote) or ends. The scheduler checks that all threads of a warp come to the same number of those,
+// which a GPU would answer with rubbish or with a deadlock.
 #pragma once
 
 #include <ucontext.h>
@@ -48,6 +48,7 @@ static inline double __longlong_as_double(int64_t bits) {
 static inline int __float2int_rn(float value) { return static_cast<int>(__builtin_rintf(value)); }
 static inline float __fsqrt_rn(float value) { return __builtin_sqrtf(value); }
 static inline double __dsqrt_rn(double value) { return __builtin_sqrt(value); }
+static inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
 static inline int atomicMax(int* address, int value) {
   const int old = *address;
@@ -62,7 +63,7 @@ constexpr int kStackBytes = 1 << 16;
 
 struct Thread {
   ucontext_t context;
-  int turn;  // number of shuffles so far
+  int turn;  // number of shuffles and votes so far
   bool done;
 };
 static Thread threads[kWarp];
@@ -73,13 +74,20 @@ static int current;
 // one has read the values of this one.
 static uint64_t shown[2][kWarp];
 
+// What all threads show, after each has shown its value.
 template <typename T>
-T shuffle(T value, int source) {
+const uint64_t* shown_with(T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "one register or two");
   Thread& own = threads[current];
   uint64_t* values = shown[own.turn++ % 2];
   std::memcpy(&values[current], &value, sizeof value);
   swapcontext(&own.context, &scheduler);
+  return values;
+}
+
+template <typename T>
+T shuffle(T value, int source) {
+  const uint64_t* values = shown_with(value);
   std::memcpy(&value, &values[source], sizeof value);
   return value;
 }
@@ -170,4 +178,10 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
 template <typename T>
 T __shfl_sync(unsigned, T value, int source, int width) {
   return emulation::shuffle(value, emulation::current / width * width + source);
+}
+static inline unsigned __ballot_sync(unsigned, bool value) {
+  const uint64_t* values = emulation::shown_with(static_cast<uint64_t>(value));
+  unsigned votes = 0;
+  for (int i = 0; i < emulation::kWarp; ++i) votes |= static_cast<unsigned>(values[i]) << i;
+  return votes;
 }

@@ -31,7 +31,6 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
   GQ_RUN(gq_mean_standard_4);
   GQ_RUN(gq_mean_standard_8);
   GQ_RUN(gq_mean_standard);
-  GQ_RUN(gq_bound_norms);
 #endif
   return "no such kernel";
 }
