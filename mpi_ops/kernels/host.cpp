@@ -799,7 +799,7 @@ GQ_INLINE void quantize_exponential_segments(const Segment* segments, int64_t co
         if (s.x == nullptr) return;
         quantize_exponential_rows<T, kBits>(static_cast<const T*>(s.x) + begin, end - begin,
                                             RowNorms(norms + s.norms, block_of(s, block), begin),
-                                            headroom, generator_of(s), begin / kGroup,
+                                            headroom, generator_of(s), s.group + begin / kGroup,
                                             codes + s.payload + begin * kBits / 8);
       });
 }
