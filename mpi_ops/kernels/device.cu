@@ -619,7 +619,8 @@ GQ_KERNEL gq_l2norm_of_partial(const Segment* segments, int count, int64_t tasks
 // their registers would add up. And for square levels, which have eight bits or less.
 #define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE)                                                 \
   GQ_KERNEL NAME(const Segment* segments, int count, int64_t tasks, int64_t block,                \
-                 const int32_t* norms, int bits, int levels, uint32_t step, int32_t* payload) {   \
+                 const int32_t* norms, int bits, int levels, int, uint32_t step,                  \
+                 int32_t* payload) {                                                              \
     for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {                     \
       quantize_standard_rows<LANES, SQUARE, Element>(s, number, block, norms, bits, levels, step, \
                                                      payload);                                    \

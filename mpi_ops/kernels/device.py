@@ -60,7 +60,7 @@ _SIGNATURES = {
     "absmax": "tlpp",
     "l2norm": "tlppp",
     "l2norm_of_partial": "tlppp",
-    "quantize_standard": "tlpiiup",
+    "quantize_standard": "tlpiiiup",
     "dequantize_standard": "tlpiilp",
     "quantize_exponential": "tlpiiup",
     "dequantize_exponential": "tlpiip",
@@ -193,9 +193,9 @@ def _there(array: NDArray[Any]) -> Any:
     return _uploaded(array.tobytes(), runtime.getDevice(), cupy.cuda.get_current_stream())
 
 
-def _variant(lane_count: int, square: bool = False) -> str:
-    own = f"_{lane_count}" if lane_count in _OWN_KERNEL else ""
-    return own + ("_square" if square else "")
+def _variant(bits: int, square: bool = False) -> str:
+    own = lanes.WORD_BITS // bits
+    return (f"_{own}" if own in _OWN_KERNEL else "") + ("_square" if square else "")
 
 
 @cache
@@ -274,16 +274,16 @@ class Device(Kernels):
         if name in ("quantize_standard", "quantize_exponential"):
             x, size, block, norms, *settings, key, stream, codes = arguments
             own = _one(x, size, np.array([key, stream]).view(np.uint32))
-            self._quantize(dtype, own, block, norms, *settings, codes)
+            self._quantize(name, dtype, own, block, norms, settings, codes)
         elif name in ("dequantize_standard", "dequantize_exponential"):
             codes, size, block, norms, *settings, out = arguments
-            self._dequantize(dtype, _one(out, size), block, norms, *settings, codes)
+            self._dequantize(name, dtype, _one(out, size), block, norms, settings, codes)
         elif name == "reduce_exponential":
             inputs, number, size, bits, factor, key, stream, out = arguments
             own = _one(0, size, np.array([key, stream]).view(np.uint32))
             self._reduce(own, inputs, number, bits, factor, out)
         else:
-            variant = _variant(lanes.WORD_BITS // arguments[5]) if name == "mean_standard" else ""
+            variant = _variant(arguments[5]) if name == "mean_standard" else ""
             warps = -(-lanes.rows(elements) // GROUP_ROWS)
             _launch(name, dtype, warps, *arguments, variant=variant)
 
@@ -306,9 +306,10 @@ class Device(Kernels):
         levels: int,
         square: bool,
     ) -> None:
-        settings = (levels, square) if levels else (0,)
+        name = "quantize_standard" if levels else "quantize_exponential"
+        settings = (bits, levels, square) if levels else (bits, 0)
         places = self.address(norms), self.address(payload)
-        self._quantize(dtype, segments, block_size, places[0], bits, *settings, places[1])
+        self._quantize(name, dtype, segments, block_size, places[0], settings, places[1])
 
     def dequantize_table(
         self,
@@ -322,9 +323,10 @@ class Device(Kernels):
         divisor: int,
         square: bool,
     ) -> None:
-        settings = (square, divisor) if divisor else (0,)
+        name = "dequantize_standard" if divisor else "dequantize_exponential"
+        settings = (bits, square, divisor) if divisor else (bits, 0)
         places = self.address(norms), self.address(payload)
-        self._dequantize(dtype, segments, block_size, places[0], bits, *settings, places[1])
+        self._dequantize(name, dtype, segments, block_size, places[0], settings, places[1])
 
     def reduce_table(
         self,
@@ -373,48 +375,40 @@ class Device(Kernels):
 
     def _quantize(
         self,
+        name: str,
         dtype: str | None,
         segments: NDArray[Any],
         block_size: int,
         norms: int,
-        bits: int,
-        setting: int,
-        *rest: Any,
+        settings: Sequence[int],
+        codes: int,
     ) -> None:
-        """Codes of standard levels, of which `rest` says whether they are square, or others."""
-        *square, codes = rest
-        if square:
-            name, variant = "quantize_standard", _variant(lanes.WORD_BITS // bits, *square)
+        bits, variant = settings[0], ""
+        size, rows = lanes.exponential_bytes, GROUP_ROWS
+        if name == "quantize_standard":
             size, rows = lanes.standard_words, _walk(bits)
-        else:
-            name, variant = "quantize_exponential", ""
-            size, rows = lanes.exponential_bytes, GROUP_ROWS
+            variant = _variant(bits, square=bool(settings[2]))
         present = segments["elements"] * (segments["x"] != 0)
         # Zeros that stand behind codes are written with them.
         room = np.maximum(size(present, bits), segments["stop"] - segments["payload"])
         tasks = -(-room // size(rows * lanes.ROW, bits))
         segments, step = _without_step(segments)
-        settings = (block_size, norms, bits, setting, step, codes)
-        _over(name, dtype, segments, tasks, *settings, variant=variant)
+        arguments = (block_size, norms, *settings, step, codes)
+        _over(name, dtype, segments, tasks, *arguments, variant=variant)
 
     def _dequantize(
         self,
+        name: str,
         dtype: str | None,
         segments: NDArray[Any],
         block_size: int,
         norms: int,
-        bits: int,
-        *rest: Any,
+        settings: Sequence[int],
+        codes: int,
     ) -> None:
-        """Of standard levels, of which `rest` says whether they are square, and by what to divide.
-
-        Or of others.
-        """
-        standard = len(rest) == 3
-        name = "dequantize_standard" if standard else "dequantize_exponential"
-        each = _walk(bits) if standard else GROUP_ROWS
-        tasks = -(-lanes.rows(segments["elements"]) // each) * (segments["x"] != 0)
-        _over(name, dtype, segments, tasks, block_size, norms, bits, *rest)
+        rows = _walk(settings[0]) if name == "dequantize_standard" else GROUP_ROWS
+        tasks = -(-lanes.rows(segments["elements"]) // rows) * (segments["x"] != 0)
+        _over(name, dtype, segments, tasks, block_size, norms, *settings, codes)
 
     def _reduce(
         self,

@@ -42,6 +42,19 @@ _kept: list[Any] = []
 # Bytes of each copy to host memory, and from it.
 downloads: list[int] = []
 uploads: list[int] = []
+# Bytes of all memory that CuPy's pools were asked for, on the device and pinned.
+allocations: list[int] = []
+# Bytes of each memset.
+memsets: list[int] = []
+# What the host has blocked for: events and streams.
+waits: list[Any] = []
+# Streams that have still to copy to a place on the device.
+_arriving: dict[int, Stream] = {}
+
+
+def clear_counts() -> None:
+    for counts in (downloads, uploads, allocations, memsets, waits, Module.launches):
+        counts.clear()
 
 
 def memory(size: int) -> np.ndarray:
@@ -116,6 +129,7 @@ class ndarray:
 
     def fill(self, value: Any) -> None:
         assert value == 0, "CuPy compiles a kernel for this"
+        memsets.append(self.nbytes)
         Stream.current().give(lambda: self._values.fill(0))
 
     def reshape(self, *shape: int) -> ndarray:
@@ -129,6 +143,8 @@ class ndarray:
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size:
+        allocations.append(size)
     return ndarray(memory(size).view(dtype).reshape(shape))
 
 
@@ -195,6 +211,10 @@ class Module:
             assert problem is None, f"{name}: {problem.decode()}"
 
         stream = Stream.current()
+        for own in arguments:
+            if isinstance(own, ndarray):
+                arriving = _arriving.get(own.data.ptr, stream)
+                assert arriving is stream, f"{name} reads what another stream is still copying"
         stream.running += 1
         stream.give(run)
         self.launches.append((name, grid[0], block[0], stream))
@@ -259,6 +279,7 @@ class Stream:
             self._work.pop(0)()
 
     def synchronize(self) -> None:
+        waits.append(self)
         self.flush()
         self.running = 0
 
@@ -293,6 +314,7 @@ class Event:
 
 def pinned(size: int) -> bytearray:
     """Memory of the host, of 0x5A."""
+    allocations.append(size)
     return bytearray(b"\x5a" * size)
 
 
@@ -310,7 +332,14 @@ def copy(target: int, source: int, size: int, *_: Any) -> None:
 
 def copy_later(target: int, source: int, size: int, kind: int, stream: int) -> None:
     """On a stream; whoever calls it keeps the memory."""
-    Stream.of(stream).give(lambda: copy(target, source, size))
+    own = Stream.of(stream)
+
+    def arrive() -> None:
+        copy(target, source, size)
+        _arriving.pop(target, None)
+
+    _arriving[target] = own
+    own.give(arrive)
 
 
 def machine_code(program: dict[str, Any]) -> bytes:

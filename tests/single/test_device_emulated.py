@@ -36,6 +36,15 @@ from device_cases import (  # noqa: F401 the cases are collected here
 )
 from fake_cupy import asarray
 from reference import buffer, float_bits
+from table_cases import (  # noqa: F401 and those of tables
+    test_a_table_of_more_segments_than_a_warp_finds_in_two_votes,
+    test_a_table_without_elements,
+    test_exponential_codes_of_a_table,
+    test_norms_of_a_table,
+    test_nothing_between_norms_is_written_where_blocks_are_small,
+    test_reduced_codes_of_a_table,
+    test_standard_codes_of_a_table,
+)
 
 import mpi_ops
 from mpi_ops import codec, lanes

@@ -1,8 +1,8 @@
 // As much of CUDA as device.cu uses, on one thread of a CPU.
 //
-// The 32 threads of a warp take turns: each runs until it needs the values of others (a shuffle or a
-// vote) or ends. The scheduler checks that all threads of a warp come to the same number of those,
-// which a GPU would answer with rubbish or with a deadlock.
+// The 32 threads of a warp take turns: each runs until it needs the values of others (a shuffle or
+// a vote) or ends. The scheduler checks that all threads of a warp come to the same number of
+// those, which a GPU would answer with rubbish or with a deadlock.
 #pragma once
 
 #include <ucontext.h>
