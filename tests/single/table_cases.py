@@ -37,7 +37,7 @@ def table(
     some, which becomes zeros or is left alone. `x` counts bytes from where the memory begins.
     """
     random = np.random.default_rng(len(dtype) + block)
-    flat = np.concatenate([tensor(1, dtype), *(tensor(count, dtype) for count in sizes)])
+    flat = np.concatenate([tensor(count, dtype) for count in (1, *sizes, max(BLOCKS))])
     own = np.zeros(len(sizes), dtype=SEGMENT)
     own["elements"] = sizes
     own["x"] = ITEM_BYTES[dtype] * (1 + np.cumsum(sizes) - sizes)

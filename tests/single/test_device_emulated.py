@@ -37,6 +37,8 @@ from device_cases import (  # noqa: F401 the cases are collected here
 from fake_cupy import asarray
 from reference import buffer, float_bits
 from table_cases import (  # noqa: F401 and those of tables
+    placed,
+    table,
     test_a_table_of_more_segments_than_a_warp_finds_in_two_votes,
     test_a_table_without_elements,
     test_exponential_codes_of_a_table,
@@ -51,7 +53,7 @@ from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.code_cache import VARIABLE
-from mpi_ops.kernels.interface import Buffer
+from mpi_ops.kernels.interface import SEGMENT, Buffer
 from mpi_ops.scheme import Scheme
 
 
@@ -101,6 +103,85 @@ def test_grids_are_as_large_as_the_work(device: Any) -> None:
         ("gq_l2norm_of_partial", 1, 256),
         ("gq_quantize_exponential", -(-100_000 // (256 * 8)), 256),
     ]
+
+
+def quantized(device: Any, segments: Any, norms: Any, out: Any) -> None:
+    """The codes of a table of float32 tensors, in `out`."""
+    settings = {"block_size": 256, "bits": 8, "levels": 127, "square": False}
+    device.KERNELS.quantize_table("float32", segments, norms, out, **settings)
+
+
+def test_a_table_is_one_launch_and_is_copied_once(device: Any) -> None:
+    """Whatever the step; however many segments it has."""
+    segments, flat = table("float32", 256, lambda count: lanes.standard_words(count, 8))
+    memory = on_device(device, flat)[1]
+    for number in (2, 3, len(segments)):
+        own = placed(segments[-number:], memory.pointer)
+        measured = own.copy()
+        measured["random"] = 0
+        norms = fake_cupy.empty(int(segments["norms"][-1]) + 9, np.int32)
+        codes = fake_cupy.empty(int(segments["payload"][-1]) + 128, np.int32)
+        for step in range(3):
+            own["random"][:, 2] += np.uint32(1 << 31)  # all tensors are a step further
+            fake_cupy.clear_counts()
+            device.KERNELS.measure_table("absmax", "float32", measured, 256, norms)
+            quantized(device, own, norms, codes)
+            assert len(fake_cupy.Module.launches) == 2
+            assert len(fake_cupy.uploads) == (0 if step else 2)
+            assert fake_cupy.waits == fake_cupy.memsets == []
+
+
+def test_tables_in_flight_keep_their_contents(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a later call copies reaches a kernel that has still to run."""
+    segments, flat = table("float32", 256, lambda count: lanes.standard_words(count, 8))
+    tensors = [np.roll(flat, 100 * number) for number in range(4)]
+    norms = norms_of(int(segments["norms"][-1]) * 256, 256)
+    size = int(segments["payload"][-1]) + 128
+    copies = [on_device(device, own) for own in tensors]
+    there = asarray(norms)
+    results = [fake_cupy.empty(size, np.int32) for _ in tensors]
+    for result in results:
+        result.fill(0)
+    monkeypatch.setattr(fake_cupy.Stream, "deferred", True)
+    fake_cupy.waits.clear()
+    with device.on(0, device.own_stream(0)):
+        for (_, memory), result in zip(copies, results, strict=True):
+            quantized(device, placed(segments, memory.pointer), there, result)
+            device._uploaded.cache_clear()  # as if many other tables had come
+    assert not any(result._values.any() for result in results)  # nothing has run
+    assert fake_cupy.waits == []
+    device.own_stream(0).flush()
+    for own, result in zip(tensors, results, strict=True):
+        expected = np.zeros(size, dtype=np.int32)
+        quantized(host, placed(segments, buffer(own).pointer), norms, expected)
+        same(result, expected)
+
+
+def test_a_table_is_copied_on_each_stream_that_reads_it(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a kernel might read it before it is there, which the stand-in notices."""
+    monkeypatch.setattr(fake_cupy.Stream, "deferred", True)
+    own = np.zeros(1, dtype=SEGMENT)
+    own["elements"], own["x"] = 32, on_device(device, np.ones(32, dtype=np.float32))[1].pointer
+    norms, codes = asarray(float_bits(1.0)), fake_cupy.empty(32, np.int32)
+    streams = [device.own_stream(0), fake_cupy.Stream(non_blocking=True)]
+    for stream in streams:
+        with device.on(0, stream):
+            quantized(device, own, norms, codes)
+    for stream in reversed(streams):
+        stream.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "_there", lambda array: there)
+        late = fake_cupy.Stream(non_blocking=True)
+        with device.on(0, late):
+            there = device.KERNELS.upload(np.zeros(80, dtype=np.uint8))
+        with (
+            device.on(0, device.own_stream(0)),
+            pytest.raises(AssertionError, match="still copying"),
+        ):
+            quantized(device, own, norms, codes)
+        late.flush()
 
 
 @pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
