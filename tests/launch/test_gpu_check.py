@@ -210,12 +210,20 @@ def test_every_kernel_is_called_as_a_gpu_wants_it(
     with fake_cupy.installed(tmp_path) as device:
         x, y = fake_cupy.asarray(zeros), fake_cupy.asarray(zeros)
         calls = list(gpu_check._kernel_calls(device, x, y))
+        calls += gpu_check._table_calls(device, x, [1000, 96, 3000])
         assert {name for name, _, _ in calls} == set(gpu_check.TARGETS)
         for name, size, run_kernel in calls:
             assert zeros.nbytes <= size <= 2 * zeros.nbytes, name
             launched = len(fake_cupy.Module.launches)
             run_kernel()
-            assert len(fake_cupy.Module.launches) > launched, name
+            assert len(fake_cupy.Module.launches) == launched + 1, name
+
+
+def test_the_table_is_that_of_wide_resnet(gpu_check: Any) -> None:
+    resnet = importlib.import_module("examples.wide_resnet.resnet")
+    counts = gpu_check._compressed(resnet.WIDE_RESNET_101_2)
+    assert len(counts) == 105
+    assert sum(counts) > 120e6
 
 
 def test_kernels_that_are_too_slow_miss_their_target(gpu_check: Any) -> None:
