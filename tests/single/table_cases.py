@@ -145,7 +145,8 @@ def test_nothing_between_norms_is_written_where_blocks_are_small(norm: str, devi
     own = placed(segments, buffer(flat).pointer)
     host.KERNELS.measure_table(norm, "float32", own, 256, expected)
     got = device.cupy.asarray(np.full_like(expected, 77))
-    own = placed(segments, on_device(device, flat)[1].pointer)
+    memory = on_device(device, flat)[1]
+    own = placed(segments, memory.pointer)
     device.KERNELS.measure_table(norm, "float32", own, 256, got)
     same(got, expected)
 

@@ -111,6 +111,41 @@ def quantized(device: Any, segments: Any, norms: Any, out: Any) -> None:
     device.KERNELS.quantize_table("float32", segments, norms, out, **settings)
 
 
+class _Far:
+    """An array that begins so many elements before its memory."""
+
+    def __init__(self, array: Any, elements: int) -> None:
+        pointer = (array.data.ptr - elements * array.dtype.itemsize) % 2**64
+        self.data = types.SimpleNamespace(ptr=pointer)
+
+
+def test_places_beyond_32_bits(device: Any) -> None:
+    """Of norms and of codes, in the tables of many large tensors."""
+    far = (1 << 36) + 32
+    segments, flat = table("float32", 256, lambda count: lanes.standard_words(count, 8))
+    memory = on_device(device, flat)[1]
+    near = placed(segments, memory.pointer)
+    places = near.copy()
+    for name in ("norms", "payload"):
+        places[name] += far
+    places["stop"][places["stop"] > 0] += far
+    norms = asarray(np.zeros(int(segments["norms"][-1]) + 9, dtype=np.int32))
+    codes = asarray(np.zeros(int(segments["payload"][-1]) + 128, dtype=np.int32))
+    found = []
+    for own, by, words in ((near, norms, codes), (places, _Far(norms, far), _Far(codes, far))):
+        norms.fill(0)
+        codes.fill(0)
+        device.KERNELS.measure_table("absmax", "float32", own, 256, by)
+        quantized(device, own, by, words)
+        got, out = on_device(device, flat)
+        own["x"] = placed(segments, out.pointer)["x"]
+        settings = {"block_size": 256, "bits": 8, "divisor": 127, "square": False}
+        device.KERNELS.dequantize_table("float32", own, by, words, **settings)
+        found.append([each.get().tobytes() for each in (norms, codes, got)])
+    assert found[0] == found[1]
+    assert codes.get().any()
+
+
 def test_a_table_is_one_launch_and_is_copied_once(device: Any) -> None:
     """Whatever the step; however many segments it has."""
     segments, flat = table("float32", 256, lambda count: lanes.standard_words(count, 8))
@@ -119,6 +154,7 @@ def test_a_table_is_one_launch_and_is_copied_once(device: Any) -> None:
         own = placed(segments[-number:], memory.pointer)
         measured = own.copy()
         measured["random"] = 0
+        device._uploaded.cache_clear()  # memory at this address was in tables of other tests
         norms = fake_cupy.empty(int(segments["norms"][-1]) + 9, np.int32)
         codes = fake_cupy.empty(int(segments["payload"][-1]) + 128, np.int32)
         for step in range(3):
@@ -162,8 +198,8 @@ def test_a_table_is_copied_on_each_stream_that_reads_it(
 ) -> None:
     """Otherwise a kernel might read it before it is there, which the stand-in notices."""
     monkeypatch.setattr(fake_cupy.Stream, "deferred", True)
-    own = np.zeros(1, dtype=SEGMENT)
-    own["elements"], own["x"] = 32, on_device(device, np.ones(32, dtype=np.float32))[1].pointer
+    own, x = np.zeros(1, dtype=SEGMENT), on_device(device, np.ones(32, dtype=np.float32))[1]
+    own["elements"], own["x"] = x.size, x.pointer
     norms, codes = asarray(float_bits(1.0)), fake_cupy.empty(32, np.int32)
     streams = [device.own_stream(0), fake_cupy.Stream(non_blocking=True)]
     for stream in streams:
@@ -333,6 +369,7 @@ def test_what_was_compiled_is_kept_for_other_processes(
     for where, name, value in (
         (device, "OPTIONS", (*device.OPTIONS, "--more")),
         (device, "THREADS", 128),
+        (device, "PIECE", 1024),
         (device, "source", lambda: "other"),
         (device.nvrtc, "getVersion", lambda: (13, 0)),
     ):
