@@ -9,8 +9,9 @@ For each rate, starts two jobs under mpirun, one after the other on the same hos
 tools/testbed.py where the machine allows it, else loopback (which says little about a network; the
 caption tells). One job is Horovod's; the other is plain MPI, because Horovod's own thread talks
 every millisecond, which other programs do not pay for. Every round of a job runs each of its
-methods once, in turn. Prints tables of medians with ratios to Horovod's float32, and for one size
-to the bandwidth bound 2 (n - 1) / n * bytes / rate; writes allreduce.json and allreduce.png.
+methods once, in turn. Horovod's reduce the gradient of an optimizer, in place; the others write to
+memory that is there. Prints tables of medians with ratios to Horovod's float32, and for one size to
+the bandwidth bound 2 (n - 1) / n * bytes / rate; writes allreduce.json and allreduce.png.
 """
 
 from __future__ import annotations
@@ -52,22 +53,32 @@ def horovod_methods(array: Any) -> Methods:
     from gq_horovod.research.baselines import QSGDConfig
     from gq_horovod.research.code_length import qsgd_code_length
     from gq_horovod.research.torch_baselines import QSGD, IntSGD
-    from gq_horovod.torch import GlobalQSGD, allreduce
+    from gq_horovod.torch import GlobalQSGD
 
     torch.set_num_threads(1)
     hvd.init()
     tensor = torch.from_numpy(array)
-    half = tensor.half()
+    parameter = torch.nn.Parameter(torch.empty_like(tensor))
+    parameter.grad = tensor
 
     def compressed(name: str, compression: Any) -> Callable[[], object]:
-        return lambda: allreduce(tensor, f"{name}.{array.size}", compression=compression)
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([parameter], lr=0.0),
+            named_parameters=[(f"{name}.{array.size}", parameter)],
+            compression=compression,
+        )
+        synchronize: Callable[[], object] = optimizer.synchronize
+        return synchronize
 
     found: Methods = {
-        BASELINE: (4, lambda: hvd.allreduce(tensor, name=f"float32.{array.size}")),
-        "Horovod float16": (2, lambda: hvd.allreduce(half, name=f"float16.{array.size}")),
+        BASELINE: (4, compressed("float32", hvd.Compression.none)),
+        "Horovod float16": (2, compressed("float16", hvd.Compression.fp16)),
         "QSGD, 8 bit": (1, compressed("qsgd", QSGD(bits=8, min_elements=0))),
         "QSGD, 4 bit": (0.5, compressed("qsgd 4", QSGD(bits=4, min_elements=0))),
-        "IntSGD, 8 bit": (1, compressed("intsgd", IntSGD(bits=8, min_elements=0))),
+        "IntSGD, 8 bit": (
+            1,
+            compressed("intsgd", IntSGD(bits=8, scale="gradient", min_elements=0)),
+        ),
     }
     elias = {
         "QSGD, 8 bit, l2, Elias": QSGDConfig(norm="l2", coding="elias", min_elements=0),
@@ -124,7 +135,8 @@ def run_rank(job: str, counts: list[int], rounds: int, budget: float) -> None:
     sizes: dict[str, float] = {}
     seconds: dict[int, dict[str, list[float]]] = {}
     for count in counts:
-        array = np.random.default_rng(comm.rank).standard_normal(count, dtype=np.float32)
+        source = np.random.default_rng(comm.rank).standard_normal(count, dtype=np.float32)
+        array = source.copy()
         everything = JOBS[job](array)
         sizes = {name: size for name, (size, _) in everything.items()}
         for _, call in everything.values():
@@ -133,6 +145,7 @@ def run_rank(job: str, counts: list[int], rounds: int, budget: float) -> None:
         started = time.perf_counter()
         for number in range(rounds):
             for name, (_, call) in everything.items():
+                np.copyto(array, source)  # means are where the gradient was
                 comm.Barrier()
                 begin = time.perf_counter()
                 call()
