@@ -153,7 +153,7 @@ class Frontend:
             kernels=kernels,
             instruction_set=instructions,
         )
-        return log.Census(_log, self.config.FUNCTION)
+        return log.Census(_log, self.config.FUNCTION, self.config.patterns)
 
     def takes(self, name: str, elements: int) -> bool:
         """Whether the options say to compress a tensor of this name and size."""
@@ -191,6 +191,8 @@ class Frontend:
     def require_own_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError for the state of another method, of other options or another version."""
         own, other = self.describe_state(), {"options": {}, **state}
+        if "rules" in own["options"]:  # which an earlier version has not had
+            other["options"] = {"rules": [], **other["options"]}
         expected = {**own, **own["options"]}
         got = {**{key: other.get(key) for key in own}, **other["options"]}
         for key in {**expected, **got}:
@@ -294,7 +296,9 @@ class Compression(Frontend):
                 matches (as file names: "*.bias", "embedding?.*"), the first counts. Options are a
                 dictionary of levels (but for "auto"), bits, block_size, norm and min_elements, in
                 place of those above; None leaves a tensor to Horovod. Names are those of the
-                parameters (TensorFlow: of the variables, without ":0"), else of the operations.
+                parameters (TensorFlow: of the variables, without ":0"), else of the operations. So
+                Horovod has to be given named_parameters; a pattern that no tensor of the first step
+                matches is a warning in the log.
 
         Raises ValueError or TypeError for options that cannot work.
         """

@@ -20,8 +20,9 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -157,8 +158,15 @@ class Census:
     The step is over where a tensor comes by again, or where all of it have been seen.
     """
 
-    def __init__(self, log: Log, function: str) -> None:
-        """Begin; `function` is what the text names."""
+    def __init__(self, log: Log, function: str, patterns: Sequence[str] = ()) -> None:
+        """Begin.
+
+        Arguments:
+            function: what the text names.
+            patterns: of names that rules are for.
+        """
+        self._patterns = dict.fromkeys(patterns, False)  # and whether a name has matched
+        self._first = ""  # the first name
         self._log = log
         self._function = function
         self._seen: set[str] = set()
@@ -173,7 +181,9 @@ class Census:
     @property
     def wanted(self) -> bool:
         """Whether to call see(); all that a step costs where nobody asks."""
-        return self._log.on(logging.DEBUG if self._summed_up else logging.INFO)
+        if self._summed_up:
+            return self._log.on(logging.DEBUG)
+        return self._log.on(logging.WARNING if self._patterns else logging.INFO)
 
     def see(
         self,
@@ -185,6 +195,7 @@ class Census:
         wire_bytes: float | None = None,
         plain_bytes: float | None = None,
         expected: int | None = None,
+        label: str | None = None,
     ) -> None:
         """Note a tensor that is about to be reduced.
 
@@ -194,6 +205,7 @@ class Census:
             wire_bytes: that this rank sends for it, if that is known.
             plain_bytes: the same without compression.
             expected: tensors of the whole step, if that is known.
+            label: what rules know it by, if that is another name.
         """
         if name in self._seen:
             self._sum_up()
@@ -216,7 +228,11 @@ class Census:
         )
         if self._summed_up:
             return
-        self._sent = _plus(self._sent, plain_bytes if reason else wire_bytes)
+        label = name if label is None else label
+        self._first = self._first or label
+        for pattern in self._patterns:
+            self._patterns[pattern] |= fnmatchcase(label, pattern)
+        self._sent = _plus(self._sent, wire_bytes)
         self._plain = _plus(self._plain, plain_bytes)
         if reason is None:
             self._compressed.append(elements or 0)
@@ -229,6 +245,17 @@ class Census:
         if self._summed_up:
             return
         self._summed_up = True
+        unused = [own for own, matched in self._patterns.items() if not matched]
+        if unused:
+            self._log.say(
+                logging.WARNING,
+                "rules",
+                f"{self._function}: no tensor of the first step has a name that these patterns of "
+                f"rules match: {unused}; the first name is {self._first!r}",
+                function=self._function,
+                patterns=unused,
+                first=self._first,
+            )
         left = [elements for members in self._left.values() for _, elements in members]
         compressed = sum(self._compressed)
         reasons = "; ".join(

@@ -137,9 +137,14 @@ class Config(Scheme):
             self._fail(f"rules[{pattern!r}]['levels']", expected, "auto", "name one of them")
         return own
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Those of the rules."""
+        return tuple(self._by_pattern)
+
     def of(self, name: str) -> Config | None:
         """The options for a tensor: these ones, unless a rule has others; None: not compressed."""
-        pattern = _first_of(tuple(self._by_pattern), name)
+        pattern = _first_of(self.patterns, name)
         return self if pattern is None else self._by_pattern[pattern]
 
     def fixed(self, name: str) -> bool:
@@ -160,6 +165,11 @@ class Config(Scheme):
 
     def _block_size(self, bits: int) -> int | None:
         return None if self.block_size == "bucket" else super()._block_size(bits)
+
+    def describe(self) -> dict[str, Any]:
+        """The options as plain data, which JSON gives back as it is."""
+        rules = [[own, None if x is None else dict(x)] for own, x in self._read_rules()]
+        return {**super().describe(), "rules": rules}
 
     def describe_results(self) -> dict[str, Any]:
         """The options that results depend on: a resumed run may have others of the rest."""

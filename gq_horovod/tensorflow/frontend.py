@@ -147,7 +147,8 @@ class GlobalQSGD(Compression):
             return tensor, None
         plan, census = self._group(caller.process_set)
         if census is not None and census.wanted:
-            self._see(census, tensor, caller, eligible, plan)
+            handed = tensor.dtype if eligible else _handed_dtype(tensor, beside)
+            self._see(census, tensor, caller, eligible, handed, plan)
         if not eligible or tensor.dtype not in DTYPES:
             return _left_to_horovod(tensor, beside)
         if caller.listed is None:
@@ -403,25 +404,34 @@ class GlobalQSGD(Compression):
         return list(dict.fromkeys(found))
 
     def _see(
-        self, census: log.Census, tensor: Any, caller: Caller, eligible: bool, plan: Plan
+        self,
+        census: log.Census,
+        tensor: Any,
+        caller: Caller,
+        eligible: bool,
+        handed: tf.DType,
+        plan: Plan,
     ) -> None:
         """Log a tensor that comes by for the first time."""
         label = caller.labels[caller.place]
         count, dtype = tensor.shape.num_elements(), tensor.dtype.name
         supported = tensor.dtype in DTYPES
         known = eligible and count is not None
+        codes = self.wire_bytes(label, count, self.plan_for(label, plan)) if known else None
+
+        def plain(dtype: tf.DType) -> float | None:
+            """Bytes that a rank sends without compression."""
+            return None if count is None else wire.sent_bytes(count * dtype.size, plan.world_size)
+
         census.see(
             caller.name,
             count,
             dtype,
             reason=None if eligible else self.reason(label, count or 0, dtype, supported),
-            wire_bytes=self.wire_bytes(label, count, self.plan_for(label, plan)) if known else None,
-            plain_bytes=(
-                None
-                if count is None
-                else wire.sent_bytes(count * tensor.dtype.size, plan.world_size)
-            ),
+            wire_bytes=codes if eligible else plain(handed),
+            plain_bytes=plain(tensor.dtype),
             expected=None if caller.step is None else len(caller.step.gradients),
+            label=label,
         )
 
     def _group(self, process_set: Any) -> Group:
@@ -491,15 +501,21 @@ def _require_eager(function: str) -> None:
 
 
 def _left_to_horovod(tensor: Any, beside_tokens: bool) -> tuple[Any, Any]:
-    """What Horovod reduces by itself: in TensorFlow it knows float16 but not bfloat16.
+    """What Horovod reduces by itself, and the dtype of the result; None: as it is."""
+    handed = _handed_dtype(tensor, beside_tokens)
+    if handed == tensor.dtype:
+        return tensor, None
+    return tf.cast(tensor, handed), tensor.dtype
+
+
+def _handed_dtype(tensor: Any, beside_tokens: bool) -> tf.DType:
+    """In which Horovod reduces a tensor by itself: in TensorFlow it knows float16 but not bfloat16.
 
     It takes no group of several dtypes, and tokens are float64, of which others lose nothing.
     """
     if beside_tokens and tensor.dtype in DTYPES:
-        return tf.cast(tensor, tf.float64), tensor.dtype
-    if tensor.dtype == tf.bfloat16:
-        return tf.cast(tensor, tf.float32), tensor.dtype
-    return tensor, None
+        return tf.float64
+    return tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
 
 
 def allreduce(

@@ -500,7 +500,9 @@ class Settled:
         step: int,
     ) -> tuple[torch.Tensor, Context]:
         own = members[parameter]
-        if own.bucket.absent and (own.bucket.run is None or not own.bucket.run.open):
+        # Where a bucket has one norm, results depend on what is in it, which a state does not know.
+        absent = own.bucket.absent and not own.bucket.plan.one_norm
+        if absent and (own.bucket.run is None or not own.bucket.run.open):
             self._split(members, own.bucket)
             own = members[parameter]
         bucket, handles = own.bucket, optimizer._handles

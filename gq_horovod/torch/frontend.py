@@ -327,10 +327,9 @@ class TorchFrontend(Frontend):
 
     def _left_to_horovod(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, _Left]:
         """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
-        if tensor.dtype == torch.bfloat16:
-            handed = tensor.float().contiguous()
-        else:  # what Horovod does not know at all it refuses in its own words
-            handed = tensor.contiguous() if tensors.dense(tensor) else tensor
+        # What Horovod does not know at all it refuses in its own words.
+        handed = tensor.to(_handed_dtype(tensor))
+        handed = handed.contiguous() if tensors.dense(tensor) else handed
         if tensor.is_cuda:
             gpus.say_once(tensor.get_device())
             if not gpus.horovod_takes_them():
@@ -401,7 +400,9 @@ class TorchFrontend(Frontend):
                 else self.reason(name, count, dtype, tensor.dtype in tensors.DTYPES)
             ),
             wire_bytes=(
-                self.wire_bytes(name, count, self.plan_for(name, plan)) if eligible else None
+                self.wire_bytes(name, count, self.plan_for(name, plan))
+                if eligible
+                else wire.sent_bytes(count * _handed_dtype(tensor).itemsize, plan.world_size)
             ),
             plain_bytes=wire.sent_bytes(count * tensor.element_size(), plan.world_size),
         )
@@ -652,6 +653,11 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     def _collect(self, key: str, sample: Sample, plan: Plan, step: int) -> None:
         self.stats[key] = sample.stats(plan, step, self.config.transport)
+
+
+def _handed_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In which Horovod reduces a tensor by itself."""
+    return torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
 def _name(dtype: torch.dtype) -> str:

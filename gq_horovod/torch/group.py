@@ -146,7 +146,11 @@ class Group:
         """Go on from what state_dict() returned in a group of this size."""
         self.first_step, self.base = state["first_step"], state["base"]
         self.steps = dict(state["steps"])
-        self.memories.update((key, dict(memory)) for key, memory in state["memories"].items())
+        # What a method remembers lies in host memory, wherever a file has been loaded to.
+        self.memories.update(
+            (key, {name: own.cpu() if hasattr(own, "cpu") else own for name, own in memory.items()})
+            for key, memory in state["memories"].items()
+        )
         if self.trials is not None:
             self.trials.load_state_dict(state["trials"])
 

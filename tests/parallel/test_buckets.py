@@ -186,6 +186,15 @@ def test_what_is_not_finite_is_so_in_the_whole_bucket(name: str) -> None:
 
 
 @needs_ranks
+def test_a_bucket_of_one_norm_stays_whole(name: str, operations: list[str]) -> None:
+    """Another one goes without what was absent; here results would depend on what has been."""
+    own = parameters({"first": (2000,), "second": (2000,)})
+    optimizer = optimizer_of(own, make("standard", block_size="bucket", min_elements=0), name)
+    train(own, optimizer, 3, lambda step: ["first"] if step == 1 else None)
+    assert len(operations) == 3
+
+
+@needs_ranks
 @LEVELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_results_do_not_depend_on_buckets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import horovod.torch as hvd
@@ -41,8 +42,10 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def train(compression: Any, steps: int = 2, **options: Any) -> list[dict[str, torch.Tensor]]:
-    """The reduced gradients of each step, by name."""
+def train(
+    compression: Any, steps: int = 2, begin: int = 0, **options: Any
+) -> list[dict[str, torch.Tensor]]:
+    """The reduced gradients of each step, by name; those of step `begin` come first."""
     named = {name: torch.zeros(shape, requires_grad=True) for name, shape in SHAPES.items()}
     if options.pop("grouped", False):
         options["groups"] = [list(named.values())[:4], list(named.values())[4:]]
@@ -53,7 +56,7 @@ def train(compression: Any, steps: int = 2, **options: Any) -> list[dict[str, to
         **options,
     )
     found = []
-    for step in range(steps):
+    for step in range(begin, begin + steps):
         optimizer.zero_grad()
         own = {name: gradient(hvd.rank(), shape, tag=step) for name, shape in SHAPES.items()}
         torch.stack([(named[name] * own[name]).sum() for name in named]).sum().backward()
@@ -120,12 +123,22 @@ def test_beside_trials() -> None:
 
 def test_a_restart_goes_on() -> None:
     """The state knows the rules, and the steps of all tensors."""
+    through = train(GlobalQSGD(rules=RULES, **COMMON), 3)
     compression = GlobalQSGD(rules=RULES, **COMMON)
-    train(compression, 1)
-    again = GlobalQSGD(rules=RULES, **COMMON)
-    again.load_state_dict(compression.state_dict())
+    train(compression, 2)
+    file = io.BytesIO()
+    torch.save(compression.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again, anew = GlobalQSGD(rules=RULES, **COMMON), GlobalQSGD(rules=RULES, **COMMON)
+    again.load_state_dict(state)
+    (found,), (other,) = train(again, 1, begin=2), train(anew, 1, begin=2)
+    for name in SHAPES:
+        check_same(found[name], through[2][name], left=OPTIONS[name] is None)
+    if hvd.size() > 1:  # it is the state that did it
+        assert not torch.equal(other["head.weight"], found["head.weight"])
     with pytest.raises(ValueError, match="rules must be"):
-        GlobalQSGD(**COMMON).load_state_dict(compression.state_dict())
+        GlobalQSGD(**COMMON).load_state_dict(state)
 
 
 @pytest.mark.usefixtures("several_ranks")

@@ -179,7 +179,10 @@ def test_the_first_rule_that_a_name_matches_counts() -> None:
 def test_rules_are_plain_data() -> None:
     config = Config(rules=RULES)
     assert hash(config) == hash(Config(rules=RULES))
-    assert Config(**json.loads(json.dumps(config.describe()))) == config
+    for own in (config, Config(), Config(levels="exponential", block_size=None)):
+        through_json = json.loads(json.dumps(own.describe()))
+        assert through_json == own.describe()  # which a loaded state is compared with
+        assert Config(**through_json) == own
     assert config != Config(rules=dict(reversed(RULES.items())))  # their order counts
 
 

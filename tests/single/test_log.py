@@ -157,9 +157,10 @@ def test_rarely() -> None:
 def first_step(census: Census, **options: Any) -> None:
     few = {"reason": "fewer than min_elements=4096"}
     census.see("weight", 5000, "float32", wire_bytes=5078.7, plain_bytes=20000, **options)
-    census.see("bias", 10, "float32", plain_bytes=40, **few, **options)
-    census.see("scale", 7, "float32", plain_bytes=28, **few, **options)
-    census.see("index", 5000, "int64", reason="the dtype int64", plain_bytes=40000, **options)
+    census.see("bias", 10, "float32", wire_bytes=40, plain_bytes=40, **few, **options)
+    census.see("scale", 7, "float32", wire_bytes=28, plain_bytes=28, **few, **options)
+    index = {"reason": "the dtype int64", "wire_bytes": 40000, "plain_bytes": 40000}
+    census.see("index", 5000, "int64", **index, **options)
 
 
 SUMMARY = (
@@ -184,6 +185,20 @@ def test_a_step_is_summed_up_once(caplog: pytest.LogCaptureFixture) -> None:
     assert fields["reasons"] == {"fewer than min_elements=4096": 2, "the dtype int64": 1}
     assert (fields["left"], fields["left_elements"]) == (3, 5017)
     assert (fields["wire_bytes"], fields["plain_bytes"]) == (5078.7 + 40068, 60068)
+
+
+def test_a_pattern_that_no_name_matches_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As where Horovod knows no names of parameters, or one is misspelt."""
+    with caplog.at_level(logging.WARNING, logger="gq_horovod"):
+        patterns = ("*.bias", "weight*", "embeding*")
+        census = Census(Log("gq_horovod.test"), "GlobalQSGD", patterns)
+        assert census.wanted
+        census.see("weight", 5000, "float32", expected=2)
+        census.see("0", 5000, "float32", expected=2, label="body.bias")
+        assert not census.wanted
+    ((event, fields),) = events(caplog)
+    assert (event, fields["patterns"], fields["first"]) == ("rules", ["embeding*"], "weight")
+    assert "embeding*" in caplog.messages[0]
 
 
 def test_bytes_that_are_not_known_are_not_summed_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -218,7 +233,7 @@ def test_each_tensor_is_named_for_debugging(caplog: pytest.LogCaptureFixture) ->
     )
     assert caplog.messages[1].endswith(
         "'bias', 10 elements of float32: left to Horovod, because it has fewer than "
-        "min_elements=4096"
+        "min_elements=4096, 40 bytes sent by a rank"
     )
     assert [event for event, _ in events(caplog)] == [*["tensor"] * 4, "tensors", "tensor"]
     assert caplog.messages[-1].endswith(
