@@ -403,9 +403,11 @@ def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
     if element_bytes == FLOAT16_BYTES:
         cast = 2 * (FLOAT32_BYTES + FLOAT16_BYTES) * total / cluster.kernels.cast
     network = _operations([element_bytes * size for size in sizes], cluster)
-    if sizes:  # out and back, while other operations are on their way
+    if sizes:  # out and back, while other messages are on their way
         copies = cluster.crossing(2 * element_bytes * total)
-        network = pipelined(copies, network, len(sizes))
+        # A whole model that is given as one number goes in messages of the fusion threshold.
+        whole = math.ceil(element_bytes * total / max(cluster.fusion_threshold, 1))
+        network = pipelined(copies, network, max(len(sizes), whole))
     return Cost(network + cast, cast, wire.sent_bytes(element_bytes * total, cluster.ranks))
 
 
