@@ -45,20 +45,24 @@ def authors_logs(workload: str) -> dict[str, Any] | None:
     return {"what": what, "hardware": AUTHORS_HARDWARE, "source": AUTHORS_SOURCE, "rows": rows}
 
 
-def published(workload: str) -> dict[str, dict[str, float]]:
-    """Where -> method -> times as fast as the authors' baseline, by the paper and by the logs."""
-    columns = dict(PUBLISHED_SPEED_UPS.get(workload, {}))
+def published(workload: str, ranks: int) -> dict[str, dict[str, float]]:
+    """Where -> setting -> times as fast as the authors' baseline, by the paper and by the logs."""
+    columns = {
+        where: {short(method, ranks): factor for method, factor in factors.items()}
+        for where, factors in PUBLISHED_SPEED_UPS.get(workload, {}).items()
+    }
     logs = authors_logs(workload)
     for method, row in (logs["rows"] if logs else {}).items():
         for path, figures in row.items():
             own = columns.setdefault(f"logs, {path}", {})
-            own[_setting(method)] = figures["faster"]
+            own[short(method, ranks)] = figures["faster"]
     return columns
 
 
-def _setting(method: str) -> str:
-    """A method as `Run.setting` has it: 8 bits are what nobody writes."""
-    return method.removesuffix(" 8 bit")
+def short(setting: str, ranks: int) -> str:
+    """A setting without bits that so many ranks have anyway."""
+    method, _, options = setting.partition(" ")
+    return method if options == f"{_default_bits(method, ranks) or 8} bit" else setting
 
 
 def speed_ups(
@@ -71,8 +75,11 @@ def speed_ups(
         rows: of `report.summarize`.
         order: of settings.
     """
-    columns = published(workload)
-    own = {_setting(row["method"]): row for row in rows}
+    columns = published(workload, ranks)
+    own = {row["method"]: row for row in rows}
+    for setting in list(own):  # the same with bits and without them: two rows, as there are two
+        if short(setting, ranks) not in own:
+            own[short(setting, ranks)] = own.pop(setting)
     theirs = [method for factors in columns.values() for method in factors]
     found = []
     for setting in sorted({*own, *EXPECTED, *theirs}, key=order):
@@ -140,19 +147,24 @@ def print_speed_ups(
     title = f"{group['workload']} ({group['preset']}): times as fast as float32"
     table = table_of(title, ["method"], [f"here: {here}", *found["columns"]])
     for row in found["rows"]:
-        wide = row["bits"] if row["bits"] != 8 else None
         ours = CELLS.get(row["state"], row["state"])
         if row["ours"] is not None:
             ours = f"{row['ours']:.2f}"
         theirs = (row["theirs"].get(where) for where in found["columns"])
         table.add_row(
-            row["method"] + (f" ({wide} bit)" if wide else ""),
+            _label(row),
             ours,
             *("" if factor is None else f"{factor:.2f}" for factor in theirs),
         )
     console.print(table)
     for line in _remarks(group, found):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _label(row: dict[str, Any]) -> str:
+    """A method, and the bits that so many ranks make of its 8."""
+    wide = row["bits"] not in (None, 8)
+    return f"{row['method']} ({row['bits']} bit)" if wide else str(row["method"])
 
 
 def _remarks(group: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
@@ -168,7 +180,8 @@ def _remarks(group: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
             "overflow; the authors' codes have 8."
         )
     if found["missing"]:
-        yield f"Missing here: {', '.join(found['missing'])}."
+        missing = (_label(row) for row in found["rows"] if row["method"] in found["missing"])
+        yield f"Missing here: {', '.join(missing)}."
 
 
 def missing_workloads(groups: Sequence[dict[str, Any]]) -> str | None:

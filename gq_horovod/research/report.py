@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .beside import authors_logs, missing_workloads, print_speed_ups, speed_ups
+from .beside import authors_logs, missing_workloads, print_speed_ups, short, speed_ups
 from .published import PUBLISHED_PARAMETERS, PUBLISHED_QUALITY, SOURCE
 
 # --------------------------------------------------------------------------------------------- runs
@@ -225,9 +225,11 @@ def _group(runs: list[Run]) -> dict[str, Any]:
             other = rows.get(baseline) if row is not rows.get(baseline) else None
             row[f"faster_than_{baseline}"] = _ratio(other, row, "step_seconds")
     _, published = PUBLISHED_QUALITY.get(workload, ("", {}))
+    ranks = first.start["ranks"]
     for name, row in rows.items():
-        method, _, options = name.partition(" ")
-        comparable = options in ("", "8 bit") and not first.start["synthetic"]
+        method = name.partition(" ")[0]
+        comparable = short(name, ranks) == short(f"{method} 8 bit", ranks)
+        comparable &= not first.start["synthetic"]
         row["published_quality"] = published.get(method) if comparable else None
     return {
         **{key: first.start[key] for key in GROUP},
@@ -236,7 +238,7 @@ def _group(runs: list[Run]) -> dict[str, Any]:
         "metric": first.metric,
         "higher_is_better": bool(first.start.get("higher_is_better", True)),
         "rows": list(rows.values()),
-        "speed_ups": speed_ups(workload, first.start["ranks"], list(rows.values()), _place),
+        "speed_ups": speed_ups(workload, ranks, list(rows.values()), _place),
         "authors_logs": authors_logs(workload),
     }
 

@@ -163,6 +163,69 @@ def test_what_so_many_ranks_can_add(tmp_path: Path, ranks: int, bits: int, narro
     assert ("standard 4 bit" in group["speed_ups"]["missing"]) == (narrow == "missing")
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_8_bits_where_they_are_not_the_default(
+    tmp_path: Path, both: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 64 ranks standard levels have 10 bits: 8 are another setting, the authors' one."""
+    write(tmp_path / "a.jsonl", events(ranks=64))
+    write(tmp_path / "b.jsonl", events("standard", ranks=64, bits=8, step_seconds=0.2 / 3))
+    write(tmp_path / "c.jsonl", events("exponential", ranks=64, bits=8, step_seconds=0.05))
+    if both:
+        write(tmp_path / "d.jsonl", events("standard", ranks=64, step_seconds=0.1))
+    (group,) = report.summarize(report.collect(tmp_path)[0])
+    rows, missing = speed_ups(tmp_path), group["speed_ups"]["missing"]
+    assert rows["standard 8 bit"]["ours"] == pytest.approx(3)
+    assert rows["standard 8 bit"]["theirs"]["paper, 4 GPUs"] == 3.58
+    assert rows["standard 8 bit"]["theirs"]["logs, P2P"] == pytest.approx(40.7 / 24.2)
+    assert rows["standard"]["theirs"] == {}
+    assert rows["standard"]["bits"] == 10
+    assert rows["standard"]["ours"] == (pytest.approx(2) if both else None)
+    assert ("standard" in missing) == (not both)
+    # Exponential levels have 8 bits with any number of ranks.
+    assert rows["exponential"]["ours"] == pytest.approx(4)
+    assert rows["exponential"]["theirs"]["paper, 4 GPUs"] == 3.11
+    assert "exponential 8 bit" not in rows
+    assert cli.main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    (named,) = (line for line in text.splitlines() if line.startswith("Missing here: "))
+    assert ("standard (10 bit)" in named) == (not both)
+    lines = [line.split("│") for line in text.splitlines() if "│" in line]
+    ours = {line[1].strip(): line[2].strip() for line in lines if "standard" in line[1]}
+    (wide,) = (value for name, value in ours.items() if name.startswith("standard (10"))
+    assert wide == ("2.00" if both else "missing")
+    assert ours["standard 8 bit"] == "3.00"
+
+
+@pytest.mark.parametrize(("ranks", "bits"), [(4, 8), (64, 10), (300, 16)])
+def test_bits_that_are_the_default_anyway(tmp_path: Path, ranks: int, bits: int) -> None:
+    write(tmp_path / "a.jsonl", events(ranks=ranks))
+    write(tmp_path / "b.jsonl", events("standard", ranks=ranks, bits=bits, step_seconds=0.1))
+    rows = speed_ups(tmp_path)
+    assert rows["standard"]["ours"] == pytest.approx(2)
+    assert f"standard {bits} bit" not in rows
+    # Beside a run that left them out, each has its own row.
+    write(tmp_path / "c.jsonl", events("standard", ranks=ranks, step_seconds=0.05))
+    rows = speed_ups(tmp_path)
+    assert rows["standard"]["ours"] == pytest.approx(4)
+    assert rows[f"standard {bits} bit"]["ours"] == pytest.approx(2)
+
+
+def test_the_paper_s_quality_is_that_of_8_bits(tmp_path: Path) -> None:
+    run = {"workload": "wide-resnet", "metric": "accuracy", "ranks": 64}
+    write(tmp_path / "a.jsonl", events("standard", **run))
+    write(tmp_path / "b.jsonl", events("standard", bits=8, **run))
+    write(tmp_path / "c.jsonl", events("exponential", **run))
+    write(tmp_path / "d.jsonl", events("qsgd", **run))
+    found = {name: row["published_quality"] for name, row in rows_of(tmp_path).items()}
+    assert found == {
+        "standard": None,
+        "standard 8 bit": 0.6929,
+        "exponential": 0.6588,
+        "qsgd": 0.6966,
+    }
+
+
 def test_what_is_missing_of_the_table_of_64_nodes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
