@@ -14,13 +14,17 @@ The preset "paper" keeps the 32,768 samples of the paper's runs, which train.py 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/
@@ -29,6 +33,7 @@ import criteo
 from common.rejects import Rejects
 
 TRAIN, TEST, DONE, PROGRESS = "train.txt", "test.txt", "prepared.json", "progress.json"
+LOCK = "prepare.lock"
 # Lines between two notes of how far it is: some seconds.
 EVERY = 250_000
 
@@ -48,6 +53,22 @@ def files_of(folder: Path) -> tuple[Path, Path]:
             f"one without{begun}; run `prepare_criteo.py FILE --output {folder}` to its end."
         )
     return folder / TRAIN, folder / TEST
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it. Raises ValueError where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A file of its own, which nobody renames; open for writing, as NFS asks of an exclusive lock.
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--output {folder}: expected no other prepare_criteo.py that writes there, got "
+                f"one; wait for its end (if there is none any more, remove {folder / LOCK})."
+            ) from error
+        yield
 
 
 @dataclass
@@ -110,9 +131,9 @@ class Preparation:
     def run(self) -> None:
         """Read the file, from where an earlier one stopped, until enough lines are found.
 
-        Raises ValueError for a file of another format, TooManyRejectedError.
+        The folder is there, and `locked`. Raises ValueError for a file of another format or lines
+        that another program has changed meanwhile, TooManyRejectedError.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
         now, rejects = self.progress, Rejects(criteo.FIRST_REJECTS)
         lines = criteo.Lines(self.source, now.line, now.offset)
         before = now.rejected
@@ -188,6 +209,14 @@ class Preparation:
                 f"held-out ones, got {now.train} and {now.test}; fetch the whole file, or lower "
                 "--samples."
             )
+        for name, size in ((TRAIN, now.train_bytes), (TEST, now.test_bytes)):
+            path = self.output / f"{name}.partial"
+            if path.stat().st_size != size:
+                raise ValueError(
+                    f"{path}: expected the {size} bytes that were written, got "
+                    f"{path.stat().st_size}; another program has changed it: see that none does, "
+                    "and remove the folder."
+                )
 
     def _state(self, position: int) -> str:
         now = self.progress
@@ -199,6 +228,11 @@ class Preparation:
 
 def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} prepare_criteo: {text}", flush=True)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _say(f"stopped by signal {number}; started again, it goes on")
+    sys.exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,13 +257,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.source.is_dir() or not options.source.exists():
             raise ValueError(f"{options.source}: expected a file of Criteo's, got none there.")
-        made = Preparation(options.source, options.output, samples, eval_rows, options.max_rejected)
-        if made.done:
-            _say(f"{options.output} is ready: {made.progress.train:,} lines for training")
-            return 0
-        if made.progress.line:
-            _say(f"goes on after line {made.progress.line:,}")
-        made.run()
+        with locked(options.output):
+            made = Preparation(
+                options.source, options.output, samples, eval_rows, options.max_rejected
+            )
+            if made.done:
+                _say(f"{options.output} is ready: {made.progress.train:,} lines for training")
+                return 0
+            if made.progress.line:
+                _say(f"goes on after line {made.progress.line:,}")
+            made.run()
     except (ValueError, OSError) as error:
         print(f"prepare_criteo: error: {error}", file=sys.stderr)
         return 2
@@ -238,4 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A container's first process ignores the signals that it has no handler for.
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

@@ -233,6 +233,9 @@ def criteo_complaints(documents: list[dict[str, Any]]) -> list[str]:
         found.append(f"{claims}: not the volume of the runs")
     if pod["spec"]["securityContext"]["runAsUser"] != 1000:
         found.append("the files would not be mpiuser's")
+    spec = job["spec"]
+    if spec.get("parallelism", 1) != 1 or spec.get("podReplacementPolicy") != "Failed":
+        found.append("two Pods may write at the same time")
     return found
 
 
@@ -256,6 +259,8 @@ def test_the_job_that_prepares_criteo_s_file() -> None:
         ("runAsUser: 1000", "runAsUser: 1001", "the files would not be mpiuser's"),
         ("readOnlyRootFilesystem: true", "privileged: false", "can write to its root"),
         ("backoffLimit", "backOffLimit", "backOffLimit"),
+        ("podReplacementPolicy: Failed", "suspend: false", "two Pods may write at the same time"),
+        ("backoffLimit: 3", "parallelism: 2", "two Pods may write at the same time"),
     ],
 )
 def test_a_broken_job_for_criteo_is_rejected(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +56,7 @@ def test_samples_are_those_of_the_file_itself(
     assert samples(test, everything, 10**6) == samples(source, held_out, counts[1])
     assert source.read_bytes() == content
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
-        *("prepared.json", "test.txt", "train.txt")
+        *("prepare.lock", "prepared.json", "test.txt", "train.txt")
     ]
 
 
@@ -153,6 +157,66 @@ def test_a_folder_of_something_else(
         (folder / "train.txt").write_text("cut")
         assert prepare(source, folder, "--preset=whole") == 2
         assert "bytes or more, as progress.json has it, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train.txt", "test.txt"])
+def test_lines_of_another_run_among_its_own(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a Pod that was to end, and has not yet: the folder does not become ready."""
+    source = write(tmp_path / "train.txt", LINES)
+    folder = tmp_path / "folder"
+    complaint = criteo.complaint
+
+    def disturbed(text: bytes) -> str | None:
+        if text == LINES[500]:
+            with (folder / f"{name}.partial").open("ab") as file:
+                file.write(LINES[0] + b"\n")
+        return complaint(text)
+
+    monkeypatch.setattr(criteo, "complaint", disturbed)
+    assert prepare(source, folder, "--preset=whole") == 2
+    assert f"{name}.partial: expected the " in capsys.readouterr().err
+    assert not (folder / "prepared.json").exists()
+    assert not (folder / "train.txt").exists()
+
+
+def test_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "train.txt", LINES)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with (folder / "prepare.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert prepare(source, folder, "--preset=whole") == 2
+        assert "expected no other prepare_criteo.py that writes there" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == ["prepare.lock"]
+    assert prepare(source, folder, "--preset=whole") == 0
+
+
+def test_a_signal_that_a_first_process_would_ignore(tmp_path: Path) -> None:
+    """It ends by a handler: without one the kernel drops it where the program is process 1."""
+    os.mkfifo(tmp_path / "train.txt")  # nobody writes: it waits
+    folder = tmp_path / "folder"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "examples/deeplight/prepare_criteo.py", str(tmp_path / "train.txt")),
+            f"--output={folder}",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 60
+        while not (folder / "prepare.lock").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.terminate()
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by signal 15; started again, it goes on" in said
 
 
 def columns(count: int) -> list[bytes]:
