@@ -85,14 +85,19 @@ def _marker(metrics: Path) -> Path:
     return metrics.with_suffix(".finished")
 
 
+# What a terminal or the system ends a program with.
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
 class Runner:
     """Starts one command after another, and passes signals that end this process on to them."""
 
     def __init__(self) -> None:
         self.stopped: int | None = None  # the signal
         self._child: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        for number in _PASSED_ON:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = number
@@ -102,7 +107,8 @@ class Runner:
     def run(self, command: Sequence[str]) -> str | None:
         """Run a command to its end; returns why it failed, or None."""
         try:
-            self._child = subprocess.Popen(command)
+            # Of its own session: Ctrl-C in a terminal reaches a whole group, and would come twice.
+            self._child = subprocess.Popen(command, start_new_session=True)
         except OSError as error:
             return f"{error}"
         if self.stopped is not None:  # between two commands

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ COMMAND += ["--checkpoint=/all/checkpoints/run-all"]
 
 # In the place of a training: writes the metrics of a complete run, or fails as its method says.
 TRAIN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 options = dict(word.partition("=")[::2] for word in sys.argv[1:])
 method, path = options["--compression"], options["--metrics"]
 with open(os.path.join(os.path.dirname(path), "started"), "a") as file:
@@ -37,6 +38,21 @@ start.update(ranks=2, hosts=1, batch_size=8, parameters=9, metric="auc")
 events = [start, dict(event="step", step=1, loss=1.0, seconds=1.0)]
 if method == "cut":
     time.sleep(60)
+if method == "counts":
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    with open(os.path.join(os.path.dirname(path), "counting"), "w"):
+        pass
+    end = time.monotonic() + 60
+    while not caught and time.monotonic() < end:
+        time.sleep(0.05)
+    end = time.monotonic() + 2
+    while time.monotonic() < end:  # a second one would come by now
+        time.sleep(0.05)
+    with open(os.path.join(os.path.dirname(path), "caught"), "w") as file:
+        json.dump(caught, file)
+    sys.exit(1)
 if method != "without-end":
     events.append(dict(event="final", steps=1, step_seconds=1.0, bytes_per_step=1.0, seconds=1.0,
                        auc=0.5, replicas_equal=True))
@@ -150,20 +166,69 @@ def test_without_any_run_there_is_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "report.txt").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_and_all_others(tmp_path: Path, number: signal.Signals) -> None:
-    """As when the launcher's Pod is deleted: its ranks must not go on."""
-    process = subprocess.Popen(
-        [sys.executable, "examples/each_method.py", *arguments(tmp_path, "none cut standard")],
+def begin(
+    folder: Path, methods: str, hangup: signal.Handlers = signal.SIG_DFL
+) -> subprocess.Popen[str]:
+    """Start it as the first process of a group of its own, as a shell does."""
+    return subprocess.Popen(
+        [sys.executable, "examples/each_method.py", *arguments(folder, methods)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # One thread: a signal that finds all of them stopped goes to any, and only one is to wake.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
     )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
-    while not (tmp_path / "started").exists() or "cut" not in started(tmp_path):
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_a_command_gets_a_signal_once(
+    tmp_path: Path, whole_group: bool, number: signal.Signals
+) -> None:
+    """Ctrl-C in a terminal goes to all its processes; mpirun kills its ranks at the second one."""
+    process = begin(tmp_path, "counts")
+    wait_until((tmp_path / "counting").exists)
+    if whole_group:
+        # What is passed on comes later than what the group gets: two at once would count as one.
+        process.send_signal(signal.SIGSTOP)
+        os.killpg(process.pid, number)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGCONT)
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert json.loads((tmp_path / "caught").read_text()) == [number]
+
+
+def test_a_terminal_that_closes_ends_nothing_below_nohup(tmp_path: Path) -> None:
+    process = begin(tmp_path, "counts", signal.SIG_IGN)
+    wait_until((tmp_path / "counting").exists)
+    os.killpg(process.pid, signal.SIGHUP)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert json.loads((tmp_path / "caught").read_text()) == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_the_run_and_all_others(tmp_path: Path, number: signal.Signals) -> None:
+    """As when the launcher's Pod is deleted: its ranks must not go on."""
+    process = begin(tmp_path, "none cut standard")
+    wait_until(lambda: (tmp_path / "started").exists() and "cut" in started(tmp_path))
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number, errors
