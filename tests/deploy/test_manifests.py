@@ -185,8 +185,15 @@ def test_a_job_of_all_methods_is_each_of_them(overlay: str) -> None:
     begin = ["python", f"{IN_IMAGE}examples/each_method.py", f"--methods={config['METHODS']}", "--"]
     assert words(documents)[: len(begin)] == begin
     for method in config["METHODS"].split():
-        alone = words(render(K8S / overlay.removesuffix(ALL) / method))
-        assert each_method.command_for(method, words(documents)[len(begin) :]) == alone
+        its_own = words(render(K8S / overlay.removesuffix(ALL) / method))
+        assert each_method.command_for(method, words(documents)[len(begin) :]) == its_own
+    # Its time is that of all of them.
+    alone = render(K8S / overlay.removesuffix(ALL) / "none")
+    limits = [
+        only(found, "MPIJob")["spec"]["runPolicy"]["activeDeadlineSeconds"]
+        for found in (documents, alone)
+    ]
+    assert limits[0] == len(METHODS) * limits[1]
     # The launcher looks there for what has finished.
     launcher = pods(only(documents, "MPIJob"))["Launcher"]
     assert "/results" in writable(launcher, lasting=True)
