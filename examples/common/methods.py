@@ -6,7 +6,7 @@ The only lines that know about Global-QSGD: each way is a `compression=` of Horo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -20,6 +20,16 @@ def _ours(levels: str, **options: Any) -> Any:
     from gq_horovod.torch import GlobalQSGD
 
     return GlobalQSGD(levels=levels, **options)  # type: ignore[arg-type]
+
+
+def _papers(levels: str, **options: Any) -> Any:
+    """The paper's preset of these levels, GlobalQSGD.paper_..., with a seed of one's own."""
+    from gq_horovod.torch import GlobalQSGD
+
+    preset = getattr(GlobalQSGD, f"paper_{levels}").config
+    given = {own.name: (getattr(preset, own.name), own.default) for own in fields(preset)}
+    changed = {name: value for name, (value, default) in given.items() if value != default}
+    return GlobalQSGD(**{**changed, **options})
 
 
 def _baseline(name: str, **options: Any) -> Any:
@@ -53,6 +63,12 @@ METHODS = {
     **{
         levels: Method(lambda levels=levels, **options: _ours(levels, **options), _OURS)
         for levels in ("standard", "exponential", "two-hop")
+    },
+    **{
+        f"paper-{levels}": Method(
+            lambda levels=levels, **options: _papers(levels, **options), ("seed",)
+        )
+        for levels in ("standard", "exponential")
     },
     "auto": Method(lambda **options: _ours("auto", **options), _OURS[1:]),
 }

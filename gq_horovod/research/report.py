@@ -245,7 +245,7 @@ def _group(runs: list[Run]) -> dict[str, Any]:
 
 METHOD_ORDER = (
     *("none", "fp16", "qsgd", "qsgd-elias", "intsgd", "powersgd"),
-    *("standard", "exponential", "two-hop", "auto"),
+    *("standard", "exponential", "two-hop", "paper-standard", "paper-exponential", "auto"),
 )
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from helpers import check_replicas
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gq_horovod.torch import GlobalQSGD
 
 STEPS, PAUSE, EVERY = 20, 13, 5  # in all; where the run is ended; between checkpoints
 
@@ -290,6 +293,10 @@ def test_options_reach_the_method() -> None:
     assert methods.make("powersgd", rank=2, seed=5).config.seed == 5
     assert methods.make("two-hop", bits=4, seed=5).config.bits == 4
     assert methods.make("none", seed=5) is hvd.Compression.none
+    for levels in ("standard", "exponential"):
+        preset = getattr(GlobalQSGD, f"paper_{levels}").config
+        assert methods.make(f"paper-{levels}").config == preset
+        assert methods.make(f"paper-{levels}", seed=5).config == replace(preset, seed=5)
     assert loop.compression_of(loop.parse(Digits, ["--compression=auto"])).config.levels == "auto"
 
 

@@ -211,6 +211,13 @@ def test_bits_that_are_the_default_anyway(tmp_path: Path, ranks: int, bits: int)
     assert rows[f"standard {bits} bit"]["ours"] == pytest.approx(2)
 
 
+def test_the_paper_s_presets_stand_before_auto(tmp_path: Path) -> None:
+    order = ["two-hop", "paper-standard", "paper-exponential", "auto", "another"]
+    for method in order:
+        write(tmp_path / f"{method}.jsonl", events(method))
+    assert list(rows_of(tmp_path)) == order
+
+
 def test_the_paper_s_quality_is_that_of_8_bits(tmp_path: Path) -> None:
     run = {"workload": "wide-resnet", "metric": "accuracy", "ranks": 64}
     write(tmp_path / "a.jsonl", events("standard", **run))
