@@ -11,14 +11,14 @@ for each tensor (the paper's blocks). An integer is a code of Global-QSGD's stan
 norm levels / alpha: the same kernels, lanes and headroom, and a larger element is clipped there.
 
 What a method remembers of a tensor (`Task.state`): "r"; "rate", the learning rate; "x", the last
-parameters, where whoever hands over the gradients follows them (`torch_baselines.IntSGD`); and how
-many of the elements that were "rounded", of all ranks, were "clipped".
+parameters, and their "digest", where whoever hands over the gradients follows them
+(`torch_baselines.IntSGD`); and how many of the elements that were "rounded", of all ranks, were
+"clipped".
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -33,6 +33,7 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer, Tensors
 
+from ..guards import replicas
 from ..path.config import Plan
 from ..path.pipeline import Deliver, Method, Reduction, Task
 from .baselines import BaselineConfig, array_of
@@ -41,9 +42,12 @@ __all__ = ["IntSGDConfig", "begin", "follow", "int_sgd"]
 
 _LARGEST = 2**31 - 1
 
-# What travels behind the codes of a chunk, and is summed like them: whether an element is not
-# finite, how many were clipped, and a checksum of the norm.
-_TAIL = 3
+# What travels behind a chunk, and is summed like it: a one of each rank, and a checksum, two words,
+# of what the ranks must have alike. Behind integers also whether an element is not finite, and how
+# many were clipped.
+_CHECK = 3
+_TAIL = 2 + _CHECK
+_EXACT = {"int32": _LARGEST, "float32": 2**24}  # the largest sum of such words
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,15 @@ def _reduce(task: Task, deliver: Deliver, config: IntSGDConfig) -> Reduction:
 
 
 def _share(task: Task, chunk: Chunk) -> NDArray[np.float32]:
-    """This rank's share of the mean; divided first, so that no sum exceeds the largest element."""
-    share: NDArray[np.float32] = array_of(chunk.of(task.tensor)) / np.float32(task.plan.world_size)
-    return share
+    """This rank's share of the mean, and the tail.
+
+    Divided first, so that no sum exceeds the largest element.
+    """
+    x = array_of(chunk.of(task.tensor))
+    message = np.empty(x.size + _CHECK, dtype=np.float32)
+    np.divide(x, np.float32(task.plan.world_size), out=message[: x.size])
+    message[x.size :] = _check(task, None, message.dtype)
+    return message
 
 
 def _integers(task: Task, chunk: Chunk) -> NDArray[np.int32]:
@@ -160,13 +170,40 @@ def _integers(task: Task, chunk: Chunk) -> NDArray[np.int32]:
     if largest > norm:
         limit = chunk.norms.view(np.float32)
         clipped = min(int((np.abs(array_of(x)) > limit).sum()), _LARGEST // plan.world_size)
-    message[words:] = largest >= codec.INFINITY, clipped, _checksum(chunk.norms, plan)
+    bad = largest >= codec.INFINITY
+    message[words:] = bad, clipped, *_check(task, chunk.norms, message.dtype)
     return message
 
 
-def _checksum(norms: Norms, plan: Plan) -> int:
-    """Of the norm; as many ranks as there are can add theirs up."""
-    return zlib.crc32(norms.tobytes()) % (_LARGEST // plan.world_size)
+def _check(task: Task, norms: Norms | None, dtype: Any) -> list[int]:
+    """A one, and a checksum of the norm and the parameters; as many ranks as there are can add it.
+
+    Both are in it: replicas that differ make nearly the same updates, and often the same alpha.
+    """
+    own = [part for part in (norms, task.state.get("digest")) if part is not None]
+    words = replicas.digest(np.concatenate([np.zeros(1, np.int32), *own]).view(np.uint8))
+    return [1, *(words % (_EXACT[str(dtype)] // task.plan.world_size)).tolist()]
+
+
+def _require_same(
+    task: Task, norms: Norms | None, total: NDArray[Any], config: IntSGDConfig
+) -> None:
+    """Raise RuntimeError if a rank took no part, or the ranks' checksums differ."""
+    ranks, name = task.plan.world_size, stages.user_name(task.key)
+    present, *checksum = total.tolist()
+    if present != ranks:
+        raise RuntimeError(
+            f"{config.FUNCTION}: all {ranks} ranks must reduce tensor {name!r}, got "
+            f"{int(present)}: the others have called hvd.join(), after which ranks would have "
+            "another alpha than these; give every rank as many batches."
+        )
+    if checksum != [ranks * word for word in _check(task, norms, total.dtype)[1:]]:
+        raise RuntimeError(
+            f"{config.FUNCTION}: the ranks must agree on alpha and on the parameters of tensor "
+            f"{name!r}, got others on some rank; broadcast parameters and optimizer state before "
+            "the first step (hvd.broadcast_parameters, hvd.broadcast_optimizer_state), and set "
+            "the same learning rate on every rank."
+        )
 
 
 def _decode(
@@ -176,18 +213,13 @@ def _decode(
     plan, buffer = task.plan, task.buffer(means)
     out = chunk.of(buffer)
     if total.dtype == np.float32:
+        _require_same(task, None, total[-_CHECK:], config)
         mean = array_of(out)
-        np.copyto(mean, total)
+        np.copyto(mean, total[:-_CHECK])
         mean[~np.isfinite(mean)] = np.nan
     else:
-        codes, (bad, clipped, checksum) = total[:-_TAIL], total[-_TAIL:].tolist()
-        if checksum != plan.world_size * _checksum(chunk.norms, plan):
-            raise RuntimeError(
-                f"{config.FUNCTION}: the ranks must agree on alpha for tensor "
-                f"{stages.user_name(task.key)!r}, got another one on some rank; it follows from "
-                "the updates of its parameters, which have to be the same on every rank "
-                "(hvd.broadcast_parameters before the first step)."
-            )
+        _require_same(task, chunk.norms, total[-_CHECK:], config)
+        codes, (bad, clipped) = total[:-_TAIL], total[-_TAIL:-_CHECK].tolist()
         task.state["clipped"] = task.state.get("clipped", 0) + clipped
         task.state["rounded"] = task.state.get("rounded", 0) + out.size * plan.world_size
         if bad:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from mpi_ops.kernels.host import Buffer
 
+from ..guards import replicas
 from ..path.config import DEFAULT_MIN_ELEMENTS
 from ..path.pipeline import Method
 from ..torch import TorchFrontend
@@ -281,7 +283,7 @@ class IntSGD(_Baseline):
                 moved = x - memory["x"]
                 buffer = Buffer(moved.data_ptr(), "float32", moved.numel(), moved)
                 follow(memory, buffer, config)
-            memory["x"] = x
+            memory["x"], memory["digest"] = x, replicas.digest(x.numpy().view(np.uint8))
             memory["rate"] = _rate_of(optimizer, parameter)
         return super()._arrive(tensor, settled, optimizer, parameter)
 

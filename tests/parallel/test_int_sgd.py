@@ -113,13 +113,18 @@ def test_what_is_clipped_is_counted(name: str) -> None:
     assert bool((mean.abs() < 1e5).all())
 
 
-def test_replicas_that_differ_are_an_error_on_every_rank(name: str) -> None:
-    training = Training(IntSGD(min_elements=0), name, lr=0.1)
-    own = gradients(SHAPE, tag=250)[hvd.rank()]
-    training.step(own)
+@pytest.mark.parametrize("turns", [0, 1, 3], ids="after {} steps".format)
+def test_replicas_that_differ_are_an_error_on_every_rank(turns: int, name: str) -> None:
+    """From the start, or later; equal gradients move all of them alike, and alpha is the same."""
+    training = Training(IntSGD(min_elements=0), name, lr=0.25)
+    own = torch.ones(SHAPE)
+    for _ in range(turns):
+        training.step(own)
     with torch.no_grad():
         training.weight += 0.25 * (hvd.rank() == 0)
-    with pytest.raises(RuntimeError, match=r"IntSGD: the ranks must agree on alpha"):
+        if turns:
+            training.memory["x"] += 0.25 * (hvd.rank() == 0)
+    with pytest.raises(RuntimeError, match=r"IntSGD: the ranks must agree on alpha and on the par"):
         training.step(own)
 
 

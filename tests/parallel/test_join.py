@@ -22,7 +22,7 @@ from test_optimizer import SHAPES, check_gradient, local_gradient, make_optimize
 
 from gq_horovod.path import auto
 from gq_horovod.path.pipeline import poll_all
-from gq_horovod.research.torch_baselines import QSGD
+from gq_horovod.research.torch_baselines import QSGD, IntSGD
 from gq_horovod.torch import GlobalQSGD, allreduce, frontend
 
 pytestmark = pytest.mark.usefixtures("several_ranks")
@@ -256,6 +256,18 @@ def test_a_baseline_says_why_it_cannot(name: str) -> None:
     if hvd.rank() != last():
         with pytest.raises(HorovodInternalError, match=r"hvd.join\(\), and the compression in use"):
             allreduce(gradient(hvd.rank(), 5000), name, compression=QSGD(min_elements=0))
+    hvd.join()
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["float32", "integers"])
+def test_integers_of_all_ranks_but_one_are_an_error_that_names_it(steps: int, name: str) -> None:
+    """Horovod adds zeros for that rank, which no other error would tell from another alpha."""
+    compression, own = IntSGD(min_elements=0), gradient(hvd.rank(), 5000)
+    for _ in range(steps):
+        allreduce(own, name, compression=compression)
+    if hvd.rank() != last():
+        with pytest.raises(RuntimeError, match=rf"IntSGD: all .* got {last()}: .*hvd\.join\(\)"):
+            allreduce(own, name, compression=compression)
     hvd.join()
 
 

@@ -123,7 +123,7 @@ ROOMS = {
     "torch": {"mpi_ops", "log", "path", "guards", "frontend", "framework"},
     "tensorflow": {"mpi_ops", "log", "path", "guards", "frontend", "framework"},
     "advisor": {"mpi_ops", "log", "path"},
-    "research": {"mpi_ops", "log", "path", "advisor"},
+    "research": {"mpi_ops", "log", "path", "guards", "advisor"},
     "cli": {"mpi_ops", "log", "path", "advisor", "research"},
 }
 # One module of a room of its own, where the room may not.
