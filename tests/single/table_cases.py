@@ -99,12 +99,12 @@ def check_dequantized(dtype: str, segments: Array, flat: Array, codes: Array, de
         expected = flat.copy()
         own = placed(segments, buffer(expected).pointer)
         host.KERNELS.dequantize_table(dtype, own, norms, codes, **settings)
-        got, memory = on_device(device, flat)
-        there = placed(segments, memory.pointer)
-        for part in launches(there):
-            for own in part:
+        for parts in launches(segments):
+            got, memory = on_device(device, flat)
+            for part in parts:
+                there = placed(part, memory.pointer)
                 device.KERNELS.dequantize_table(
-                    dtype, own, asarray(norms), asarray(codes), **settings
+                    dtype, there, asarray(norms), asarray(codes), **settings
                 )
             same(got, expected)
 
