@@ -222,8 +222,8 @@ GQ_HD int walk_rows(int lanes) {
   return 8 * lanes;
 }
 
-// At most so many rows or elements are left of a walk: an int saves registers.
-GQ_HD int few(int64_t left) { return static_cast<int>(minimum(left, kEnough * kRow)); }
+// So many of what is left as a walk may need, and none below zero: an int saves registers.
+GQ_HD int few(int64_t left) { return static_cast<int>(minimum(maximum(left, 0), kEnough * kRow)); }
 
 // This thread's column of eight rows, of which `left` elements are there; zeros beyond.
 template <typename T>

@@ -146,6 +146,32 @@ def test_places_beyond_32_bits(device: Any) -> None:
     assert codes.get().any()
 
 
+@pytest.mark.parametrize("levels", [127, 0])
+def test_zeros_far_behind_codes(levels: int, device: Any) -> None:
+    """By one task of a segment whose room behind its codes has more elements than an int."""
+    # It has 256 elements, and begins 2**32 - 1024 behind the tensor; `x` is right for it alone.
+    task = (1 << 24) - 4
+    memory = on_device(device, np.full(2048, 0.7, dtype=np.float32))[1]
+    out = asarray(np.full(512, 77, dtype=np.int32))
+    step = 64 if levels else 256  # codes of a task
+    own = np.zeros(1, dtype=device._TABLE)
+    segment = own["segment"]
+    segment["x"], segment["elements"] = (memory.pointer - 4 * 256 * task) % 2**64, 5
+    segment["payload"] = -step * task
+    segment["stop"] = segment["payload"] + step * (task + 1)
+    own["task"] = -task
+    name, settings = "quantize_exponential", (8, 0, np.uint32(0))
+    if levels:
+        name, settings = "quantize_standard", (8, levels, 0, np.uint32(0))
+    norms = asarray(float_bits(1.0))
+    table = asarray(own.view(np.uint8)), 1, 1
+    variant = device._variant(8) if levels else ""
+    device._launch(name, "float32", 1, *table, 0, norms, *settings, out, variant=variant)
+    codes = out.get().view(np.int32 if levels else np.uint8)
+    assert not codes[:step].any()
+    assert codes[step:].any()
+
+
 def test_a_table_is_one_launch_and_is_copied_once(device: Any) -> None:
     """Whatever the step; however many segments it has."""
     segments, flat = table("float32", 256, lambda count: lanes.standard_words(count, 8))
