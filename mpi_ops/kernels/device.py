@@ -180,7 +180,7 @@ def _launch(name: str, dtype: str | None, warps: int, *arguments: Any, variant: 
 
 
 @lru_cache(maxsize=_TABLES_KEPT)
-def _uploaded(content: bytes, device: int, stream: Any) -> Any:
+def _uploaded(content: bytes, device: int, stream: Any, thread: int) -> Any:
     """A table, copied to the current device on the current stream, on which alone it is read.
 
     It is never changed, so kernels that are in flight may read it still.
@@ -190,7 +190,11 @@ def _uploaded(content: bytes, device: int, stream: Any) -> Any:
 
 def _there(array: NDArray[Any]) -> Any:
     """The bytes of a small array for kernels on the current device and stream; of few contents."""
-    return _uploaded(array.tobytes(), runtime.getDevice(), cupy.cuda.get_current_stream())
+    stream = cupy.cuda.get_current_stream()
+    # CuPy's streams are equal where their pointers are, and this pointer is that of another stream
+    # in each thread.
+    thread = threading.get_ident() if stream.ptr == runtime.streamPerThread else 0
+    return _uploaded(array.tobytes(), runtime.getDevice(), stream, thread)
 
 
 def _variant(bits: int, square: bool = False) -> str:

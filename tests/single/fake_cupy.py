@@ -14,6 +14,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -238,16 +239,20 @@ class Device:
 class Stream:
     """Knows whether it is the current one, and how many kernels nobody has waited for.
 
-    Where streams are deferred, those that do not block do nothing before somebody waits.
+    Where streams are deferred, those that do not block do nothing before somebody waits. As CuPy's,
+    they are equal where their pointers are.
     """
+
+    PER_THREAD: ClassVar[int] = 2  # the pointer of the default stream of each thread
 
     deferred: ClassVar[bool] = False
     _entered: ClassVar[list[Stream]] = []
     _made: ClassVar[dict[int, Stream]] = {}
+    _threads: ClassVar[threading.local] = threading.local()
 
     def __init__(self, null: bool = False, non_blocking: bool = False, priority: int = 0) -> None:
         assert non_blocking != null
-        self.ptr = 0 if null else len(self._made) + 1
+        self.ptr = 0 if null else self.PER_THREAD + len(self._made)
         self._made[self.ptr] = self
         self.running = 0
         self._work: list[Callable[[], Any]] = []
@@ -258,7 +263,22 @@ class Stream:
 
     @classmethod
     def of(cls, pointer: int) -> Stream:
-        return cls._made[pointer]
+        return cls.per_thread() if pointer == cls.PER_THREAD else cls._made[pointer]
+
+    @classmethod
+    def per_thread(cls) -> Stream:
+        """The default stream of this thread."""
+        own = getattr(cls._threads, "stream", None)
+        if own is None:
+            own = cls._threads.stream = cls(non_blocking=True)
+            own.ptr = cls.PER_THREAD
+        return own
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and self.ptr == other.ptr
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
 
     def __enter__(self) -> Stream:
         self._entered.append(self)
@@ -382,6 +402,7 @@ def modules() -> dict[str, types.ModuleType]:
                 "getDeviceCount": lambda: 1,
                 "pointerGetAttributes": pointer_attributes,
                 "CUDARuntimeError": CUDARuntimeError,
+                "streamPerThread": Stream.PER_THREAD,
                 "memoryTypeDevice": 2,
                 "memoryTypeManaged": 3,
                 "memcpy": copy,

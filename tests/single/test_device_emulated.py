@@ -6,6 +6,7 @@ import importlib
 import sys
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,33 @@ def test_a_table_is_copied_on_each_stream_that_reads_it(
         ):
             quantized(device, own, norms, codes)
         late.flush()
+
+
+def test_a_table_is_copied_for_each_thread_that_has_a_default_stream_of_its_own(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of those have one pointer, by which CuPy's streams are equal."""
+    monkeypatch.setattr(fake_cupy.Stream, "deferred", True)
+    own, x = np.zeros(1, dtype=SEGMENT), on_device(device, np.ones(32, dtype=np.float32))[1]
+    own["elements"], own["x"] = x.size, x.pointer
+    norms, codes = asarray(float_bits(1.0)), fake_cupy.empty(32, np.int32)
+
+    def run() -> fake_cupy.Stream:
+        stream = fake_cupy.Stream.per_thread()
+        with device.on(0, stream):
+            quantized(device, own, norms, codes)
+            fake_cupy.clear_counts()
+            quantized(device, own, norms, codes)
+        return stream
+
+    streams = [run()]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        streams.append(pool.submit(run).result())
+    assert streams[0] == streams[1]
+    for stream in reversed(streams):
+        stream.flush()
+        assert len(fake_cupy.uploads) == 1
+        fake_cupy.uploads.clear()
 
 
 @pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
