@@ -64,10 +64,18 @@ def values(array: Any) -> NDArray[Any]:
 # ------------------------------------------------------------------------------- of many tensors
 
 
-def measure(x: Tensors, segments: NDArray[Any], plan: Plan, out: Norms, gaps: bool = False) -> None:
+def measure(
+    x: Tensors,
+    segments: NDArray[Any],
+    plan: Plan,
+    out: Norms,
+    gaps: bool = False,
+    spare: Norms | None = None,
+) -> None:
     """Write this rank's norm of each block to `out`; global norms are their maximum over ranks.
 
-    `gaps`: whether there is more room in it than norms, which becomes zeros.
+    `gaps`: whether there is more room in it than norms, which becomes zeros. `spare`: where the
+    largest norm is kept meanwhile, where all become it; None: new memory.
     """
     kernels = kernels_for(x)
     with kernels.on_device_of(x):
@@ -77,18 +85,30 @@ def measure(x: Tensors, segments: NDArray[Any], plan: Plan, out: Norms, gaps: bo
         norm = "l2norm" if plan.norm == "l2" else "absmax"
         kernels.measure_table(norm, x.dtype, segments, plan.block_size or 0, staged)
         if plan.one_norm and staged.size > 1:
-            _spread_largest(kernels, staged)
+            _spread(largest(staged, spare), staged)
         kernels.download(staged, out)
 
 
-def _spread_largest(kernels: Kernels, norms: Norms) -> None:
-    """Make all norms the largest of them."""
+def largest(norms: Norms, out: Norms | None = None) -> Norms:
+    """The largest of some norms, where they lie, in `out`; called on the current stream."""
+    kernels = kernels_for(norms)
     # As bit patterns, norms have the order of the floats that they are, NaN included.
     own = Buffer(kernels.address(norms), "float32", norms.size, norms, kernels.memory)
-    largest = kernels.empty(1, INT32)
-    kernels.absmax(own, lanes.whole_tensor_block(own.size), out=largest)
-    for place in range(norms.size):  # copies, as CuPy would compile a kernel for one number to all
-        norms[place : place + 1] = largest
+    found: Norms = kernels.absmax(own, lanes.whole_tensor_block(own.size), out=out)
+    return found
+
+
+def _spread(norm: Norms, norms: Norms) -> None:
+    """Make all norms this one.
+
+    By copies, twice as many elements each time: CuPy would compile a kernel for one number to all.
+    """
+    norms[:1] = norm
+    done = 1
+    while done < norms.size:
+        more = min(done, norms.size - done)
+        norms[done : done + more] = norms[:more]
+        done += more
 
 
 def quantize_parcel(

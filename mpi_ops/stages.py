@@ -79,9 +79,11 @@ class Stages:
         """The settings of all tensors."""
         return self.layout.plan
 
-    def measure(self, x: Tensors, out: NDArray[np.int32]) -> None:
-        """Write this rank's norms to `out`, as many as the layout has."""
-        codec.measure(x, self.layout.measured(x), self.plan, out, self._gaps)
+    def measure(
+        self, x: Tensors, out: NDArray[np.int32], spare: NDArray[np.int32] | None = None
+    ) -> None:
+        """Write this rank's norms to `out`, as many as the layout has; `spare`: as in `codec`."""
+        codec.measure(x, self.layout.measured(x), self.plan, out, self._gaps, spare)
 
     def quantize(
         self, parcel: Parcel, x: Tensors, steps: Steps, norms: NDArray[np.int32], out: Payload

@@ -249,7 +249,8 @@ def global_norms(task: Task, *beside: int) -> Generator[Handle, Any, Shared]:
     there = [int(own != 0) for own in task.x.pointers] if len(task.counts) > 1 else []
     tail = [*there, *beside]
     own = memory.take(stages.NORM, count + len(tail), np.int32)
-    task.stages.measure(task.x, own[:count])
+    spare = memory.take("largest", 1, np.int32) if task.plan.one_norm else None
+    task.stages.measure(task.x, own[:count], spare)
     largest = memory.largest(own[:count]) if _log.on(logging.WARNING) and count else []
     sent = yield from memory.send(stages.NORM, own, tail)
     if isinstance(sent, np.ndarray):

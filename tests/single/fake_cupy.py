@@ -43,6 +43,8 @@ _kept: list[Any] = []
 # Bytes of each copy to host memory, and from it.
 downloads: list[int] = []
 uploads: list[int] = []
+# Bytes of each copy on the device.
+copies: list[int] = []
 # Bytes of all memory that CuPy's pools were asked for, on the device and pinned.
 allocations: list[int] = []
 # Bytes of each memset.
@@ -54,7 +56,7 @@ _arriving: dict[int, Stream] = {}
 
 
 def clear_counts() -> None:
-    for counts in (downloads, uploads, allocations, memsets, waits, Module.launches):
+    for counts in (downloads, uploads, copies, allocations, memsets, waits, Module.launches):
         counts.clear()
 
 
@@ -101,6 +103,7 @@ class ndarray:
     def __setitem__(self, key: Any, value: Any) -> None:
         assert isinstance(value, ndarray), "CuPy compiles a kernel for this; use fill()"
         target, source = self._values[key], value._values
+        copies.append(source.nbytes)
         Stream.current().give(lambda: target.__setitem__(..., source))
 
     @property
