@@ -180,8 +180,8 @@ def _check(task: Task, norms: Norms | None, dtype: Any) -> list[int]:
 
     Both are in it: replicas that differ make nearly the same updates, and often the same alpha.
     """
-    own = [part for part in (norms, task.state.get("digest")) if part is not None]
-    words = replicas.digest(np.concatenate([np.zeros(1, np.int32), *own]).view(np.uint8))
+    parts = [[] if norms is None else norms, task.state.get("digest", [])]
+    words = replicas.digest(np.concatenate(parts, dtype=np.int32, casting="unsafe").view(np.uint8))
     return [1, *(words % (_EXACT[str(dtype)] // task.plan.world_size)).tolist()]
 
 

@@ -14,13 +14,16 @@ What each is and how it differs from its paper is in docs/baselines.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import weakref
+from collections import Counter
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from mpi_ops.kernels.host import Buffer
 
+from ..frontend import per_process
 from ..guards import replicas
 from ..path.config import DEFAULT_MIN_ELEMENTS
 from ..path.pipeline import Method
@@ -47,9 +50,10 @@ class _Baseline(TorchFrontend):
     """What the baselines share: they read host memory, and decode to float32."""
 
     RESULT_DTYPE = torch.float32
+    STAGED_DTYPE: ClassVar[torch.dtype | None] = None  # in which they are read; None: the tensor's
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to("cpu").contiguous()
+        return tensor.to("cpu", self.STAGED_DTYPE or tensor.dtype).contiguous()
 
 
 # ------------------------------------------------------------------------------------- quantization
@@ -167,6 +171,7 @@ class NearestRounding(_Baseline):
     """
 
     CONFIG = NearestConfig
+    STAGED_DTYPE = torch.float32  # rounded by NumPy
 
     def __init__(
         self,
@@ -189,9 +194,6 @@ class NearestRounding(_Baseline):
     def _method(self) -> Method:
         return NEAREST
 
-    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to("cpu", torch.float32).contiguous()  # rounded by NumPy
-
 
 # ----------------------------------------------------------------------------------------- integers
 
@@ -211,6 +213,7 @@ class IntSGD(_Baseline):
     """
 
     CONFIG = IntSGDConfig
+    STAGED_DTYPE = torch.float32
 
     def __init__(
         self,
@@ -252,21 +255,34 @@ class IntSGD(_Baseline):
     def clipped(self) -> dict[str, float]:
         """The share of elements that was clipped so far, of all ranks, by the tensor's name.
 
-        Tensors that have not been reduced as integers are left out.
+        Of a tensor that several process sets reduce, in all of them. Tensors that have not been
+        reduced as integers are left out.
         """
-        return {
-            key: memory["clipped"] / memory["rounded"]
-            for group in self._groups.values()
-            for key, memory in group.memories.items()
-            if memory.get("rounded")
-        }
+        clipped, rounded = Counter[str](), Counter[str]()
+        for group in self._groups.values():
+            for key, memory in group.memories.items():
+                clipped[key] += memory.get("clipped", 0)
+                rounded[key] += memory.get("rounded", 0)
+        return {key: clipped[key] / count for key, count in rounded.items() if count}
 
     def _method(self) -> Method:
         assert isinstance(self.config, IntSGDConfig)
         return int_sgd(self.config)
 
-    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to("cpu", torch.float32).contiguous()
+    @per_process
+    def _places(self) -> weakref.WeakKeyDictionary[Any, tuple[int, dict[torch.Tensor, int]]]:
+        """Of each optimizer: how many param_groups it had, and in which one each parameter is."""
+        return weakref.WeakKeyDictionary()
+
+    def _rate(self, optimizer: Any, parameter: torch.Tensor) -> float:
+        """The learning rate of a parameter in the coming step."""
+        groups = optimizer.param_groups
+        count, places = self._places.get(optimizer, (0, {}))
+        if count != len(groups) or parameter not in places:
+            places = {own: at for at, group in enumerate(groups) for own in group["params"]}
+            self._places[optimizer] = len(groups), places
+        # By its place, as load_state_dict() makes new groups.
+        return float(groups[places[parameter]]["lr"])
 
     def _arrive(
         self, tensor: torch.Tensor, settled: Settled, optimizer: Any, parameter: torch.Tensor
@@ -283,19 +299,11 @@ class IntSGD(_Baseline):
                 moved = x - memory["x"]
                 buffer = Buffer(moved.data_ptr(), "float32", moved.numel(), moved)
                 follow(memory, buffer, config)
-            memory["x"], memory["digest"] = x, replicas.digest(x.numpy().view(np.uint8))
-            memory["rate"] = _rate_of(optimizer, parameter)
+            memory["x"] = x
+            # As numbers, so that a checkpoint can be loaded with weights_only=True.
+            memory["digest"] = replicas.digest(x.numpy().view(np.uint8)).tolist()
+            memory["rate"] = self._rate(optimizer, parameter)
         return super()._arrive(tensor, settled, optimizer, parameter)
-
-
-def _rate_of(optimizer: Any, parameter: torch.Tensor) -> float:
-    """The learning rate of a parameter in the coming step."""
-    rates = (
-        part["lr"]
-        for part in optimizer.param_groups
-        if any(own is parameter for own in part["params"])
-    )
-    return float(next(rates))
 
 
 # ----------------------------------------------------------------------------------------- low rank
@@ -315,6 +323,7 @@ class PowerSGD(_Baseline):
     """
 
     CONFIG = PowerSGDConfig
+    STAGED_DTYPE = torch.float32
 
     def __init__(
         self,
@@ -354,6 +363,3 @@ class PowerSGD(_Baseline):
         assert isinstance(self.config, PowerSGDConfig)
         matrix = self.config.shape(tuple(tensor.shape))
         return matrix is not None and super()._eligible(name, tensor)
-
-    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to("cpu", torch.float32).contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import horovod.torch as hvd
@@ -85,6 +87,60 @@ def test_alpha_follows_the_updates_of_the_parameter(key: str, name: str) -> None
             assert training.compression.clipped() == {training.key: 0.0}
 
 
+class Scanned(list[torch.Tensor]):
+    """Parameters of a group, which counts how often somebody goes through them."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_the_learning_rate_of_a_parameter_wherever_its_group_is(name: str) -> None:
+    training, own = Training(IntSGD(min_elements=0), name, lr=0.1), torch.ones(SHAPE)
+    optimizer, found = training.optimizer, []
+    for turn in range(4):
+        (group, *_) = optimizer.param_groups
+        if turn == 1:
+            group["lr"] = 0.2
+        elif turn == 2:
+            state = optimizer.state_dict()
+            state["param_groups"][0]["lr"] = 0.3
+            optimizer.load_state_dict(state)  # makes new groups
+        elif turn == 3:
+            group["params"].clear()
+            optimizer.add_param_group({"params": [training.weight], "lr": 0.4})
+        training.step(own)
+        found.append(training.memory["rate"])
+    assert found == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_hooks_do_not_go_through_all_parameters(name: str) -> None:
+    training = Training(IntSGD(min_elements=0), name, lr=0.1)
+    (group,) = training.optimizer.param_groups
+    training.step(torch.ones(SHAPE))
+    scanned = group["params"] = Scanned(group["params"])
+    for _ in range(2):
+        training.weight.grad = None
+        training.weight.sum().backward()
+        training.optimizer.synchronize()
+    assert scanned.times == 0
+
+
+def test_a_checkpoint_is_tensors_numbers_and_texts(name: str) -> None:
+    training = Training(IntSGD(min_elements=0), name, lr=0.1)
+    for _ in range(2):
+        training.step(torch.ones(SHAPE))
+    file = io.BytesIO()
+    torch.save(training.compression.state_dict(), file)
+    file.seek(0)
+    (loaded,) = torch.load(file, weights_only=True)["process_sets"].values()
+    memory = loaded["memories"][training.key]
+    assert torch.equal(memory.pop("x"), training.memory["x"])
+    assert memory == {key: value for key, value in training.memory.items() if key != "x"}
+
+
 def test_gradients_are_followed_where_asked_for(name: str) -> None:
     """As hvd.allreduce does, which knows no parameter: the same bytes."""
     for scale in ("gradient", "update"):
@@ -100,6 +156,24 @@ def test_gradients_are_followed_where_asked_for(name: str) -> None:
         assert ("x" in training.memory) == (scale == "update")
         assert all(same) == (scale == "gradient")
         assert same[0]
+
+
+def test_what_is_clipped_is_counted_over_process_sets(name: str) -> None:
+    """A tensor of one name in two: on the rank that is in both, steps of both count."""
+    compression, own = IntSGD(min_elements=0), torch.ones(5000)
+    alone = hvd.add_process_set([0])
+    try:
+        for size in (1.0, 1.0, 1e6):
+            allreduce(own * size, name, compression=compression)
+        before = compression.clipped()
+        if hvd.rank() == 0:
+            for _ in range(hvd.size() + 1):
+                allreduce(own, name, compression=compression, process_set=alone)
+    finally:
+        hvd.remove_process_set(alone)
+    assert before == {name: 0.5}
+    rounded = 2 * hvd.size() + hvd.size() * (hvd.rank() == 0)
+    assert compression.clipped() == {name: hvd.size() / rounded}
 
 
 def test_what_is_clipped_is_counted(name: str) -> None:

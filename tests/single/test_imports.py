@@ -133,7 +133,7 @@ EXCEPTIONS = {
     "gq_horovod.advisor.replayed": {"framework"},
     "gq_horovod.advisor.doctor": {"framework"},
     **{
-        f"gq_horovod.research.{name}": {"torch", "framework"}
+        f"gq_horovod.research.{name}": {"torch", "framework", "frontend"}
         for name in ("torch_baselines", "power_sgd")
     },
 }

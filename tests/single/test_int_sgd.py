@@ -225,23 +225,20 @@ def test_chunks_change_nothing_but_the_dither(monkeypatch: pytest.MonkeyPatch) -
     assert pieces.states[0]["rounded"] == whole.states[0]["rounded"] == 27000
 
 
-OTHER_DIGEST = np.array([1, 3], dtype=np.int32)
-
-
 @pytest.mark.parametrize(
     ("r", "other"),
     [
         (1.0, {"r": 1.0000001}),
         (1.0, {"rate": 0.5}),
-        (1.0, {"digest": OTHER_DIGEST}),
-        (0.0, {"digest": OTHER_DIGEST}),
+        (1.0, {"digest": [1, 3]}),
+        (0.0, {"digest": [1, 3]}),
     ],
     ids=str,
 )
 def test_ranks_that_differ_are_an_error_on_all(r: float, other: dict[str, Any]) -> None:
     """In whatever alpha follows from; in the parameters even where there is no alpha."""
     ranks = Ranks(3)
-    ranks.set(1000, r=r, x=None, digest=np.array([1, 2], np.int32))
+    ranks.set(1000, r=r, x=None, digest=[1, 2])
     ranks.states[2].update(other)
     for own, reduction in zip(ranks.job.pipelines, ranks.start(gradients(3, 1000)), strict=True):
         with pytest.raises(
