@@ -34,10 +34,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import gq_horovod.path
+import gq_horovod.research
+import mpi_ops
 from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.research.torch_baselines import QSGD, IntSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, TorchFrontend
 from mpi_ops import wire
+from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
 EVALUATIONS = 12  # in a run
@@ -317,9 +321,7 @@ def main() -> None:
     trained = options.model + ("" if options.sgd is None else f"-sgd-{options.sgd:g}")
     kept = options.output / "quality-runs"
     kept.mkdir(parents=True, exist_ok=True)
-    # What a run computes depends on these files; with others it has to be run again.
-    sources = [Path(__file__), Path(workloads.__file__)]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    version = _version()
 
     runs: dict[int, dict[str, list[dict[str, Any]]]] = {}
     jobs = []
@@ -359,6 +361,18 @@ def main() -> None:
     Path(f"{stem}.json").write_text(json.dumps(document, indent=2) + "\n")
     plot(runs, title, Path(f"{stem}.png"))
     print(f"Wrote {stem}.json and {stem}.png")
+
+
+def _version() -> str:
+    """Digest of what a run's losses and bytes depend on; with another one it has to be run again.
+
+    Of the benchmark, of the methods in Python, and of the kernels' sources.
+    """
+    sources = [Path(__file__), Path(workloads.__file__)]
+    for package in (gq_horovod.path, gq_horovod.research, mpi_ops):
+        sources += sorted(Path(package.__path__[0]).rglob("*.py"))
+    parts = [*(path.read_bytes() for path in sources), host.fingerprint().encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
 def _fits(name: str, ranks: int) -> bool:
