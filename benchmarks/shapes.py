@@ -17,6 +17,7 @@ PARAMETERS = {
     "BERT-large": 335_141_888,
     "GPT-2 small": 124_439_808,
     "DLRM": 65_584_721,
+    "DeepLight": 607_959_381,
 }
 
 # Rows of the tables of Criteo's Kaggle data (DLRM's own counts), of which so many are kept.
@@ -25,6 +26,13 @@ _CRITEO = (
     *(14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
 )
 _MOST_ROWS = 700_000
+
+# Rows of the tables of DeepLight in the authors' code (sands-lab/global-qsgd, commit 13d702f).
+_DEEPLIGHT = (
+    *(1,) * 13,
+    *(15040574, 35017, 17195, 7374, 20127, 4, 7111, 1397, 63, 10260959, 939647, 285463, 11, 2210),
+    *(10874, 117, 5, 971, 15, 15604226, 4668632, 13476290, 357276, 12277, 100, 35),
+)
 
 
 def _convolution(name: str, out: int, into: int, kernel: int, norm: str) -> Named:
@@ -103,6 +111,20 @@ def _dlrm() -> Named:
             yield from _linear(f"{name}.{2 * layer}", widths[layer + 1], widths[layer])
 
 
+def _deeplight() -> Named:
+    """DeepLight at the size of arXiv 2305.18627, as examples/deeplight/model.py has it."""
+    fields, dim, width = len(_DEEPLIGHT), 10, 400
+    yield "first", (fields, dim)
+    yield "field_bias", (fields,)
+    yield "pair_weight", (fields, fields)
+    yield "bias", (1,)
+    for table, rows in enumerate(_DEEPLIGHT):
+        yield f"tables.{table}.weight", (rows, dim)
+    for layer, into in enumerate((fields * dim, width, width)):
+        yield from _linear(f"deep.{2 * layer}", width, into)
+    yield "deep.6.weight", (1, width)
+
+
 def shapes(model: str) -> Shapes:
     """The parameters of a model of PARAMETERS, or of "COUNTxELEMENTS", in the model's order."""
     if model == "ResNet-50":
@@ -115,5 +137,7 @@ def shapes(model: str) -> Shapes:
         return list(_gpt2())
     if model == "DLRM":
         return list(_dlrm())
+    if model == "DeepLight":
+        return list(_deeplight())
     count, elements = map(int, model.split("x"))
     return [(f"layer{place}", (elements,)) for place in range(count)]

@@ -1,8 +1,9 @@
-"""Files that benchmarks/workloads.py reads."""
+"""Files that benchmarks/workloads.py reads, and the shapes of models."""
 
 from __future__ import annotations
 
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
 pytest.importorskip("horovod")
+import shapes
 import workloads
 
 
@@ -53,3 +55,20 @@ def test_without_the_pictures_the_error_says_where_to_get_them(
     monkeypatch.setattr(workloads.Clothes, "DIRECTORY", Path("no/such/place"))
     with pytest.raises(FileNotFoundError, match="apt-get download dataset-fashion-mnist"):
         workloads.Clothes(tmp_path)
+
+
+@pytest.mark.parametrize("model", shapes.PARAMETERS)
+def test_shapes_of_real_models_have_their_parameters(model: str) -> None:
+    own = dict(shapes.shapes(model))
+    assert len(own) == len(shapes.shapes(model))  # each has a name of its own
+    assert sum(map(math.prod, own.values())) == shapes.PARAMETERS[model]
+
+
+def test_deeplight_has_the_shapes_of_the_example() -> None:
+    import torch
+    from model import DeepLight
+
+    with torch.device("meta"):
+        made = DeepLight(shapes._DEEPLIGHT)
+    found = {name: tuple(own.shape) for name, own in made.named_parameters()}
+    assert found == dict(shapes.shapes("DeepLight"))
