@@ -121,8 +121,8 @@ def _deeplight() -> Named:
     for table, rows in enumerate(_DEEPLIGHT):
         yield f"tables.{table}.weight", (rows, dim)
     for layer, into in enumerate((fields * dim, width, width)):
-        yield from _linear(f"deep.{2 * layer}", width, into)
-    yield "deep.6.weight", (1, width)
+        yield from _linear(f"deep.{3 * layer}", width, into)
+    yield "deep.9.weight", (1, width)
 
 
 def shapes(model: str) -> Shapes:

@@ -100,8 +100,9 @@ def test_bytes_are_those_of_a_ring(world_size: int) -> None:
     assert 1.2 * fixed <= elias <= 1.4 * fixed  # 10.2 bits for an element, and not 8
     config = IntSGDConfig()
     ranks = SimulatedRanks(config, world_size, int_sgd(config))
-    assert ranks.reduce("w", xs, out) == wire.sent_bytes(4 * 3000, world_size)
-    assert ranks.reduce("w", xs, out) == wire.sent_bytes(24 * 128 + 12, world_size)
+    # Behind the numbers goes what tells whether all ranks have the same; behind codes, two more.
+    assert ranks.reduce("w", xs, out) == wire.sent_bytes(4 * (3000 + 3), world_size)
+    assert ranks.reduce("w", xs, out) == wire.sent_bytes(24 * 128 + 4 * (3 + 2), world_size)
 
 
 def test_refusals() -> None:
