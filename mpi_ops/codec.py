@@ -85,7 +85,9 @@ def measure(
         norm = "l2norm" if plan.norm == "l2" else "absmax"
         kernels.measure_table(norm, x.dtype, segments, plan.block_size or 0, staged)
         if plan.one_norm and staged.size > 1:
-            _spread(largest(staged, spare), staged)
+            # Norms of tensors on a GPU that are sent from host memory have their spare place there.
+            there = spare is not None and kernels_for(spare) is kernels_for(staged)
+            _spread(largest(staged, spare if there else None), staged)
         kernels.download(staged, out)
 
 
