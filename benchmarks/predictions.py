@@ -124,7 +124,7 @@ def compression(method: model.Method) -> Any:
 
     if method.config is None:
         return hvd.Compression.fp16 if method is model.FP16 else hvd.Compression.none
-    return GlobalQSGD(**vars(method.config))
+    return GlobalQSGD(**method.config.describe())
 
 
 # -------------------------------------------------------------------------------------- comparison

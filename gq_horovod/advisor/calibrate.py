@@ -491,7 +491,7 @@ def _backward(
             (f"calibrate.{method.name}.{name}.{index}", parameter)
             for index, parameter in enumerate(parameters)
         ],
-        compression=GlobalQSGD(**vars(method.config)),
+        compression=GlobalQSGD(**method.config.describe()),
     )
 
     def step() -> None:
