@@ -1,4 +1,4 @@
-"""Benchmarks from end to end, small: training.py, allreduce.py and quality.py."""
+"""Benchmarks from end to end, small: training.py, allreduce.py, quality.py and memory.py."""
 
 from __future__ import annotations
 
@@ -124,3 +124,14 @@ def test_quality(tmp_path: Path) -> None:
         assert (row["sent"] < by_name[ranks, "none"]["sent"]) == (name != "none" and not gathers)
     # A second call finds everything that has been run.
     assert run("quality.py", "convnet", *options, output=tmp_path) == printed
+
+
+def test_memory(tmp_path: Path) -> None:
+    options = ["--model", "3x4000000", "--methods", "none;standard"]
+    printed = run("memory.py", *options, output=tmp_path)
+    assert "gradients of 0.048 GB" in printed
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    # Codes are a quarter of the gradients, and pages come in no order; far from twice the gradients.
+    assert 0 < rows["standard"]["taken"] < 2 * 48_000_000
+    assert rows["none"]["beyond none"] == 0
+    assert (tmp_path / "memory.png").stat().st_size > 0
