@@ -6,10 +6,10 @@ import ast
 import copy
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import each_method
 import pytest
 import yaml
 from checks import (
@@ -28,9 +28,6 @@ from checks import (
     version,
     writable,
 )
-
-sys.path.insert(0, str(ROOT / "examples"))
-import each_method
 
 LOCAL = "overlays/local-cpu/deeplight/standard"
 
