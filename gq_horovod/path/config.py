@@ -83,11 +83,12 @@ class Config(Scheme):
             if self.check_replicas < 1:
                 expected = "1 or more steps"
                 self._fail("check_replicas", expected, self.check_replicas, "None never checks")
-        object.__setattr__(self, "rules", self._read_rules())  # as tuples, which have a hash
+        object.__setattr__(self, "rules", self._pairs)  # as tuples, which have a hash
         _ = self._by_pattern
 
-    def _read_rules(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
-        """The rules as pairs. Raises TypeError or ValueError for what is none."""
+    @cached_property
+    def _pairs(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
+        """The rules, read once. Raises TypeError or ValueError for what is none."""
         try:
             pairs = dict(self.rules)
             given = {own: None if x is None else dict(x) for own, x in pairs.items()}
@@ -120,7 +121,7 @@ class Config(Scheme):
         """The options of each rule's tensors."""
         return {
             pattern: None if given is None else self._ruled(pattern, dict(given))
-            for pattern, given in self._read_rules()
+            for pattern, given in self._pairs
         }
 
     def _ruled(self, pattern: str, options: dict[str, Any]) -> Config:
@@ -168,7 +169,7 @@ class Config(Scheme):
 
     def describe(self) -> dict[str, Any]:
         """The options as plain data, which JSON gives back as it is."""
-        rules = [[own, None if x is None else dict(x)] for own, x in self._read_rules()]
+        rules = [[own, None if x is None else dict(x)] for own, x in self._pairs]
         return {**super().describe(), "rules": rules}
 
     def describe_results(self) -> dict[str, Any]:
