@@ -533,6 +533,52 @@ GQ_HD Random keyed(const Random& random, const uint8_t a[kByteRows], const uint8
            random.stream[1] ^ static_cast<uint32_t>(key >> 32)}};
 }
 
+// A task of `pack` and `unpack` is a group of rows: elements as floats times `factor`, one segment
+// behind the other in `flat`, and zeros between; and what that has made, as elements again.
+template <typename T>
+GQ_HD void pack_rows(const Segment& s, int64_t number, float factor, float* flat) {
+  const int64_t begin = number * kGroupRows * kRow + column();
+  const int64_t elements = present(s), room = maximum(elements, s.stop - s.payload);
+  const T* x = static_cast<const T*>(s.x);
+#pragma unroll
+  for (int h = 0; h < kGroupRows; ++h) {
+    const int64_t i = begin + h * kRow;
+    if (i < room) flat[s.payload + i] = i < elements ? load(x[i]) * factor : 0.0f;
+  }
+}
+
+template <typename T>
+GQ_HD void unpack_rows(const Segment& s, int64_t number, const float* flat) {
+  const int64_t begin = number * kGroupRows * kRow + column();
+  const int64_t elements = present(s);
+  T* x = static_cast<T*>(s.x);
+#pragma unroll
+  for (int h = 0; h < kGroupRows; ++h) {
+    const int64_t i = begin + h * kRow;
+    if (i < elements) store(x + i, flat[s.payload + i]);
+  }
+}
+
+// The sum of several rows of floats, in their order; `out` may be one of them.
+GQ_HD void add_rows(const float* const* rows, int inputs, int64_t count, float* out) {
+  constexpr int64_t kTask = kGroupRows * kRow;
+  for (int64_t task = warp(); task * kTask < count; task += warps()) {
+    const int left = few(count - task * kTask - column());
+    const int64_t begin = task * kTask + column();
+    float sums[kGroupRows];
+    load_group(rows[0] + begin, left, sums);
+    for (int r = 1; r < inputs; ++r) {
+      float own[kGroupRows];
+      load_group(rows[r] + begin, left, own);
+#pragma unroll
+      for (int h = 0; h < kGroupRows; ++h) sums[h] += own[h];
+    }
+#pragma unroll
+    for (int h = 0; h < kGroupRows; ++h)
+      if (h * kRow < left) out[begin + h * kRow] = sums[h];
+  }
+}
+
 // The operation of MPI: inout = round(in + inout), its dither keyed by the two.
 GQ_HD void add_exponential_rows(const uint8_t* in, uint8_t* inout, int64_t bytes,
                                 const Random& random) {
@@ -664,7 +710,21 @@ GQ_KERNEL gq_dequantize_exponential(const Segment* segments, int count, int64_t 
   });
 }
 
+GQ_KERNEL gq_pack(const Segment* segments, int count, int64_t tasks, float factor, float* flat) {
+  for_tasks(segments, count, tasks,
+            [=](const Segment& s, int64_t number) { pack_rows<Element>(s, number, factor, flat); });
+}
+
+GQ_KERNEL gq_unpack(const Segment* segments, int count, int64_t tasks, const float* flat) {
+  for_tasks(segments, count, tasks,
+            [=](const Segment& s, int64_t number) { unpack_rows<Element>(s, number, flat); });
+}
+
 #else  // codes have no element type: one module for them
+
+GQ_KERNEL gq_add(const float* const* rows, int inputs, int64_t count, float* out) {
+  add_rows(rows, inputs, count, out);
+}
 
 GQ_KERNEL gq_reduce_exponential(const Segment* segments, int count, int64_t tasks,
                                 const uint8_t* const* codes, int inputs, int bits, float factor,

@@ -67,6 +67,9 @@ _SIGNATURES = {
     "reduce_exponential": "tpiifup",
     "add_exponential": SIGNATURES["add_exponential"],
     "mean_standard": SIGNATURES["mean_standard"],
+    "pack": "tfp",
+    "unpack": "tp",
+    "add": SIGNATURES["add"],
 }
 # Numbers of lanes for which quantize_standard and mean_standard have kernels of their own.
 _OWN_KERNEL = (2, 4, 8)
@@ -344,6 +347,16 @@ class Device(Kernels):
         own = segments.copy()
         own["elements"] = lanes.exponential_bytes(own["elements"], bits)
         self._reduce(own, self.table(inputs), len(inputs), bits, factor, self.address(out))
+
+    def pack_table(self, dtype: str, segments: NDArray[Any], factor: float, flat: Any) -> None:
+        present = segments["elements"] * (segments["x"] != 0)
+        room = np.maximum(present, segments["stop"] - segments["payload"])
+        tasks = -(-room // lanes.GROUP)
+        _over("pack", dtype, segments, tasks, factor, self.address(flat))
+
+    def unpack_table(self, dtype: str, segments: NDArray[Any], flat: Any) -> None:
+        tasks = -(-segments["elements"] // lanes.GROUP) * (segments["x"] != 0)
+        _over("unpack", dtype, segments, tasks, self.address(flat))
 
     # -------------------------------------------------------------------------------- one launch
 

@@ -845,6 +845,53 @@ GQ_INLINE int reduce_segments(const uint8_t* const* codes, int inputs, const Seg
   return kStatusOk;
 }
 
+// ------------------------------------------------------------------------------------ exact sums
+
+// Elements as floats times `factor`, one segment behind the other in `flat`, and zeros between.
+template <typename T>
+GQ_INLINE void pack_segments(const Segment* segments, int64_t count, float factor, float* flat) {
+  for_parts(
+      segments, count, sizeof(T), elements_of, [](const Segment&) { return int64_t{kGroup}; },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        if (begin == 0) pad(flat, s, s.elements);
+        if (s.x == nullptr) return;
+        const T* x = static_cast<const T*>(s.x);
+        float* out = flat + s.payload;
+        for (int64_t i = begin; i < end; ++i) out[i] = load(x[i]) * factor;
+      });
+}
+
+// What pack_segments has made of elements, without a factor, as elements again.
+template <typename T>
+GQ_INLINE void unpack_segments(const Segment* segments, int64_t count, const float* flat) {
+  for_parts(
+      segments, count, sizeof(T), elements_of, [](const Segment&) { return int64_t{kGroup}; },
+      [=](const Segment& s, int64_t begin, int64_t end) {
+        if (s.x == nullptr) return;
+        T* x = static_cast<T*>(s.x);
+        const float* from = flat + s.payload;
+        for (int64_t i = begin; i < end; ++i) store(x + i, from[i]);
+      });
+}
+
+// The sum of several rows, in their order; `out` may be one of them.
+GQ_INLINE void add_rows(const float* const* rows, int inputs, int64_t count, float* out) {
+  constexpr int64_t kPart = 1024;
+  const Segment s = whole(out, count);
+  for_parts(
+      &s, 1, int64_t{4} * inputs, elements_of, [](const Segment&) { return kPart; },
+      [=](const Segment&, int64_t begin, int64_t end) {
+        float sums[kPart];
+        for (int64_t at = begin; at < end; at += kPart) {
+          const int64_t size = end - at < kPart ? end - at : kPart;
+          for (int64_t i = 0; i < size; ++i) sums[i] = rows[0][at + i];
+          for (int r = 1; r < inputs; ++r)
+            for (int64_t i = 0; i < size; ++i) sums[i] += rows[r][at + i];
+          for (int64_t i = 0; i < size; ++i) out[at + i] = sums[i];
+        }
+      });
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------ C interface
@@ -1062,6 +1109,21 @@ GQ_EXPORT(gq_decode_elias)
 }
 
 // Random words as the quantizers see them, for tests against the published generator.
+GQ_EXPORT(gq_pack_table)
+(int dtype, const Segment* segments, int64_t count, float factor, float* flat) {
+  GQ_DISPATCH(dtype, pack_segments<T>(segments, count, factor, flat));
+}
+
+GQ_EXPORT(gq_unpack_table)
+(int dtype, const Segment* segments, int64_t count, const float* flat) {
+  GQ_DISPATCH(dtype, unpack_segments<T>(segments, count, flat));
+}
+
+GQ_EXPORT(gq_add)(const float* const* rows, int inputs, int64_t count, float* out) {
+  add_rows(rows, inputs, count, out);
+  return kStatusOk;
+}
+
 GQ_EXPORT(gq_philox)(const uint32_t* counter, const uint32_t* key, int rounds, uint32_t* out) {
   if (rounds == 7)
     philox4x32<7>(counter[0], counter[1], counter[2], counter[3], key[0], key[1], out);

@@ -245,6 +245,14 @@ class Host(Kernels):
         arguments = self.table(inputs), len(inputs), *own, bits, factor, self.address(out)
         self.launch("reduce_exponential_table", None, 0, *arguments)
 
+    def pack_table(
+        self, dtype: str, segments: NDArray[Any], factor: float, flat: NDArray[np.float32]
+    ) -> None:
+        self._over("pack_table", dtype, segments, factor, self.address(flat))
+
+    def unpack_table(self, dtype: str, segments: NDArray[Any], flat: NDArray[np.float32]) -> None:
+        self._over("unpack_table", dtype, segments, self.address(flat))
+
     def _over(self, name: str, dtype: str, segments: NDArray[Any], *arguments: Any) -> None:
         if len(segments):
             self.launch(name, dtype, 0, self.address(segments), len(segments), *arguments)

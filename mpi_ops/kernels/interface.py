@@ -37,6 +37,7 @@ SIGNATURES = {
     "reduce_exponential": "pilifrp",
     "add_exponential": "pplir",
     "mean_standard": "pillpiilp",
+    "add": "pilp",
 }
 
 # Of one call for the tensors of a bucket: the segments and their number in place of a pointer and a
@@ -49,6 +50,8 @@ TABLE_SIGNATURES = {
     "quantize_exponential_table": "dpllpip",
     "dequantize_exponential_table": "dpllpip",
     "reduce_exponential_table": "piplifp",
+    "pack_table": "dplfp",
+    "unpack_table": "dplp",
 }
 
 # A tensor, or a part of one, in a table; the same fields as Segment in host.cpp. Norms and payload
@@ -509,7 +512,31 @@ class Kernels(ABC):
         )
         return mean
 
+    def add(self, rows: Sequence[Array], out: Array) -> None:
+        """Write the sum of several float32 arrays, added in their order, to `out`.
+
+        It may be one of them.
+        """
+        require("add", "rows", len(rows) >= 1, "at least one array", len(rows))
+        for index, row in enumerate((out, *rows)):
+            name = f"rows[{index - 1}]" if index else "out"
+            self._check_array("add", name, row, np.float32, out.size)
+        arguments = self.table(rows), len(rows), out.size, self.address(out)
+        self.launch("add", None, out.size, *arguments)
+
     # ------------------------------------------------------------------------------------- tables
+
+    @abstractmethod
+    def pack_table(self, dtype: str, segments: NDArray[Any], factor: float, flat: Array) -> None:
+        """Write the elements of all segments times `factor` to `flat`, as float32.
+
+        Their places there are those of codes. Zeros stand for segments without elements, and up to
+        a segment's `stop`.
+        """
+
+    @abstractmethod
+    def unpack_table(self, dtype: str, segments: NDArray[Any], flat: Array) -> None:
+        """Write what lies in `flat` where `pack_table` has put elements, to the elements."""
 
     @abstractmethod
     def reduce_table(

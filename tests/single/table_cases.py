@@ -198,6 +198,50 @@ def test_reduced_codes_of_a_table(bits: int, number: int, device: Any) -> None:
 
 
 @pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_table_is_packed_as_floats_and_unpacked(dtype: str, device: Any) -> None:
+    asarray = device.cupy.asarray
+    segments, flat = table(dtype, 0, lambda count: count)
+    size = int(segments["payload"][-1]) + 4 * ROW
+    packed = np.full(size, 77, np.float32)
+    own = placed(segments, buffer(flat).pointer)
+    host.KERNELS.pack_table(dtype, own, 0.25, packed)
+    memory = on_device(device, flat)[1]
+    for parts in launches(placed(segments, memory.pointer)):
+        got = asarray(np.full(size, 77, np.float32))
+        for part in parts:
+            device.KERNELS.pack_table(dtype, part, 0.25, got)
+        np.testing.assert_array_equal(got.get(), packed)  # a GPU has other NaNs
+    expected = flat.copy()
+    own = placed(segments, buffer(expected).pointer)
+    host.KERNELS.unpack_table(dtype, own, np.abs(packed))
+    for parts in launches(segments):
+        there, memory = on_device(device, flat)
+        for part in parts:
+            place = placed(part, memory.pointer)
+            device.KERNELS.unpack_table(dtype, place, asarray(np.abs(packed)))
+        same(there, expected)
+
+
+@pytest.mark.usefixtures("grid")
+@pytest.mark.parametrize("count", [0, 1, 33, 2047, 2049, 70001])
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_rows_of_floats_are_added_in_their_order(number: int, count: int, device: Any) -> None:
+    random = np.random.default_rng(count)
+    rows = [random.standard_normal(count, np.float32) * 10.0**place for place in range(number)]
+    rows = [row.astype(np.float32) for row in rows]
+    expected = rows[0].copy()
+    for row in rows[1:]:
+        expected += row
+    own = [row.copy() for row in rows]
+    host.KERNELS.add(own, own[-1])  # in place of one of them
+    np.testing.assert_array_equal(own[-1], expected)
+    out = device.cupy.asarray(np.full(count, 77, np.float32))
+    device.KERNELS.add([*map(device.cupy.asarray, rows)], out)
+    same(out, expected)
+
+
+@pytest.mark.usefixtures("grid")
 def test_a_table_of_more_segments_than_a_warp_finds_in_two_votes(device: Any) -> None:
     sizes = [place % 3 for place in range(1100)]
     segments, flat = table("float32", 32, lambda count: ROW, sizes)
@@ -221,4 +265,6 @@ def test_a_table_without_elements(device: Any) -> None:
             device.KERNELS.measure_table(norm, "float32", segments, 256, out)
         device.KERNELS.quantize_table("float32", segments, out, out, levels=127, **settings)
         device.KERNELS.dequantize_table("float32", segments, out, out, divisor=1, **settings)
+        device.KERNELS.pack_table("float32", segments, 1.0, out)
+        device.KERNELS.unpack_table("float32", segments, out)
         same(out, np.full(8, 77, np.int32))

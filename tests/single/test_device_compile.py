@@ -31,10 +31,10 @@ KERNELS = {
         *("gq_absmax", "gq_l2norm", "gq_l2norm_of_partial", "gq_dequantize_standard"),
         *(f"gq_quantize_standard{variant}" for variant in ("", "_2", "_4", "_8")),
         *(f"gq_quantize_standard{variant}_square" for variant in ("", "_4", "_8")),
-        *("gq_quantize_exponential", "gq_dequantize_exponential"),
+        *("gq_quantize_exponential", "gq_dequantize_exponential", "gq_pack", "gq_unpack"),
     },
     "codes": {
-        *("gq_reduce_exponential", "gq_add_exponential"),
+        *("gq_reduce_exponential", "gq_add_exponential", "gq_add"),
         *(f"gq_mean_standard{variant}" for variant in ("", "_2", "_4", "_8")),
     },
 }

@@ -40,12 +40,14 @@ from reference import buffer, float_bits
 from table_cases import (  # noqa: F401 and those of tables
     placed,
     table,
+    test_a_table_is_packed_as_floats_and_unpacked,
     test_a_table_of_more_segments_than_a_warp_finds_in_two_votes,
     test_a_table_without_elements,
     test_exponential_codes_of_a_table,
     test_norms_of_a_table,
     test_nothing_between_norms_is_written_where_blocks_are_small,
     test_reduced_codes_of_a_table,
+    test_rows_of_floats_are_added_in_their_order,
     test_standard_codes_of_a_table,
 )
 

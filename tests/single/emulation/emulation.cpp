@@ -24,6 +24,8 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
   GQ_RUN(gq_dequantize_standard);
   GQ_RUN(gq_quantize_exponential);
   GQ_RUN(gq_dequantize_exponential);
+  GQ_RUN(gq_pack);
+  GQ_RUN(gq_unpack);
 #else
   GQ_RUN(gq_reduce_exponential);
   GQ_RUN(gq_add_exponential);
@@ -31,6 +33,7 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
   GQ_RUN(gq_mean_standard_4);
   GQ_RUN(gq_mean_standard_8);
   GQ_RUN(gq_mean_standard);
+  GQ_RUN(gq_add);
 #endif
   return "no such kernel";
 }
