@@ -221,6 +221,30 @@ def dequantize_parcel(
             kernels.wait()
 
 
+def pack(x: Tensors, segments: NDArray[Any], factor: float, out: NDArray[np.float32]) -> None:
+    """Write the elements of all segments times `factor` to their places in `out`, as float32."""
+    kernels = kernels_for(x)
+    with kernels.on_device_of(x):
+        staged = kernels.staging(out)
+        kernels.pack_table(x.dtype, segments, factor, staged)
+        kernels.download(staged, out)
+
+
+def add(rows: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Write the sum of several rows, added in their order, to `out`, where they lie as well."""
+    kernels_for(out).add(list(rows), out)
+
+
+def unpack(flat: NDArray[np.float32], segments: NDArray[Any], out: Tensors) -> None:
+    """Write what lies in `flat` at the places of segments of `out` to their elements."""
+    kernels = kernels_for(out)
+    with kernels.on_device_of(out):
+        there = kernels.upload(flat)
+        kernels.unpack_table(out.dtype, segments, there)
+        if there is not flat:  # the values came from the host, and go with it
+            kernels.wait()
+
+
 def norms_of_share(norms: Norms, count: int, rank: int, plan: Plan) -> Norms:
     """The norms of the share that `rank` reduces, out of those of `count` elements.
 

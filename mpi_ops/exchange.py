@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -64,8 +65,7 @@ class Exchange:
         """
         comm, stages = self.comm, self.stages
         tag = self.first_tag + 2 * (parcel.index % CHUNKS_IN_FLIGHT)
-        # Each rank begins with its neighbour, so that not all of them send to the same one first.
-        others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+        others = _others(comm)
 
         # Reduced shares come where the codes have been. They may be longer.
         dtype = codec.payload_dtype(stages.plan)
@@ -84,6 +84,30 @@ class Exchange:
         requests += [comm.Isend(reduced[comm.rank], rank, tag + 1) for rank in others]
         yield from finish(requests)
         self.deliver(parcel, reduced.reshape(-1))
+
+
+def alltoall(comm: MPI.Intracomm, tag: int, array: NDArray[Any], out: NDArray[Any]) -> Steps:
+    """Piece i of rank j becomes piece j of rank i, in `out`; pieces are equal parts of `array`."""
+    own, pieces = array.reshape(comm.size, -1), out.reshape(comm.size, -1)
+    others = _others(comm)
+    requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
+    requests += [comm.Isend(own[rank], rank, tag) for rank in others]
+    pieces[comm.rank] = own[comm.rank]
+    yield from finish(requests)
+
+
+def allgather(comm: MPI.Intracomm, tag: int, array: NDArray[Any], out: NDArray[Any]) -> Steps:
+    """The arrays of all ranks, in `out`."""
+    rows, others = out.reshape(comm.size, -1), _others(comm)
+    requests = [comm.Irecv(rows[rank], rank, tag) for rank in reversed(others)]
+    requests += [comm.Isend(array, rank, tag) for rank in others]
+    rows[comm.rank] = array
+    yield from finish(requests)
+
+
+def _others(comm: MPI.Intracomm) -> list[int]:
+    """The other ranks, the neighbour first: so not all of them send to the same one at first."""
+    return [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
 
 def finish(requests: list[MPI.Request]) -> Steps:

@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     chunk: int  # its number in the tensor
     start: int  # its first element
     stop: int
+    skipped: int  # elements of the chunk before it; a whole number of lanes.GROUP
     norms: int  # place of its first norm among the bucket's
     norm_count: int
     payload: int  # place of its codes in the parcel
@@ -121,6 +122,7 @@ class Parcel:
         own["elements"] = [piece.elements for piece in self.pieces]
         own["norms"] = [piece.norms for piece in self.pieces]
         own["payload"] = [piece.payload for piece in self.pieces]
+        own["group"] = [piece.skipped // lanes.GROUP for piece in self.pieces]
         own["stop"] = [*own["payload"][1:], self.size] if self.pieces else []
         return own
 
@@ -163,7 +165,8 @@ class Parcel:
             segment["elements"] = part.elements
             segment["norms"] = part.inside // (plan.block_size or max(self.padded, 1))
             segment["payload"] = part.inside // sizes.row_elements(plan) * lanes.ROW
-            segment["group"] = part.skipped // lanes.GROUP
+            skipped = self.pieces[part.piece].skipped + part.skipped
+            segment["group"] = skipped // lanes.GROUP
         own["stop"] = [*own["payload"][1:], self.share_size] if parts else []
         return np.array([part.piece for part in parts], dtype=np.int64), own
 
@@ -217,7 +220,11 @@ class Layout:
 
 @lru_cache(maxsize=1024)
 def layout(
-    counts: tuple[int, ...], plan: Plan, limit: int | None, norms_for: Plan | None = None
+    counts: tuple[int, ...],
+    plan: Plan,
+    limit: int | None,
+    norms_for: Plan | None = None,
+    parts_of: tuple[tuple[int, int], ...] | None = None,
 ) -> Layout:
     """How tensors of so many elements are reduced together.
 
@@ -227,6 +234,9 @@ def layout(
         limit: elements of a chunk, and of a parcel. None: codes travel as messages between ranks,
             in chunks of their own size.
         norms_for: the plan of the layout by which norms are there already, if that is another.
+        parts_of: where these are parts of tensors, the first element of each, and the elements of
+            its whole tensor. Parts begin with whole blocks and whole lanes.GROUP, and have the
+            chunks and the dithers of the whole: their codes are those that it would have there.
     """
     messages = limit is None
     shares = messages or not plan.in_flight
@@ -240,16 +250,22 @@ def layout(
     payload = elements = 0
     for tensor, count in enumerate(counts):
         places.append(at)
-        wanted = message_elements(count) if limit is None else limit
-        for chunk, (start, stop) in enumerate(spans(count, plan, wanted)):
-            own = stop - start
+        first, whole = (0, count) if parts_of is None else parts_of[tensor]
+        wanted = message_elements(whole) if limit is None else limit
+        for chunk, (begin, end) in enumerate(spans(whole, plan, wanted)):
+            start, stop = max(begin - first, 0), min(end - first, count)
+            own, skipped = stop - start, first + start - begin
+            if own <= 0:
+                continue
             if pieces and (elements + own > most or not plan.mixes_tensors):
                 parcels.append(Parcel(len(parcels), tuple(pieces), plan, shares))
                 pieces, payload, elements = [], 0, 0
             norms = at + (start // plan.block_size if plan.block_size else 0)
             norm_count = lanes.blocks(own, plan.block_for(own))
             units = -(-own // share_unit) if shares else 0
-            pieces.append(Piece(tensor, chunk, start, stop, norms, norm_count, payload, units))
+            pieces.append(
+                Piece(tensor, chunk, start, stop, skipped, norms, norm_count, payload, units)
+            )
             elements += own
             if shares:
                 payload += units * share_unit // row * lanes.ROW

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +41,14 @@ class Memory:
 
     def __init__(self) -> None:
         self._arrays: dict[str, Array] = {}
+        self._parts: dict[str, Memory] = {}
+
+    def part(self, name: str) -> Memory:
+        """Memory of the same kind, for what goes on beside the rest; the same one for a name."""
+        if name not in self._parts:
+            own = self._parts[name] = copy(self)
+            own._arrays, own._parts = {}, {}
+        return self._parts[name]
 
     def take(self, name: str, size: int, dtype: Any) -> Array:
         """An array for kernels: one that was given out before under that name, or a new one."""

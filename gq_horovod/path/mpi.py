@@ -19,19 +19,22 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpi_ops import exchange as messages
 from mpi_ops import lifetime
 from mpi_ops.codec import Payload
 from mpi_ops.exchange import TAGS, Exchange
 from mpi_ops.kernels.host import Tensors
 from mpi_ops.layout import Parcel
+from mpi_ops.nodes import ROUNDS_IN_FLIGHT
 from mpi_ops.stages import Stages, Steps
 
-from .pipeline import Pipeline
+from .pipeline import Array, Pipeline
 
 # Exchanges under way. They own the memory that MPI reads and writes, so they have to outlive a
 # pipeline that is given up.
@@ -51,8 +54,9 @@ _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 class Running:
     """An exchange under way; `Handle` of the pipeline. It advances when it is asked."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._steps = exchange.run()
+    def __init__(self, steps: messages.Steps, result: Any = None) -> None:
+        """Begin it; `result` is what wait() returns."""
+        self._steps, self._result = steps, result
         self.failed = self._complete = False
         _running.add(self)
         self.ready()  # the first messages go out now
@@ -79,10 +83,11 @@ class Running:
             _running.discard(self)
         return self._complete
 
-    def wait(self) -> None:
-        """Block until the result is complete."""
+    def wait(self) -> Any:
+        """The result, after blocking until it is complete."""
         while not self.ready():
             pass
+        return self._result
 
 
 class _Library:
@@ -156,17 +161,29 @@ def leave() -> None:
 class Messages:
     """Exchanges among the ranks of one group; `Exchanges` of the pipeline."""
 
-    def __init__(self, ranks: list[int]) -> None:
-        """Collective over `ranks` of the world, which are given in the same order on each."""
+    def __init__(self, ranks: list[int], node: list[int] | None = None) -> None:
+        """Collective over `ranks` of the world, which are given in the same order on each.
+
+        And over those of this node, if they are given: then all messages are between either.
+        """
         _mpi.watch()
         self._comm = _communicator(tuple(ranks))
+        self._node = None if node is None else _communicator(tuple(node))
         limit = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # what the standard guarantees
-        self._numbers = (min(limit, 2**30) + 1) // TAGS
+        # Of a reduction by nodes several rounds are in flight.
+        self._numbers = (min(limit, 2**30) + 1) // TAGS // (ROUNDS_IN_FLIGHT if node else 1)
         self._counter = _counter(tuple(ranks))
 
-    def propose(self) -> int:
-        """A number that this rank uses for no other exchange in flight."""
-        return next(self._counter) % self._numbers
+    def proposals(self, rank: int, ranks: int) -> list[int]:
+        """A number for the next exchange, at the place of this rank among zeros for the others."""
+        proposals = [0] * ranks
+        proposals[rank] = next(self._counter) % self._numbers + 1
+        return proposals
+
+    def inside(self, number: int) -> Inside:
+        """Collectives among the ranks of this node."""
+        assert self._node is not None
+        return Inside(self._node, number * TAGS)
 
     def start(
         self,
@@ -178,7 +195,24 @@ class Messages:
         deliver: Callable[[Parcel, Payload], None],
     ) -> Running:
         """Reduce the codes of `x` over ranks."""
-        return Running(Exchange(self._comm, number * TAGS, x, steps, norms, stages, deliver))
+        return Running(Exchange(self._comm, number * TAGS, x, steps, norms, stages, deliver).run())
+
+
+class Inside(NamedTuple):
+    """Collectives of float32 arrays by messages; those of one number in the same order on each."""
+
+    comm: MPI.Intracomm
+    first_tag: int
+
+    def alltoall(self, array: Array, name: str) -> Running:
+        """Piece i of rank j becomes piece j of rank i; pieces are equal parts of `array`."""
+        out = np.empty_like(array)
+        return Running(messages.alltoall(self.comm, self.first_tag, array, out), out)
+
+    def allgather(self, array: Array, name: str) -> Running:
+        """The arrays of all ranks, one after the other."""
+        out = np.empty(array.size * self.comm.size, array.dtype)
+        return Running(messages.allgather(self.comm, self.first_tag + 1, array, out), out)
 
 
 @cache

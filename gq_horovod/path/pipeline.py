@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ from .config import Plan
 from .memory import Handle as Handle
 from .memory import Memory as Memory
 from .memory import Waiting
+
+if TYPE_CHECKING:
+    from .nodes import Nodes
 
 _log = Log(__name__)
 _not_finite = Rarely()
@@ -77,8 +80,12 @@ class Collectives(Protocol):
 class Exchanges(Protocol):
     """Reductions by messages between ranks, told apart by number (`gq_horovod.path.mpi`)."""
 
-    def propose(self) -> int:
-        """A number, not negative, that this rank uses for no other exchange in flight."""
+    def proposals(self, rank: int, ranks: int) -> list[int]:
+        """This rank's part of what all ranks take the maximum of, to get every rank's proposal.
+
+        That is a positive number for each of so many ranks; one less is used for no other exchange
+        in flight of the rank that proposes it. Zeros stand for others.
+        """
 
     def start(
         self,
@@ -118,6 +125,8 @@ class Task:
     # What the method keeps of a tensor from step to step.
     state: dict[str, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
+    nodes: Nodes | None = None  # where ranks are, if that matters to `method`
+    described: Stages | None = None  # what this rank computes, if not what follows from the rest
     # Called with whether any rank has each of several tensors, as soon as that is known.
     seen: Callable[[NDArray[np.int32]], None] | None = None
     # Called as soon as a part of a mean is decoded: with the tensor's place, the chunk of it, and
@@ -127,9 +136,17 @@ class Task:
     @cached_property
     def stages(self) -> Stages:
         """What this rank computes."""
+        if self.described is not None:
+            return self.described
         limit = None if self.exchanges is not None else chunk_elements(self.plan.world_size)
         own = layout(self.counts, self.plan, limit)
         return _stages(own, self.keys, self.seed, self.rank)
+
+    def there(self) -> list[int]:
+        """Which tensors this rank has; nothing where nobody asks."""
+        if self.seen is None or len(self.counts) == 1:
+            return []
+        return [int(own != 0) for own in self.x.pointers]
 
     def summed(self, plan: Plan) -> Stages:
         """What it computes where codes are summed by Allreduce, by norms that are there already."""
@@ -246,7 +263,7 @@ class Shared(NamedTuple):
 def global_norms(task: Task, *beside: int) -> Generator[Handle, Any, Shared]:
     """The norms of all ranks, and the maximum over ranks of what goes beside them."""
     memory, count = task.memory, task.stages.layout.norm_count
-    there = [int(own != 0) for own in task.x.pointers] if len(task.counts) > 1 else []
+    there = task.there()
     tail = [*there, *beside]
     own = memory.take(stages.NORM, count + len(tail), np.int32)
     spare = memory.take("largest", 1, np.int32) if task.plan.one_norm else None
@@ -318,15 +335,22 @@ def _sum_without_the_joined(task: Task, norms: NDArray[np.int32], deliver: Deliv
     Horovod lets such a rank take part in an Allreduce, with zeros, and in nothing else. So codes
     travel as standard levels of the widest lanes, which are finer than those of any other plan.
     """
-    bits, ranks = max(lanes.STANDARD_BITS), task.plan.world_size
+    plan = plan_without_the_joined(task.plan, task.plan.world_size)
+    yield from _sum(task, norms, task.summed(plan), stages.joined, deliver)
+
+
+def plan_without_the_joined(plan: Plan, ranks: int) -> Plan:
+    """Settings with which any Allreduce of `ranks` ranks adds codes."""
+    bits = max(lanes.STANDARD_BITS)
     count = lanes.levels(bits, ranks)
     if count == 0:
         raise RuntimeError(
             f"GlobalQSGD: a rank has called hvd.join(), and codes of {ranks} ranks cannot be "
             f"summed in {bits} bits meanwhile; give every rank as many batches."
         )
-    plan = replace(task.plan, levels="standard", bits=bits, level_count=count, square=False)
-    yield from _sum(task, norms, task.summed(plan), stages.joined, deliver)
+    return replace(
+        plan, world_size=ranks, levels="standard", bits=bits, level_count=count, square=False
+    )
 
 
 def by_shares(task: Task, deliver: Deliver) -> Reduction:
@@ -362,19 +386,24 @@ def exchange(task: Task, deliver: Deliver) -> Reduction:
     assert task.exchanges is not None
     # Every rank's proposal comes back with the norms. A rank that has called hvd.join() takes part
     # in Horovod's operations with zeros, and in no exchange.
-    proposals = [0] * task.plan.world_size
-    proposals[task.rank] = task.exchanges.propose() + 1
+    proposals = task.exchanges.proposals(task.rank, task.plan.world_size)
     norms, numbers = yield from global_norms(task, *proposals)
     if not numbers.all():
         yield from _sum_without_the_joined(task, norms, deliver)
         return
-    number, own = int(numbers[0]) - 1, task.stages
-    near = codec.near(norms, task.x)
+    yield from by_messages(task, task.exchanges, int(numbers[0]) - 1, norms, deliver)
+
+
+def by_messages(
+    task: Task, exchanges: Exchanges, number: int, norms: NDArray[np.int32], deliver: Deliver
+) -> Reduction:
+    """The exchange of that number, by norms that are there already."""
+    own, near = task.stages, codec.near(norms, task.x)
 
     def deliver_reduced(parcel: Parcel, payload: Payload) -> None:
         deliver(parcel, Reduced(own, near, payload))
 
-    yield task.exchanges.start(number, task.x, task.steps, norms, own, deliver_reduced)
+    yield exchanges.start(number, task.x, task.steps, norms, own, deliver_reduced)
 
 
 METHODS = {

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import DTYPES, Array, buffer
+from reduced import reduce_together
+from reference import DTYPES, Array
 
 from gq_horovod.path import pipeline
 from gq_horovod.path.buckets import cut, name_of
 from gq_horovod.path.config import Config
-from gq_horovod.path.pipeline import InFlight, Task
-from gq_horovod.research.simulation import _Network
 from mpi_ops import chunks, lanes, sizes, wire
 from mpi_ops.kernels import host
-from mpi_ops.kernels.host import Tensors
 from mpi_ops.layout import layout
 
 CONFIGS = {
@@ -34,52 +32,6 @@ CONFIGS = {
     "two-hop of 2 bits, small blocks": Config(levels="two-hop", bits=2, block_size=32),
 }
 COUNTS = (1, 255, 0, 256, 4096, 33, 5000, 257, 31, 1024, 96)
-
-
-def reduce_together(
-    config: Config,
-    xs: list[list[Array]],
-    names: list[str],
-    absent: tuple[tuple[int, int], ...] = (),
-    observe: Any = None,
-) -> list[list[Array]]:
-    """The means of each rank's tensors, as one bucket; `absent` are (rank, tensor)."""
-    ranks, network = len(xs), _Network(len(xs))
-    plan = config.plan(ranks)
-    outs = [[np.full_like(x, 77) for x in own] for own in xs]
-
-    def tensors(own: list[Array], rank: int) -> Tensors:
-        pointers = [
-            0 if (rank, place) in absent else buffer(x).pointer for place, x in enumerate(own)
-        ]
-        dtype = buffer(own[0]).dtype
-        return Tensors(np.array(pointers, dtype=np.uint64), dtype, own)
-
-    started = [
-        InFlight(
-            Task(
-                name="bucket",
-                keys=tuple(names),
-                counts=tuple(x.size for x in own),
-                x=tensors(own, rank),
-                new_output=lambda rank=rank: tensors(outs[rank], rank),
-                plan=plan,
-                collectives=network,
-                rank=rank,
-                seed=3,
-                steps=np.arange(len(own), dtype=np.uint32),
-                seen=observe,
-            )
-        )
-        for rank, own in enumerate(xs)
-    ]
-    while not all(own.done for own in started):
-        progress = [own.advance() for own in started]
-        assert any(progress), "the ranks wait for each other"
-    for own in started:
-        assert own.error is None, own.error
-        own.decode()
-    return outs
 
 
 def inputs(ranks: int, counts: Any, dtype: str = "float32", seed: int = 0) -> list[list[Array]]:

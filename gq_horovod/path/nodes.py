@@ -1,0 +1,267 @@
+"""hierarchical: exact sums inside a node, codes between nodes (`mpi_ops.nodes`).
+
+A bucket is reduced as a whole by one generator, like any other (`pipeline`). Inside, several of its
+rounds are under way at a time, and each reduces this rank's share by the ordinary way of its levels
+among the ranks of the same place in their nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ops import codec, nodes
+from mpi_ops.chunks import chunk_elements
+from mpi_ops.kernels.interface import Tensors
+from mpi_ops.layout import Parcel, layout
+from mpi_ops.nodes import Round
+from mpi_ops.scheme import Plan
+from mpi_ops.stages import Stages
+
+from . import pipeline
+from .memory import Memory
+from .pipeline import (
+    PRESENT,
+    Array,
+    Collectives,
+    Deliver,
+    Exchanges,
+    Handle,
+    Method,
+    Reduced,
+    Reduction,
+    Task,
+)
+
+__all__ = ["METHOD", "Nodes"]
+
+# Operations of a bucket, and of a round.
+PRESENCE = "there"
+
+
+def _inside(index: int) -> str:
+    return f"node.{index}"
+
+
+def _whole(index: int) -> str:
+    return f"whole.{index}"
+
+
+class Inside(Protocol):
+    """Part of `Collectives`."""
+
+    def alltoall(self, array: Array, name: str) -> Handle: ...
+    def allgather(self, array: Array, name: str) -> Handle: ...
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where this rank is, and what it reaches the others by."""
+
+    rank: int  # of all
+    ranks: int  # of all nodes
+    ranks_per_node: int
+    node: int
+    place: int  # in the node
+    # Among the ranks of the node, of float32 arrays, for an exchange of some number.
+    inside: Callable[[int], Inside]
+    across: Collectives | None  # among those of this place; None where codes go as messages
+    exchanges: Exchanges | None = None  # those
+
+
+class _Gathered(NamedTuple):
+    """The means of a round, packed."""
+
+    flat: Array
+
+
+@lru_cache(maxsize=4096)  # what is worked out for a bucket serves all of its steps
+def _stages(
+    own: Round,
+    place: int,
+    keys: tuple[str, ...],
+    counts: tuple[int, ...],
+    plan: Plan,
+    limit: int | None,
+    seed: int,
+    node: int,
+) -> Stages:
+    """What a node's rank at a place computes of its share of a round."""
+    parts = own.shares[place]
+    described = layout(
+        tuple(part.stop - part.start for part in parts),
+        plan,
+        limit,
+        parts_of=tuple((part.start, counts[part.tensor]) for part in parts),
+    )
+    return Stages(described, tuple(keys[part.tensor] for part in parts), seed, node)
+
+
+def _by_nodes(task: Task, deliver: Deliver) -> Reduction:
+    own = task.nodes
+    assert own is not None
+    # Inside a node nobody gets on without a rank that has called hvd.join(). So what tells of it
+    # comes first, in an Allreduce of all ranks.
+    there = task.there()
+    numbers = [PRESENT] if own.exchanges is None else own.exchanges.proposals(own.rank, own.ranks)
+    opening = np.array([*there, *numbers], dtype=np.int32)
+    found = yield task.collectives.allreduce_max(opening, task.operation(PRESENCE))
+    seen, agreed = np.split(found, [len(there)])
+    if there and task.seen is not None:
+        task.seen(seen)
+    if not agreed.all():
+        yield from pipeline.standard(_flat(task, own), deliver)
+        return
+    limit = chunk_elements(task.plan.world_size)
+    rounds = nodes.rounds(task.counts, task.plan, own.ranks_per_node, limit)
+    several = range(min(len(rounds), nodes.ROUNDS_IN_FLIGHT))
+    number = int(agreed[0]) - 1
+    yield from _together(
+        [
+            _in_turn(task, own, rounds[slot :: len(several)], slot, number, deliver)
+            for slot in several
+        ]
+    )
+
+
+def _flat(task: Task, own: Nodes) -> Task:
+    """The same task for all ranks, as long as one of them has called hvd.join()."""
+    plan = pipeline.plan_without_the_joined(task.plan, own.ranks)
+    return replace(task, nodes=None, method=None, exchanges=None, plan=plan, rank=own.rank)
+
+
+def _in_turn(
+    task: Task, own: Nodes, rounds: Iterable[Round], slot: int, number: int, deliver: Deliver
+) -> Reduction:
+    """Several rounds, one after the other, in the same memory."""
+    memory = task.memory.part(f"slot {slot}")
+    number = number * nodes.ROUNDS_IN_FLIGHT + slot
+    inside = own.inside(number)
+    for one in rounds:
+        flat = memory.take("flat", one.size, np.float32)
+        codec.pack(task.x, one.packed(task.x), 1 / own.ranks_per_node, flat)
+        name = _inside(one.index)
+        sent = yield from memory.send(name, flat)
+        pieces = memory.receive(name, (yield inside.alltoall(sent, task.operation(name))))
+        share = memory.take("share", one.share, np.float32)
+        with memory.entered():
+            codec.add(pieces.reshape(own.ranks_per_node, -1), share)
+        yield from _reduce_share(task, own, one, share, memory, number)
+        name = _whole(one.index)
+        sent = yield from memory.send(name, share)
+        whole = memory.receive(name, (yield inside.allgather(sent, task.operation(name))))
+        deliver(one, _Gathered(whole))
+
+
+def _reduce_share(
+    task: Task, own: Nodes, one: Round, share: Array, memory: Memory, number: int
+) -> Reduction:
+    """Replace a share of one node's means by that of all nodes' means."""
+    parts = one.shares[own.place]
+    limit = None if own.exchanges is not None else chunk_elements(task.plan.world_size)
+    settings = (task.keys, task.counts, task.plan, limit, task.seed, own.node)
+    described = _stages(one, own.place, *settings)
+    kernels = codec.kernels_for(share)
+    stream = task.x.stream if kernels.memory == task.x.memory else None
+    pointers = one.parts(own.place, kernels.address(share))
+    x = Tensors(pointers, "float32", share, kernels.memory, stream)
+    collectives: Any = own.across
+    if own.exchanges is not None:
+        every = [_stages(one, place, *settings) for place in range(own.ranks_per_node)]
+        collectives = _Beside(task.collectives, own, max(x.layout.norm_count for x in every))
+    inner = Task(
+        name=f"{task.name}.{one.index}",
+        keys=described.names,
+        counts=described.layout.counts,
+        x=x,
+        new_output=lambda: x,
+        plan=task.plan,
+        collectives=collectives,
+        rank=own.node,
+        seed=task.seed,
+        steps=task.steps[[part.tensor for part in parts]],
+        memory=memory,
+        described=described,
+    )
+
+    def decode(parcel: Parcel, reduced: Reduced) -> None:
+        pipeline.dequantize(inner, parcel, reduced, x)
+
+    if own.exchanges is not None:
+        norms, _ = yield from pipeline.global_norms(inner)
+        if parts:
+            yield from pipeline.by_messages(inner, own.exchanges, number, norms, decode)
+    elif parts:
+        yield from pipeline.METHODS[task.plan.levels].reduce(inner, decode)
+
+
+class _Beside:
+    """Norms of one place, among those of all places in one Allreduce of all ranks.
+
+    For ranks that have no Horovod operation among those of a place.
+    """
+
+    def __init__(self, everyone: Collectives, own: Nodes, size: int) -> None:
+        """Make them; `size` is the largest one of a place."""
+        self._everyone, self._own, self._size = everyone, own, size
+
+    def allreduce_max(self, array: NDArray[np.int32], name: str) -> Handle:
+        places = np.zeros((self._own.ranks_per_node, self._size), dtype=np.int32)
+        places[self._own.place, : array.size] = array
+        handle = self._everyone.allreduce_max(places.reshape(-1), name)
+        begin = self._own.place * self._size
+        return _Part(handle, slice(begin, begin + array.size))
+
+
+class _Part(NamedTuple):
+    """A part of what an operation gives."""
+
+    handle: Handle
+    place: slice
+
+    def ready(self) -> bool:
+        return self.handle.ready()
+
+    def wait(self) -> Any:
+        return self.handle.wait()[self.place]
+
+
+class _Any(NamedTuple):
+    """Several things in flight; complete when one of them is."""
+
+    handles: list[Handle]
+
+    def ready(self) -> bool:
+        return any(handle.ready() for handle in self.handles)
+
+    def wait(self) -> None:
+        assert self.ready(), "whoever waits asks first"
+
+
+def _together(reductions: Sequence[Reduction]) -> Reduction:
+    """Several reductions at one time."""
+    waiting = {own: handle for own in reductions if (handle := next(own, None)) is not None}
+    while waiting:
+        yield _Any(list(waiting.values()))
+        for own, handle in list(waiting.items()):
+            while handle.ready():
+                try:
+                    handle = waiting[own] = own.send(handle.wait())
+                except StopIteration:
+                    del waiting[own]
+                    break
+
+
+def _unpack(task: Task, part: Any, reduced: Any, out: Tensors) -> None:
+    if isinstance(reduced, _Gathered):
+        codec.unpack(reduced.flat, part.packed(out), out)
+    else:  # as among all ranks
+        pipeline.dequantize(task, part, reduced, out)
+
+
+METHOD = Method(_by_nodes, _unpack)

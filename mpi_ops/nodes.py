@@ -1,0 +1,159 @@
+"""Two levels of reduction: exact sums inside a node, codes between nodes.
+
+For each *round* of a bucket, among nodes of as many ranks each:
+
+1. The elements are packed as float32, and each rank gets all of its node's for one *share*. It adds
+   them: the share's mean over the node (`Round.packed`).
+2. Ranks of the same place in their nodes reduce their share with codes, like a bucket of its own,
+   with levels, norms and dithers for as many parties as there are nodes (`Round.parts`).
+3. The node's ranks gather the shares, and unpack them.
+
+A share is of whole blocks and whole groups of random numbers. So, where a block has a size, the
+codes are those of a flat reduction of the nodes' means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import lanes
+from .kernels.interface import ITEM_BYTES, SEGMENT, Tensors
+from .scheme import Plan
+
+# Rounds of a bucket that are under way at one time: while some travel, others are computed.
+ROUNDS_IN_FLIGHT = 3
+
+
+class Placement(NamedTuple):
+    """Where the ranks of a group are: nodes with as many of them each."""
+
+    nodes: tuple[tuple[int, ...], ...]  # the ranks of each
+
+    @property
+    def ranks_per_node(self) -> int:
+        return len(self.nodes[0])
+
+    def of(self, rank: int) -> tuple[int, int]:
+        """The node of a rank, and its place there."""
+        return next(
+            (node, ranks.index(rank)) for node, ranks in enumerate(self.nodes) if rank in ranks
+        )
+
+    def across(self, place: int) -> tuple[int, ...]:
+        """The ranks with a place in their nodes, in the order of nodes."""
+        return tuple(ranks[place] for ranks in self.nodes)
+
+
+def placement(nodes: Sequence[int]) -> Placement | str:
+    """Where ranks are, by the number of each one's node; or why two levels are no use there."""
+    ranks: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    counts = [len(own) for own in ranks.values()]
+    if len(set(counts)) > 1:
+        return f"nodes have {', '.join(map(str, counts))} ranks, and not as many each"
+    if len(counts) < 2:
+        return "all ranks are on one node"
+    if counts[0] < 2:
+        return "each node has one rank"
+    return Placement(tuple(tuple(ranks[node]) for node in sorted(ranks)))
+
+
+class Part(NamedTuple):
+    """Elements of one of a bucket's tensors."""
+
+    tensor: int  # its place in the bucket
+    start: int
+    stop: int
+    flat: int  # place of the first one among the packed ones of the round
+
+
+@dataclass(frozen=True)
+class Round:
+    """What of a bucket is reduced at one time."""
+
+    index: int
+    share: int  # elements of each share; the last ones may stand for nothing
+    shares: tuple[tuple[Part, ...], ...]  # by the place of the rank that reduces them
+
+    @property
+    def size(self) -> int:
+        """Packed elements."""
+        return self.share * len(self.shares)
+
+    @cached_property
+    def _all(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
+        parts = [part for own in self.shares for part in own]
+        segments = np.zeros(len(parts), dtype=SEGMENT)
+        segments["elements"] = [part.stop - part.start for part in parts]
+        segments["payload"] = [part.flat for part in parts]
+        segments["stop"] = [*segments["payload"][1:], self.size]
+        tensors = np.array([part.tensor for part in parts], dtype=np.int64)
+        return tensors, np.array([part.start for part in parts], dtype=np.int64), segments
+
+    def packed(self, x: Tensors) -> NDArray[Any]:
+        """A segment for each part of `x`, with its place among the packed elements."""
+        tensor, starts, template = self._all
+        own = template.copy()
+        base = x.pointers[tensor]
+        own["x"] = np.where(base != 0, base + (starts * ITEM_BYTES[x.dtype]).astype(np.uint64), 0)
+        return own
+
+    def parts(self, place: int, share: int) -> NDArray[np.uint64]:
+        """The addresses of the parts of a share, where that begins with the address `share`."""
+        begin = place * self.share
+        offsets = [4 * (part.flat - begin) for part in self.shares[place]]
+        return np.array(offsets, dtype=np.uint64) + np.uint64(share)
+
+
+def unit(plan: Plan) -> int:
+    """Elements that shares are made of: whole blocks, and whole groups of random numbers."""
+    return math.lcm(plan.block_size or lanes.GROUP, lanes.GROUP)
+
+
+@lru_cache(maxsize=1024)
+def rounds(
+    counts: tuple[int, ...], plan: Plan, ranks_per_node: int, limit: int
+) -> tuple[Round, ...]:
+    """How a bucket of tensors of so many elements is cut into rounds, and those into shares.
+
+    Arguments:
+        counts: of elements, one for each tensor.
+        plan: of what is reduced between nodes.
+        ranks_per_node: as many shares each round has.
+        limit: elements of a share, about.
+    """
+    own = unit(plan)
+    ends = np.cumsum([-(-count // own) for count in counts]).tolist()  # in units, of all tensors
+    total = ends[-1] if ends else 0
+    if total == 0:
+        return ()
+    number = -(-total // (max(limit // own, 1) * ranks_per_node))
+    share = -(-total // (number * ranks_per_node))  # in units
+
+    def parts(begin: int) -> tuple[Part, ...]:
+        """Those of a share that begins with a unit."""
+        found = []
+        for tensor, (count, end) in enumerate(zip(counts, ends, strict=True)):
+            first = end - -(-count // own)  # the tensor's first unit
+            start, stop = max(begin, first), min(begin + share, end)
+            if start < stop:
+                at = (start - begin + begin % (share * ranks_per_node)) * own
+                part = (start - first) * own, min((stop - first) * own, count)
+                found.append(Part(tensor, *part, at))
+        return tuple(found)
+
+    begins = range(0, number * ranks_per_node * share, share)
+    shares = [parts(begin) for begin in begins]
+    return tuple(
+        Round(index, share * own, tuple(shares[index * ranks_per_node :][:ranks_per_node]))
+        for index in range(number)
+        if any(shares[index * ranks_per_node :][:ranks_per_node])
+    )
