@@ -123,7 +123,7 @@ class Frontend:
         options = ", ".join(f"{key}={value!r}" for key, value in self.config.describe().items())
         return f"{type(self).__name__}({options})"
 
-    def begin_log(self, process_set: Any, plan: Plan) -> log.Census | None:
+    def begin_log(self, process_set: Any, plan: Plan, ranks_per_node: int = 1) -> log.Census | None:
         """Log what the ranks of a process set have agreed on; None on all ranks but its first.
 
         The census of their tensors is for the others to see.
@@ -139,14 +139,17 @@ class Frontend:
         listed = ", ".join(f"{key}={value!r}" for key, value in options.items())
         number = process_set.process_set_id
         kernels, instructions = host.fingerprint(), host.best_instruction_set()
+        ranks = plan.world_size * ranks_per_node
+        nodes = f" on {plan.world_size} nodes" if ranks_per_node > 1 else ""
         _log.say(
             logging.INFO,
             "plan",
-            f"{self.config.FUNCTION}: {plan.world_size} ranks, process set {number}, agreed on "
+            f"{self.config.FUNCTION}: {ranks} ranks{nodes}, process set {number}, agreed on "
             f"{listed}; gq-horovod {__version__}, kernels {kernels}, instruction set "
             f"{instructions} on this rank",
             function=self.config.FUNCTION,
-            world_size=plan.world_size,
+            world_size=ranks,
+            nodes=plan.world_size if nodes else None,
             process_set=number,
             options=options,
             version=__version__,
@@ -191,8 +194,11 @@ class Frontend:
     def require_own_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError for the state of another method, of other options or another version."""
         own, other = self.describe_state(), {"options": {}, **state}
-        if "rules" in own["options"]:  # which an earlier version has not had
-            other["options"] = {"rules": [], **other["options"]}
+        # What an earlier version has not had.
+        added = {"rules": [], "hierarchical": own["options"].get("hierarchical")}
+        if state.get("format") == self.FORMAT:
+            known = {key: value for key, value in added.items() if key in own["options"]}
+            other["options"] = {**known, **other["options"]}
         expected = {**own, **own["options"]}
         got = {**{key: other.get(key) for key in own}, **other["options"]}
         for key in {**expected, **got}:
@@ -233,6 +239,7 @@ class Compression(Frontend):
     # Those that the framework's class has.
     TRANSPORTS: ClassVar[tuple[str, ...]] = ("horovod",)
     LEVELS: ClassVar[tuple[str, ...]] = Scheme.LEVELS
+    HIERARCHICAL: ClassVar[tuple[bool | str, ...]] = ("auto", False)
 
     paper_standard = Preset(PAPER_STANDARD)
     """The paper's standard dithering: 8 bits, one norm for each bucket of 25 MiB."""
@@ -254,6 +261,7 @@ class Compression(Frontend):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES,
         transport: Literal["horovod", "mpi"] = "horovod",
+        hierarchical: bool | Literal["auto"] = "auto",
         timeout: float | None = DEFAULT_TIMEOUT,
         check_replicas: int | None = None,
         stats: bool | int = False,
@@ -284,6 +292,11 @@ class Compression(Frontend):
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
                 PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
+            hierarchical: True adds gradients exactly inside each node, and quantizes what goes
+                between nodes, with levels for as many ranks as there are nodes (PyTorch only). With
+                Horovod's transport that takes process sets, which it adds where
+                HOROVOD_DYNAMIC_PROCESS_SETS=1. "auto" does so where there are several nodes with as
+                many ranks each, more than one, and where it can.
             timeout: seconds after which a reduction that does not move ends this rank with an error
                 (see gq_horovod.guards.watchdog), None for never.
             check_replicas: compare the optimizer's parameters (TensorFlow: the variables whose
@@ -312,6 +325,7 @@ class Compression(Frontend):
             bucket_bytes=bucket_bytes,
             first_bucket_bytes=first_bucket_bytes,
             transport=transport,
+            hierarchical=hierarchical,
             timeout=timeout,
             check_replicas=check_replicas,
             rules=rules,
@@ -320,6 +334,7 @@ class Compression(Frontend):
         limited: list[tuple[str, Any, tuple[Any, ...]]] = [
             ("transport", transport, self.TRANSPORTS),
             ("levels", levels, self.LEVELS),
+            ("hierarchical", hierarchical, self.HIERARCHICAL),
         ]
         for argument, value, choices in limited:
             if value not in choices:

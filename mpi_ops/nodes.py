@@ -40,30 +40,33 @@ class Placement(NamedTuple):
     def ranks_per_node(self) -> int:
         return len(self.nodes[0])
 
-    def of(self, rank: int) -> tuple[int, int]:
-        """The node of a rank, and its place there."""
-        return next(
-            (node, ranks.index(rank)) for node, ranks in enumerate(self.nodes) if rank in ranks
-        )
+    @property
+    def has_levels(self) -> bool:
+        """Whether there are several nodes, with several ranks each."""
+        return len(self.nodes) > 1 and self.ranks_per_node > 1
+
+    def place(self, rank: int) -> int:
+        """The place of a rank in its node."""
+        return next(ranks.index(rank) for ranks in self.nodes if rank in ranks)
+
+    def inside(self, rank: int) -> tuple[int, ...]:
+        """The ranks of its node."""
+        return next(ranks for ranks in self.nodes if rank in ranks)
 
     def across(self, place: int) -> tuple[int, ...]:
-        """The ranks with a place in their nodes, in the order of nodes."""
-        return tuple(ranks[place] for ranks in self.nodes)
+        """The ranks with a place in their nodes."""
+        return tuple(sorted(ranks[place] for ranks in self.nodes))
 
 
 def placement(nodes: Sequence[int]) -> Placement | str:
-    """Where ranks are, by the number of each one's node; or why two levels are no use there."""
+    """Where ranks are, by the number of each one's node; or why there are no two levels."""
     ranks: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
         ranks.setdefault(node, []).append(rank)
     counts = [len(own) for own in ranks.values()]
     if len(set(counts)) > 1:
         return f"nodes have {', '.join(map(str, counts))} ranks, and not as many each"
-    if len(counts) < 2:
-        return "all ranks are on one node"
-    if counts[0] < 2:
-        return "each node has one rank"
-    return Placement(tuple(tuple(ranks[node]) for node in sorted(ranks)))
+    return Placement(tuple(map(tuple, ranks.values())))
 
 
 class Part(NamedTuple):
@@ -111,6 +114,23 @@ class Round:
         begin = place * self.share
         offsets = [4 * (part.flat - begin) for part in self.shares[place]]
         return np.array(offsets, dtype=np.uint64) + np.uint64(share)
+
+    def norms(self, place: int, plan: Plan) -> tuple[int, int, int]:
+        """Where the norms of a share are among those of the round.
+
+        The place of the first one, their number, and that of all. Where a tensor has one norm, it
+        is that of all of its parts in the round.
+        """
+        if plan.block_size is None:
+            tensors = list(dict.fromkeys(part.tensor for own in self.shares for part in own))
+            parts = self.shares[place]
+            begin = tensors.index(parts[0].tensor) if parts else 0
+            return begin, len(parts), len(tensors)
+        counts = [
+            sum(lanes.blocks(part.stop - part.start, plan.block_size) for part in own)
+            for own in self.shares
+        ]
+        return sum(counts[:place]), counts[place], sum(counts)
 
 
 def unit(plan: Plan) -> int:

@@ -43,6 +43,8 @@ class Config(Scheme):
     first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
+    # Exact sums inside a node, and codes between nodes (`path.nodes`). "auto": where that pays.
+    hierarchical: bool | Literal["auto"] = "auto"
     # Seconds without any movement after which a rank ends; None: never. See guards.watchdog.
     timeout: float | None = DEFAULT_TIMEOUT
     # Compare parameters between ranks every so many steps; None: never. See guards.replicas.
@@ -83,8 +85,28 @@ class Config(Scheme):
             if self.check_replicas < 1:
                 expected = "1 or more steps"
                 self._fail("check_replicas", expected, self.check_replicas, "None never checks")
+        if self.hierarchical not in (True, False, "auto"):
+            expected = "True, False or 'auto'"
+            self._fail("hierarchical", expected, self.hierarchical, "leave it out for 'auto'")
         object.__setattr__(self, "rules", self._pairs)  # as tuples, which have a hash
         _ = self._by_pattern
+        if self.hierarchical is True and (problem := self.no_nodes):
+            self._fail("hierarchical", f"'auto' or False with {problem}", True, "leave it out")
+
+    @property
+    def no_nodes(self) -> str | None:
+        """The option with which gradients are not reduced by nodes; None: they may be."""
+        if self.levels == "auto":
+            return "levels='auto', which tries other ways"
+        if self._by_bucket:
+            return "block_size='bucket', which has one norm for all ranks"
+        return None
+
+    @property
+    def _by_bucket(self) -> bool:
+        """Whether some tensors have one norm for a bucket."""
+        every = (self, *self._by_pattern.values())
+        return any(own is not None and own.block_size == "bucket" for own in every)
 
     @cached_property
     def _pairs(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
@@ -175,8 +197,7 @@ class Config(Scheme):
     def describe_results(self) -> dict[str, Any]:
         """The options that results depend on: a resumed run may have others of the rest."""
         rest = {"timeout", "check_replicas"}
-        every = (self, *self._by_pattern.values())
-        if not any(own is not None and own.block_size == "bucket" for own in every):
+        if not self._by_bucket:
             rest |= {"bucket_bytes", "first_bucket_bytes"}
         return {key: value for key, value in self.describe().items() if key not in rest}
 

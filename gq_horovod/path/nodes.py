@@ -66,7 +66,7 @@ class Nodes:
     rank: int  # of all
     ranks: int  # of all nodes
     ranks_per_node: int
-    node: int
+    node: int  # of this rank, among those of its place
     place: int  # in the node
     # Among the ranks of the node, of float32 arrays, for an exchange of some number.
     inside: Callable[[int], Inside]
@@ -170,10 +170,12 @@ def _reduce_share(
     stream = task.x.stream if kernels.memory == task.x.memory else None
     pointers = one.parts(own.place, kernels.address(share))
     x = Tensors(pointers, "float32", share, kernels.memory, stream)
+    # Where a tensor has one norm, it is that of the parts at all places, so all ranks take the
+    # maximum. They do where there is no Horovod operation among those of a place, too.
+    whole = task.plan.block_size is None
     collectives: Any = own.across
-    if own.exchanges is not None:
-        every = [_stages(one, place, *settings) for place in range(own.ranks_per_node)]
-        collectives = _Beside(task.collectives, own, max(x.layout.norm_count for x in every))
+    if whole or own.across is None:
+        collectives = _Among(task.collectives, own.across, memory, one.norms(own.place, task.plan))
     inner = Task(
         name=f"{task.name}.{one.index}",
         keys=described.names,
@@ -198,37 +200,57 @@ def _reduce_share(
             yield from pipeline.by_messages(inner, own.exchanges, number, norms, decode)
     elif parts:
         yield from pipeline.METHODS[task.plan.levels].reduce(inner, decode)
+    elif whole:
+        yield from pipeline.global_norms(inner, *([] if task.plan.in_flight else [PRESENT]))
 
 
-class _Beside:
-    """Norms of one place, among those of all places in one Allreduce of all ranks.
+class _Among:
+    """Operations among the ranks of a place, but for norms, which go among those of all ranks."""
 
-    For ranks that have no Horovod operation among those of a place.
-    """
-
-    def __init__(self, everyone: Collectives, own: Nodes, size: int) -> None:
-        """Make them; `size` is the largest one of a place."""
-        self._everyone, self._own, self._size = everyone, own, size
+    def __init__(
+        self,
+        everyone: Collectives,
+        across: Collectives | None,
+        memory: Memory,
+        norms: tuple[int, int, int],
+    ) -> None:
+        """Make them; `norms` are as of `Round.norms`."""
+        self._everyone, self._across, self._memory = everyone, across, memory
+        self._begin, self._count, self._all = norms
 
     def allreduce_max(self, array: NDArray[np.int32], name: str) -> Handle:
-        places = np.zeros((self._own.ranks_per_node, self._size), dtype=np.int32)
-        places[self._own.place, : array.size] = array
-        handle = self._everyone.allreduce_max(places.reshape(-1), name)
-        begin = self._own.place * self._size
-        return _Part(handle, slice(begin, begin + array.size))
+        """Of norms, and of what goes beside them."""
+        count, own = self._count, slice(self._begin, self._begin + self._count)
+        with self._memory.entered():
+            every = codec.kernels_for(array).empty(self._all + array.size - count, np.int32)
+            every[: self._all].fill(0)
+            every[own] = array[:count]
+            every[self._all :] = array[count:]
+        handle = self._everyone.allreduce_max(every, name)
+        return _Own(handle, array, own, self._all, self._memory)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._across, name)
 
 
-class _Part(NamedTuple):
-    """A part of what an operation gives."""
+class _Own(NamedTuple):
+    """A place's part of the norms of all; a `Handle`."""
 
     handle: Handle
-    place: slice
+    array: NDArray[np.int32]  # which it replaces
+    own: slice
+    all: int  # norms; others follow
+    memory: Memory
 
     def ready(self) -> bool:
         return self.handle.ready()
 
-    def wait(self) -> Any:
-        return self.handle.wait()[self.place]
+    def wait(self) -> NDArray[np.int32]:
+        found, count = self.handle.wait(), self.own.stop - self.own.start
+        with self.memory.entered():
+            self.array[:count] = found[self.own]
+            self.array[count:] = found[self.all :]
+        return self.array
 
 
 class _Any(NamedTuple):

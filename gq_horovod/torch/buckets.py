@@ -24,7 +24,7 @@ from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Tensors
 
 from ..guards.stats import Sample
-from ..path import agreement, buckets, token
+from ..path import agreement, buckets, nodes, token
 from ..path.config import Config, Plan
 from ..path.memory import Memory, Resident, memory_for
 from ..path.pipeline import Handle, InFlight, Method, Task
@@ -129,7 +129,7 @@ class Bucket:
         self.maker, self.group, self.plan = maker, group, plan
         self.members, self._op, self._scaling = list(members), op, scaling
         self.in_place, self._grouped = in_place, grouped
-        self.factor = scaling * (plan.world_size if op == hvd.Sum else 1)
+        self.factor = scaling * (group.ranks if op == hvd.Sum else 1)
         names = [stages.tensor_name(own.name) for own in members]
         shapes = [(tuple(own.shape), str(own.dtype)) for own in members]
         self.name = name or buckets.name_of(names, shapes)
@@ -181,7 +181,9 @@ class Bucket:
         """What norms and codes of its tensors lie in."""
         if self._memory is None:
             # Messages between ranks are made in host memory.
-            on_host = self.group.exchanges is not None
+            on_host = bool(
+                self.group.exchanges or (self.group.nodes and self.group.nodes.exchanges)
+            )
             self._memory = Memory() if on_host else memory_for(x, self.group.resident)
             numbering.note_operation(isinstance(self._memory, Resident))
         return self._memory
@@ -258,7 +260,7 @@ class Run:
         self._ours[place] = bucket.in_place or values.data_ptr() != tensor.data_ptr()
         if (handle := written(values)) is not None:
             self._written.append(handle)
-        sample = bucket.maker._sample(values, step)
+        sample = None if bucket.group.nodes else bucket.maker._sample(values, step)
         if sample is not None:
             self._samples[place] = sample
         self.arrived += 1
@@ -291,7 +293,8 @@ class Run:
             written=Every(self._written) if self._written else None,
             agreed=bucket.agreed,
             exchanges=group.exchanges,
-            method=bucket.maker._method(),
+            method=bucket.maker._method() or (None if group.nodes is None else nodes.METHOD),
+            nodes=group.nodes,
             state=group.memories.setdefault(bucket.members[0].key, {}),
             memory=bucket.memory_for(x),
             seen=self._see,

@@ -13,6 +13,7 @@ import torch
 from horovod.torch import mpi_ops as hvd_ops
 
 from mpi_ops import stages, wire
+from mpi_ops.nodes import Placement
 
 from .. import log
 from ..frontend import ClassOrInstance, Compression, Frontend, per_process
@@ -22,7 +23,7 @@ from ..path import agreement, buckets, token
 from ..path.auto import Trials, Way, any_plan
 from ..path.config import Config, ConfigMismatchError, Plan
 from ..path.pipeline import Method, Pipeline
-from . import gpus, numbering, tensors
+from . import gpus, nodes, numbering, tensors
 from .buckets import ALONE, Bucket, Context, Handed, Member, Settled, Together, describe
 from .caller import Caller, find_caller, find_hook
 from .collectives import Collectives, complete
@@ -323,7 +324,7 @@ class TorchFrontend(Frontend):
         if self.config.check_replicas is not None and optimizer is not None:
             self._compare_replicas(group, optimizer, name, self.config.check_replicas)
         if group.census is not None and group.census.wanted:
-            self._see(group.census, tensor, name, eligible, group.plan)
+            self._see(group, group.census, tensor, name, eligible)
 
     def _left_to_horovod(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, _Left]:
         """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
@@ -365,7 +366,7 @@ class TorchFrontend(Frontend):
                     gpus.values_of(tensor),
                     bucket.marks[ctx.place],
                     stages.tensor_name(own.name),
-                    bucket.plan.world_size,
+                    bucket.group.ranks,
                     self.config.FUNCTION,
                 )
             except ConfigMismatchError:
@@ -386,10 +387,13 @@ class TorchFrontend(Frontend):
     decompress = ClassOrInstance(never_traced(_decompress))
 
     def _see(
-        self, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool, plan: Plan
+        self, group: Group, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool
     ) -> None:
         """Log a tensor that comes by for the first time."""
         count, dtype = tensor.numel(), _name(tensor.dtype)
+        # By nodes: its part of what a node sends to others, whose ranks would else form a ring.
+        per_node = 1 if group.nodes is None else group.nodes.ranks_per_node
+        plain = wire.sent_bytes(count / per_node, group.ranks)
         census.see(
             name,
             count,
@@ -400,11 +404,11 @@ class TorchFrontend(Frontend):
                 else self.reason(name, count, dtype, tensor.dtype in tensors.DTYPES)
             ),
             wire_bytes=(
-                self.wire_bytes(name, count, self.plan_for(name, plan))
+                self.wire_bytes(name, -(-count // per_node), self.plan_for(name, group.plan))
                 if eligible
-                else wire.sent_bytes(count * _handed_dtype(tensor).itemsize, plan.world_size)
+                else plain * _handed_dtype(tensor).itemsize
             ),
-            plain_bytes=wire.sent_bytes(count * tensor.element_size(), plan.world_size),
+            plain_bytes=plain * tensor.element_size(),
         )
 
     def explain(self, tensor: object) -> str | None:
@@ -576,40 +580,88 @@ class TorchFrontend(Frontend):
         agreed, everyone = agreement.agree(
             group.allreduce_max,
             description,
-            group.numbers(),
+            [*group.numbers(), *nodes.table(group.rank, group.ranks)],
             group.rank,
-            group.plan.world_size,
+            group.ranks,
             self.config.FUNCTION,
         )
-        group.adopt(agreed)
+        places = agreed[-nodes.numbers(group.ranks) :]
+        group.adopt(agreed[: -len(places)])
         group.joins = joins
-        if self.config.transport == "mpi" and everyone and group.exchanges is None:
-            # All ranks have to be there when it is made. Until then codes travel through Horovod.
+        members = process_set.ranks or list(range(hvd.size()))
+        if everyone and not group.placed:  # all ranks have to be there
+            self._place(group, members, places)
+        if self.config.transport == "mpi" and everyone:
+            # Until all ranks are there, codes travel through Horovod.
             from ..path import mpi
 
-            group.exchanges = mpi.Messages(process_set.ranks or list(range(hvd.size())))
+            if group.exchanges is None and group.nodes is None:
+                group.exchanges = mpi.Messages(members)
             mpi.serve(group.pipeline)
         if self._groups.get(key) is not group:
-            group.census = self.begin_log(process_set, group.plan)
+            per_node = 1 if group.nodes is None else group.nodes.ranks_per_node
+            group.census = self.begin_log(process_set, group.plan, per_node)
         self._groups[key] = group
         self._loaded.pop(key, None)
         _ = self._watchdog  # starts with the first group
         return group
 
+    def _place(self, group: Group, members: list[int], places: list[int]) -> None:
+        """Settle whether gradients are reduced by nodes; the same on every rank.
+
+        Raises ValueError where options ask for it and it cannot be, or cannot be left out.
+        """
+        group.placed = True
+        wanted = self.config.hierarchical and self._method() is None and not self.config.no_nodes
+        found = nodes.where(places) if wanted else None
+        own: Any = None
+        if isinstance(found, Placement):
+            # One node is no reason to leave out what was asked for.
+            if found.has_levels or (self.config.hierarchical is True and found.ranks_per_node > 1):
+                own = nodes.reached(found, group.rank, members, places, self.config.transport)
+        else:
+            own = found
+        if isinstance(own, str):
+            if self.config.hierarchical is True:
+                raise ValueError(
+                    f"{self.config.FUNCTION}: hierarchical=True cannot be had, because {own}; or "
+                    "leave hierarchical out."
+                )
+            if group.rank == 0:
+                nodes.say(self.config.FUNCTION, own)
+        elif own is not None:
+            group.nodes = own
+            group.plan = self._plan(group.ranks // own.ranks_per_node)
+            return
+        if group.plan.world_size != group.ranks:
+            group.plan = self._plan(group.ranks)
+
+    def _plan(self, parties: int) -> Plan:
+        """The settings for so many ranks, or nodes. Raises ValueError if there are none."""
+        self.config.require_plans(parties)
+        return any_plan(self.config, parties)
+
     def _new_group(self, key: tuple[int, ...], process_set: Any, before: int) -> Group:
         """A group that begins with what was loaded, or else after the step `before`."""
-        plan = any_plan(self.config, process_set.size())
-        self.config.require_plans(process_set.size())
+        ranks = process_set.size()
+        try:
+            plan = self._plan(ranks)
+        except ValueError:
+            # Among nodes codes of fewer parties are added, and where those are is not known yet.
+            if not self.config.hierarchical or self.config.no_nodes:
+                raise
+            plan = self._plan(1)
         loaded = self._loaded.get(key)
         group = Group(
             function=self.config.FUNCTION,
             key_of_ranks=key,
             session=numbering.session(),
             rank=process_set.rank(),
+            ranks=ranks,
             plan=plan,
             collectives=Collectives(process_set),
             pipeline=Pipeline(self.config.FUNCTION),
-            loaded=describe_loaded(loaded, process_set.rank(), plan.world_size),
+            loaded=describe_loaded(loaded, process_set.rank(), ranks),
             first_step=before,
             base=before,
             resident=(
@@ -618,7 +670,7 @@ class TorchFrontend(Frontend):
         )
         if self.config.levels == "auto":
             speaks = group.rank == 0
-            group.trials = Trials(self.config, plan.world_size, group.allreduce_max, speaks=speaks)
+            group.trials = Trials(self.config, ranks, group.allreduce_max, speaks=speaks)
         if loaded is not None and "error" not in group.loaded:
             group.load_state_dict(loaded)
         return group
@@ -645,6 +697,7 @@ class GlobalQSGD(TorchFrontend, Compression):
 
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
+    HIERARCHICAL = ("auto", False, True)
 
     def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
         if not self.stats_interval or step % self.stats_interval:

@@ -16,6 +16,7 @@ from ..guards import replicas
 from ..path import agreement
 from ..path.auto import Trials, Way
 from ..path.config import Plan
+from ..path.nodes import Nodes
 from ..path.pipeline import Exchanges, Pipeline
 from .collectives import Collectives
 
@@ -30,7 +31,8 @@ class Group:
     key_of_ranks: tuple[int, ...]  # of the process set; () for the global one
     session: object  # identifies an hvd.init()
     rank: int
-    plan: Plan
+    ranks: int
+    plan: Plan  # of what is reduced among ranks, or among nodes
     collectives: Collectives
     pipeline: Pipeline
     loaded: dict[str, str]  # what ranks compare of a checkpoint that was loaded
@@ -40,6 +42,8 @@ class Group:
     base: int  # the first step of a tensor that was not reduced since the ranks last agreed
     joins: int = 0  # calls of hvd.join() before the ranks last agreed
     exchanges: Exchanges | None = None  # where codes travel as messages
+    nodes: Nodes | None = None  # where gradients are reduced by nodes
+    placed: bool = False  # whether that is settled
     resident: bool = False  # whether codes of gradients on a GPU stay there; agreed among ranks
     trials: Trials | None = None  # where levels="auto"
     census: log.Census | None = None  # of its tensors, on the rank that logs them
@@ -130,7 +134,7 @@ class Group:
         """What TorchFrontend.state_dict() has of this group; `joins` so far."""
         memories = {key: dict(memory) for key, memory in self.memories.items() if memory}
         return {
-            "world_size": self.plan.world_size,
+            "world_size": self.ranks,
             "first_step": self.first_step,
             "base": self.base,
             "steps": dict(self.steps),

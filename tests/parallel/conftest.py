@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import helpers
 import horovod.torch as hvd
 import pytest
 import torch
+
+from gq_horovod.torch import nodes
 
 # They run without Horovod, under several MPI libraries: tests/launch/test_mpi_libraries.py.
 collect_ignore = ["test_mpi_allreduce.py", "test_mpi_large.py", "test_mpi_op.py"]
@@ -30,6 +33,10 @@ def horovod() -> Iterator[None]:
     """Horovod, initialized once; tests may add process sets."""
     torch.set_num_threads(1)
     hvd.init(process_sets="dynamic")
+    per_node = os.environ.get("GQ_TEST_RANKS_PER_NODE")
+    if per_node is not None:  # as if the ranks of this host were on several
+        nodes._node = lambda: hvd.rank() // int(per_node)
+    helpers.place(nodes._node)
     yield
     hvd.shutdown()
 

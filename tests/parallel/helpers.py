@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
@@ -16,6 +16,7 @@ from gq_horovod.path import auto
 from gq_horovod.path.config import Config, Plan
 from gq_horovod.path.pipeline import pipelines
 from gq_horovod.torch import GlobalQSGD
+from mpi_ops.nodes import Placement, placement, rounds
 
 Tensors = Sequence[torch.Tensor]
 
@@ -52,7 +53,36 @@ def compressor(levels: str = "standard", bits: int | None = None, **options: Any
 
 def plan_of(compression: GlobalQSGD, ranks: int) -> Plan:
     config: Config = compression.config
-    return config.plan(ranks)
+    return config.plan(ranks // ranks_per_node(compression, ranks))
+
+
+def ranks_per_node(compression: Any, ranks: int) -> int:
+    """How many of so many ranks add their tensors exactly before codes are made."""
+    config: Config = compression.config
+    if ranks < hvd.size() or not config.hierarchical or config.no_nodes:
+        return 1
+    return PLACEMENT[0].ranks_per_node if PLACEMENT and PLACEMENT[0].has_levels else 1
+
+
+def by_nodes(inputs: Tensors, compression: GlobalQSGD) -> list[torch.Tensor]:
+    """What codes are made of: the inputs, or the mean of each node's."""
+    own = ranks_per_node(compression, len(inputs))
+    if own == 1:
+        return [tensor.detach().reshape(-1).double() for tensor in inputs]
+    flat = [tensor.detach().reshape(-1).float() / own for tensor in inputs]
+    nodes = PLACEMENT[0].nodes
+    return [reduce(torch.add, [flat[rank] for rank in ranks]).double() for ranks in nodes]
+
+
+PLACEMENT: list[Placement] = []  # of all ranks
+
+
+def place(node: Callable[[], int]) -> None:
+    """Find out where all ranks are, by the number of this one's node."""
+    nodes = hvd.allgather(torch.tensor([node()]), name="test.placement").tolist()
+    found = placement(nodes)
+    assert isinstance(found, Placement), found
+    PLACEMENT[:] = [found]
 
 
 # ------------------------------------------------------------------------------------------- inputs
@@ -78,9 +108,16 @@ def gradients(shape: int | Sequence[int], tag: int = 0, **options: Any) -> list[
 # ---------------------------------------------------------------------------------------------- law
 
 
-def norms_of(inputs: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """The global norm of each element's block; `inputs` is (ranks, elements) in float64."""
+def norms_of(inputs: torch.Tensor, plan: Plan, shares: int = 1) -> torch.Tensor:
+    """The global norm of each element's block; `inputs` is (ranks, elements) in float64.
+
+    `shares` are those of which each is measured by another rank of a node.
+    """
     count = inputs.shape[1]
+    if plan.block_size is None and shares > 1:  # that of a tensor is the largest of its parts'
+        (own,) = rounds((count,), plan, shares, count)
+        parts = [inputs[:, part.start : part.stop] for parts in own.shares for part in parts]
+        return torch.stack([norms_of(part, plan).amax() for part in parts]).amax().expand(count)
     block = plan.block_for(count)
     padded = torch.nn.functional.pad(inputs, (0, -count % block)).view(len(inputs), -1, block)
     local = padded.norm(dim=2) if plan.norm == "l2" else padded.abs().amax(dim=2)
@@ -190,8 +227,8 @@ def law_of(inputs: Tensors, compression: GlobalQSGD, factor: float = 1.0) -> Law
     """
     dtype = inputs[0].dtype
     plan = plan_of(compression, len(inputs))
-    x = torch.stack([tensor.detach().reshape(-1).double() for tensor in inputs])
-    norms = norms_of(x, plan)
+    x = torch.stack(by_nodes(inputs, compression))
+    norms = norms_of(x, plan, ranks_per_node(compression, len(inputs)))
     pairs = list(outcomes(x, norms, plan))
     probability = torch.stack([pair[0] for pair in pairs])
     value = torch.stack([pair[1] for pair in pairs])

@@ -134,7 +134,9 @@ def reduce_by_nodes(
     for rank in ranks:
         if rank in joined:
             continue
-        node, place = placement.of(rank)
+        place = placement.place(rank)
+        node = placement.across(place).index(rank)
+        within = placement.nodes.index(placement.inside(rank))
         collectives = everyone.of(rank)
         if joined:
             collectives.allreduce_max = with_a_zero(collectives.allreduce_max)
@@ -152,7 +154,7 @@ def reduce_by_nodes(
             method=reduced_by_nodes.METHOD,
             nodes=Nodes(
                 *(rank, len(xs), placement.ranks_per_node, node, place),
-                inside=lambda _, node=node, rank=rank: inside[node].of(rank),
+                inside=lambda _, within=within, rank=rank: inside[within].of(rank),
                 across=across[place].of(rank),
             ),
             seen=seen,

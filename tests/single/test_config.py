@@ -233,7 +233,7 @@ def test_description_has_every_option() -> None:
     assert Config(**described) == config
     assert set(described) == {field.name for field in dataclasses.fields(Config)}
     quantizers = {"levels", "bits", "block_size", "norm", "seed"}
-    plugins = {"min_elements", "transport", "timeout", "check_replicas", "rules"}
+    plugins = {"min_elements", "transport", "hierarchical", "timeout", "check_replicas", "rules"}
     buckets = {"bucket_bytes", "first_bucket_bytes"}
     assert set(described) == quantizers | plugins | buckets
 

@@ -200,11 +200,11 @@ def test_while_a_rank_is_away_all_others_reduce_without_nodes(config: Config) ->
     [
         ([0, 0, 1, 1], ((0, 1), (2, 3))),
         ([0, 1, 0, 1], ((0, 2), (1, 3))),
-        ([7, 3, 3, 7, 5, 5], ((1, 2), (4, 5), (0, 3))),
-        ([0, 0, 0], "all ranks are on one node"),
-        ([0, 1, 2], "each node has one rank"),
+        ([7, 3, 3, 7, 5, 5], ((0, 3), (1, 2), (4, 5))),
+        ([0, 0, 0], ((0, 1, 2),)),
+        ([0, 1, 2], ((0,), (1,), (2,))),
         ([0, 0, 1], "nodes have 2, 1 ranks"),
-        ([4], "all ranks are on one node"),
+        ([4], ((0,),)),
     ],
 )
 def test_where_ranks_are(numbers: list[int], expected: Any) -> None:
@@ -213,8 +213,12 @@ def test_where_ranks_are(numbers: list[int], expected: Any) -> None:
         assert expected in str(found)
         return
     assert found == Placement(expected)
+    assert found.has_levels == (len(expected) > 1 < len(expected[0]))
     for rank, node in enumerate(numbers):
-        index, place = found.of(rank)
-        assert found.nodes[index][place] == rank
-        assert {numbers[x] for x in found.nodes[index]} == {node}
-        assert rank in found.across(place)
+        own = found.inside(rank)
+        assert {numbers[one] for one in own} == {node}
+        assert own[found.place(rank)] == rank
+        # In the order of ranks, as Horovod has them in a process set.
+        across = found.across(found.place(rank))
+        assert rank in across
+        assert list(across) == sorted(across)
