@@ -191,15 +191,17 @@ def _reduce_share(
         described=described,
     )
 
+    way = pipeline.METHODS[task.plan.levels]
+
     def decode(parcel: Parcel, reduced: Reduced) -> None:
-        pipeline.dequantize(inner, parcel, reduced, x)
+        way.decode(inner, parcel, reduced, x)
 
     if own.exchanges is not None:
         norms, _ = yield from pipeline.global_norms(inner)
         if parts:
             yield from pipeline.by_messages(inner, own.exchanges, number, norms, decode)
     elif parts:
-        yield from pipeline.METHODS[task.plan.levels].reduce(inner, decode)
+        yield from way.reduce(inner, decode)
     elif whole:
         yield from pipeline.global_norms(inner, *([] if task.plan.in_flight else [PRESENT]))
 

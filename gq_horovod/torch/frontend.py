@@ -630,11 +630,10 @@ class TorchFrontend(Frontend):
             if group.rank == 0:
                 nodes.say(self.config.FUNCTION, own)
         elif own is not None:
-            group.nodes = own
-            group.plan = self._plan(group.ranks // own.ranks_per_node)
+            group.reduce_by(own, self._plan(group.ranks // own.ranks_per_node))
             return
         if group.plan.world_size != group.ranks:
-            group.plan = self._plan(group.ranks)
+            group.reduce_by(None, self._plan(group.ranks))
 
     def _plan(self, parties: int) -> Plan:
         """The settings for so many ranks, or nodes. Raises ValueError if there are none."""

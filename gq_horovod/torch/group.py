@@ -97,6 +97,11 @@ class Group:
             return self.fixed_way
         return self.trials.way(step - self.first_step, elements)
 
+    def reduce_by(self, nodes: Nodes | None, plan: Plan) -> None:
+        """Reduce by nodes, or among all ranks, from now on."""
+        self.nodes, self.plan = nodes, plan
+        self.__dict__.pop("fixed_way", None)
+
     @cached_property
     def fixed_way(self) -> Way:
         """That of tensors without trials."""

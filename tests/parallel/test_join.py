@@ -16,7 +16,15 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from helpers import TRANSPORT, check_mean, check_replicas, farthest, gradient, unfinished
+from helpers import (
+    TRANSPORT,
+    check_mean,
+    check_replicas,
+    farthest,
+    gradient,
+    ranks_per_node,
+    unfinished,
+)
 from horovod.common.exceptions import HorovodInternalError
 from test_optimizer import SHAPES, check_gradient, local_gradient, make_optimizer, make_parameters
 
@@ -80,8 +88,10 @@ def judge(
     result = parameters[name].grad
     assert result is not None
     levels = compression.config.levels
-    # "auto" has several ways. So have messages: until all ranks have been there they are not used.
-    if levels == "auto" or (TRANSPORT == "mpi" and not all(present)):
+    # "auto" has several ways. So have messages, and nodes: until all ranks have been there they are
+    # not used.
+    nodes = ranks_per_node(compression, hvd.size()) > 1
+    if levels == "auto" or ((TRANSPORT == "mpi" or nodes) and not all(present)):
         config = replace(compression.config, levels="auto", bits=None)
         ways = auto.settings(config, hvd.size())
         exact = torch.stack([own.double() for own in inputs]).mean(dim=0)
