@@ -21,11 +21,13 @@ CHUNK_ELEMENTS_PER_RANK = 1 << 16
 # Chunks that travel as messages between ranks (`mpi_ops.exchange`). A chunk's buffers hold twice
 # its compressed size. Four of at least eight chunks in flight keep that below the compressed size
 # of the tensor; large chunks make messages that fill the network, and what a message costs by
-# itself is too much for chunks smaller than MINIMUM_CHUNK.
+# itself is too much for chunks smaller than MINIMUM_CHUNK. Both are those of MESSAGE_RANKS ranks:
+# with more, chunks grow, so that a message to one rank does not become mostly overhead.
 CHUNKS_IN_FLIGHT = 4
 MINIMUM_CHUNKS = 8
 MAXIMUM_CHUNK = 1 << 20  # elements
 MINIMUM_CHUNK = 1 << 17  # elements
+MESSAGE_RANKS = 64
 
 # Chunks begin at whole blocks and at whole words of lanes of any width, so they share neither norms
 # nor words.
@@ -52,9 +54,12 @@ def chunk_elements(ranks: int) -> int:
     return max(CHUNK_ELEMENTS, CHUNK_ELEMENTS_PER_RANK * ranks)
 
 
-def message_elements(count: int) -> int:
-    """Elements of a chunk that travels as messages, of `count` elements that are reduced."""
-    return min(max(count // MINIMUM_CHUNKS, MINIMUM_CHUNK), MAXIMUM_CHUNK)
+def message_elements(count: int, ranks: int) -> int:
+    """Elements of a chunk that travels as messages among so many ranks, of `count` elements."""
+    least, most = (
+        size * max(ranks, MESSAGE_RANKS) // MESSAGE_RANKS for size in (MINIMUM_CHUNK, MAXIMUM_CHUNK)
+    )
+    return min(max(count // MINIMUM_CHUNKS, least), most)
 
 
 def spans(count: int, plan: Plan, wanted: int) -> Iterator[tuple[int, int]]:

@@ -243,7 +243,7 @@ def layout(
     placed = norms_for or plan
     norm_unit = sizes.share_unit(placed) if placed.levels == "two-hop" and placed.block_size else 1
     share_unit, row = sizes.share_unit(plan), sizes.row_elements(plan)
-    most = message_elements(sum(counts)) if limit is None else limit
+    most = message_elements(sum(counts), plan.world_size) if limit is None else limit
     places, at = [], 0
     parcels: list[Parcel] = []
     pieces: list[Piece] = []
@@ -251,7 +251,7 @@ def layout(
     for tensor, count in enumerate(counts):
         places.append(at)
         first, whole = (0, count) if parts_of is None else parts_of[tensor]
-        wanted = message_elements(whole) if limit is None else limit
+        wanted = message_elements(whole, plan.world_size) if limit is None else limit
         for chunk, (begin, end) in enumerate(spans(whole, plan, wanted)):
             start, stop = max(begin - first, 0), min(end - first, count)
             own, skipped = stop - start, first + start - begin

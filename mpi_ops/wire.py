@@ -47,7 +47,7 @@ def parcel_bytes(counts: tuple[int, ...], plan: Plan, transport: str) -> tuple[i
     if len(counts) == 1:
         # Of a model that is one tensor, as the advisor may be asked about: all but its last chunks
         # are alike.
-        wanted = message_elements(counts[0]) if limit is None else limit
+        wanted = message_elements(counts[0], plan.world_size) if limit is None else limit
         whole = next((stop for _, stop in spans(counts[0], plan, wanted)), 1)
         # As many as remain have chunks of the same size.
         skipped = max(counts[0] // whole - 2 * MINIMUM_CHUNKS, 0)

@@ -63,7 +63,7 @@ def test_other_dtypes_are_refused(cupy: Any) -> None:
 @pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
 def test_norms_go_to_the_gpu_once(cupy: Any, levels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many chunks there are, to quantize with and to decode with."""
-    monkeypatch.setattr(layout, "message_elements", lambda count: 4096)
+    monkeypatch.setattr(layout, "message_elements", lambda count, ranks: 4096)
     own = cupy.asarray(np.random.default_rng(COMM.rank).standard_normal(40_000, dtype=np.float32))
     count = -(-40_000 // 256)
     fake_cupy.uploads.clear()
