@@ -21,8 +21,9 @@ CHUNK_ELEMENTS_PER_RANK = 1 << 16
 # Chunks that travel as messages between ranks (`mpi_ops.exchange`). A chunk's buffers hold twice
 # its compressed size. Four of at least eight chunks in flight keep that below the compressed size
 # of the tensor; large chunks make messages that fill the network, and what a message costs by
-# itself is too much for chunks smaller than MINIMUM_CHUNK. Both are those of MESSAGE_RANKS ranks:
-# with more, chunks grow, so that a message to one rank does not become mostly overhead.
+# itself is too much for chunks smaller than MINIMUM_CHUNK. Both are those of MESSAGE_RANKS ranks.
+# With more, the largest chunks grow as the ranks do, so that messages stay as large. The smallest
+# ones grow as their square up to that: a chunk costs as many messages as there are ranks.
 CHUNKS_IN_FLIGHT = 4
 MINIMUM_CHUNKS = 8
 MAXIMUM_CHUNK = 1 << 20  # elements
@@ -56,9 +57,9 @@ def chunk_elements(ranks: int) -> int:
 
 def message_elements(count: int, ranks: int) -> int:
     """Elements of a chunk that travels as messages among so many ranks, of `count` elements."""
-    least, most = (
-        size * max(ranks, MESSAGE_RANKS) // MESSAGE_RANKS for size in (MINIMUM_CHUNK, MAXIMUM_CHUNK)
-    )
+    ranks = max(ranks, MESSAGE_RANKS)
+    most = MAXIMUM_CHUNK * ranks // MESSAGE_RANKS
+    least = min(MINIMUM_CHUNK * ranks**2 // MESSAGE_RANKS**2, most)
     return min(max(count // MINIMUM_CHUNKS, least), most)
 
 

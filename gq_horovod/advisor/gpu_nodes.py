@@ -59,6 +59,9 @@ class Inputs:
     latency: float = _input(
         50e-6, "s", ASSUMED, "a message over TCP between cloud hosts; not measured in a cloud"
     )
+    message_overhead: float = _input(
+        5e-6, "s", ASSUMED, "processor's time of a further message in flight; not measured"
+    )
     cycle_time: float = _input(
         1e-3,
         "s",
@@ -150,6 +153,7 @@ def cluster_of(inputs: Inputs, ranks: int, bandwidth: float, path: str) -> GpuCl
         ranks=ranks,
         bandwidth=bandwidth,
         latency=inputs.latency,
+        message_overhead=inputs.message_overhead,
         allreduce_efficiency=inputs.allreduce_efficiency,
         gather_efficiency=inputs.gather_efficiency,
         cycle_time=inputs.cycle_time,

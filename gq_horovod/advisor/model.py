@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from mpi_ops import wire
-from mpi_ops.chunks import CHUNK_ELEMENTS
+from mpi_ops.chunks import chunk_elements
 from mpi_ops.dither import MAXIMUM_RANK
 
 from ..path import token
@@ -67,6 +68,19 @@ MOST_RANKS = MAXIMUM_RANK + 1  # each of them has a dither
 
 # How codes travel: Allreduce; Alltoall and Allgather; messages of transport="mpi".
 WAYS = ("allreduce", "gather", "message")
+
+
+# From so many bytes of each rank an Allgather goes around a ring: Open MPI's Allgatherv, which
+# Horovod calls. Gloo's and NCCL's do so for less, too.
+RING_BYTES = 4096
+
+
+class Pattern(NamedTuple):
+    """What one rank sends in an exchange among all."""
+
+    rounds: int  # one after the other: each begins when the one before has arrived
+    messages: int  # in all rounds together
+    leaving: float  # bytes that leave its host, from all ranks there, as a multiple of the payload
 
 
 @dataclass(frozen=True)
@@ -186,6 +200,51 @@ class Cluster:
         """Seconds of `leaving` times `size` bytes, the payload, whose size decides the share."""
         return 8 * leaving * size / (self.bandwidth * share_reached(efficiency, size))
 
+    def _seconds(self, pattern: Pattern, size: float, efficiency: Efficiency) -> float:
+        """Of a pattern whose payload is `size` bytes: r·α + (m-r)·o + 8·leaving·S/β'.
+
+        Latencies of messages in flight together overlap, what the processor does for each does not
+        (o and α as in LogP, Culler et al. 1993).
+        """
+        waits = pattern.rounds * self.latency
+        further = (pattern.messages - pattern.rounds) * self.message_overhead
+        return waits + further + self._wire(pattern.leaving, size, efficiency)
+
+    @property
+    def to_each(self) -> Pattern:
+        """Each rank sends an n-th of its payload to every other one: all at once."""
+        return Pattern(1, self.ranks - 1, self._direct)
+
+    def to_all(self, size: float) -> Pattern:
+        """Each rank's n-th of `size` bytes goes to all.
+
+        Bruck's algorithm for short pieces, and a ring.
+        """
+        if size / self.ranks < RING_BYTES:
+            hops = math.ceil(math.log2(self.ranks))
+            return Pattern(hops, hops, self._direct)
+        return Pattern(self.ranks - 1, self.ranks - 1, self._ring)
+
+    @property
+    def by_rows_and_columns(self) -> tuple[Pattern, Pattern]:
+        """As `to_each`, and then shares to all, through one rank between: some 2√n messages each.
+
+        A rank sends what is for a column of ranks to the rank of its own row in that column, which
+        sends it on: twice the bytes. Shares go to the column, which sends all that it has to its
+        rows: no more bytes. Nothing is rounded between. Nothing that we start does this.
+        """
+        columns = math.ceil(math.sqrt(self.ranks))
+        rows = math.ceil(self.ranks / columns)
+        back = Pattern(2, rows + columns - 2, self._direct)
+        return back._replace(leaving=2 * self._direct), back
+
+    def messages_by_rows_and_columns(self, size: float) -> float:
+        """Seconds of both hops of `size` bytes; each as `messages` where that is faster."""
+        return sum(
+            min(self.messages(size), self._seconds(own, size, self.message_efficiency))
+            for own in self.by_rows_and_columns
+        )
+
     def allreduce(self, size: float) -> float:
         """Seconds of a bare Allreduce of `size` bytes: the faster of two algorithms, and the sums.
 
@@ -200,28 +259,16 @@ class Cluster:
         return 2 * min(ring, halving) + 3 * (n - 1) / n * size / self.sums
 
     def alltoall(self, size: float) -> float:
-        """Seconds of an Alltoall in which a rank has `size` bytes, its own part included.
-
-        Pairwise exchange: (n-1)α + h(n-h)/n·8S/β' (Thakur, Rabenseifner and Gropp 2005).
-        """
-        wire = self._wire(self._direct, size, self.gather_efficiency)
-        return (self.ranks - 1) * self.latency + wire
+        """Seconds of an Alltoall in which a rank has `size` bytes, its own part included."""
+        return self._seconds(self.to_each, size, self.gather_efficiency)
 
     def allgather(self, size: float) -> float:
-        """Seconds of an Allgather of `size` bytes in all: half of `allreduce` without its sums."""
-        hops = math.ceil(math.log2(self.ranks))
-        ring = self._wire(self._ring, size, self.gather_efficiency)
-        doubling = self._wire(self._direct, size, self.gather_efficiency)
-        return min((self.ranks - 1) * self.latency + ring, hops * self.latency + doubling)
+        """Seconds of an Allgather of `size` bytes in all."""
+        return self._seconds(self.to_all(size), size, self.gather_efficiency)
 
     def messages(self, size: float) -> float:
-        """Seconds in which each rank sends an n-th of `size` bytes to every other rank, at once.
-
-        α + (n-1)·o + h(n-h)/n·8S/β': latencies overlap, overheads do not (o and α as in LogP,
-        Culler et al. 1993).
-        """
-        wire = self._wire(self._direct, size, self.message_efficiency)
-        return self.latency + (self.ranks - 1) * self.message_overhead + wire
+        """Seconds in which each rank sends an n-th of `size` bytes to every other rank."""
+        return self._seconds(self.to_each, size, self.message_efficiency)
 
 
 @lru_cache(maxsize=4096)  # asked for every chunk, at every bandwidth that `break_even` tries
@@ -537,7 +584,7 @@ def step_time(
         )
     if not sizes:
         return compute
-    last = [sizes[0] if len(sizes) > 1 else min(sizes[0], CHUNK_ELEMENTS)]
+    last = [sizes[0] if len(sizes) > 1 else min(sizes[0], chunk_elements(cluster.ranks))]
     if method.config is not None and len(sizes) > 1:
         last = list(in_buckets(sizes, method.config)[-1][::-1])
     reduction = cost(method, sizes, cluster)

@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+from mpi_ops.chunks import chunk_elements
+
 from ..advisor import calibrate, model
 from ..advisor.model import METHODS, NONE, Cluster, Method
 from .output import add_common, new_plot, rich
@@ -135,7 +137,8 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         "nothing else uses the network.",
         f"Communication hides behind {options.overlap:.0%} of the compute time (--overlap); "
         "kernels do not, and neither does what becomes ready last.",
-        "One number of parameters: gradients become ready evenly, the last 4 M elements at the end."
+        "One number of parameters: gradients become ready evenly, the last "
+        f"{chunk_elements(cluster.ranks) / 1e6:.0f} M elements at the end."
         if tensors == 1
         else f"{tensors} tensors in the order of the model; the first is ready last.",
         "4-bit settings are never recommended: try them for accuracy first. Standard levels use "

@@ -52,7 +52,7 @@ def rich() -> tuple[Any, Callable[[str, list[str], list[str]], Any]]:
 
     # A file or a pipe has no width of its own, and 80 columns are too few.
     terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Output(width=None if terminal else 130), table_of
+    return Output(width=None if terminal else 140), table_of
 
 
 def new_plot(panels: int = 1) -> tuple[Any, Any]:

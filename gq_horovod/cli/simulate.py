@@ -20,8 +20,10 @@ SIMULATED = (
     model.FP16,
     model.STANDARD,
     model.EXPONENTIAL,
+    model.TWO_HOP,
     model.STANDARD_MPI,
     model.EXPONENTIAL_MPI,
+    model.TWO_HOP_MPI,
 )
 
 
@@ -119,7 +121,11 @@ def simulate(options: argparse.Namespace) -> None:
     table = table_of(
         "Predicted speed-up of a step over none",
         ["workload"],
-        ["ranks", "Gbit/s", "none", *(method.name for method in SIMULATED), "paper"],
+        [
+            *("ranks", "Gbit/s", "none"),
+            *(method.name.replace(", ", ",\n") for method in SIMULATED),
+            "paper",
+        ],
     )
     for row in rows:
         table.add_row(

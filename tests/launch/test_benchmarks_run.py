@@ -1,4 +1,4 @@
-"""Benchmarks from end to end, small: training.py, allreduce.py, quality.py and memory.py."""
+"""Benchmarks from end to end, small; messages.py with as many ranks as it has by default."""
 
 from __future__ import annotations
 
@@ -135,3 +135,21 @@ def test_memory(tmp_path: Path) -> None:
     assert 0 < rows["standard"]["taken"] < 2 * 48_000_000
     assert rows["none"]["beyond none"] == 0
     assert (tmp_path / "memory.png").stat().st_size > 0
+
+
+def test_messages(tmp_path: Path) -> None:
+    """The model's messages and bytes are those of 32 ranks."""
+    printed = run("messages.py", "--ranks", "32", output=tmp_path)
+    document = json.loads((tmp_path / "messages.json").read_text())
+    assert document["ranks"] == 32
+    for row in document["rows"]:
+        counted, predicted = row["counted"], row["predicted"]
+        assert row["exchange"] in printed
+        assert len(counted["of ranks"]) == 32
+        if row["exchange"].startswith("messages"):
+            assert counted["messages"] == predicted["messages"]
+            assert counted["bytes"] == predicted["bytes"]
+        else:  # a write for each, or two where a socket was full; a header of 22 bytes
+            assert predicted["messages"] <= counted["messages"] < 1.2 * predicted["messages"]
+            headers = 22 * predicted["messages"]
+            assert counted["bytes"] == pytest.approx(predicted["bytes"] + headers, rel=0.01)

@@ -27,6 +27,7 @@ IDEAL = Inputs(
     allreduce_efficiency=1.0,
     gather_efficiency=1.0,
     latency=0.0,
+    message_overhead=0.0,
     cycle_time=0.0,
     operation_overhead=0.0,
     hook=0.0,

@@ -20,6 +20,8 @@ from gq_horovod.advisor.model import (
     NONE,
     STANDARD,
     STANDARD_MPI,
+    TWO_HOP,
+    TWO_HOP_MPI,
     Cluster,
     Kernels,
     Method,
@@ -138,9 +140,51 @@ def test_bandwidth_terms_of_collectives() -> None:
 def test_latency_terms_of_collectives() -> None:
     slow = Cluster(64, 1e30, latency=1.0, message_overhead=0.0)
     assert slow.allreduce(8) == pytest.approx(12)
-    assert slow.alltoall(8) == pytest.approx(63)
+    assert slow.alltoall(8) == pytest.approx(1)
     assert slow.allgather(8) == pytest.approx(6)
+    assert slow.allgather(64 * 4096) == pytest.approx(63)  # a ring
     assert slow.messages(8) == pytest.approx(1)
+    busy = replace(slow, latency=0.0, message_overhead=1.0)
+    assert busy.alltoall(8) == busy.messages(8) == pytest.approx(62)
+
+
+@pytest.mark.parametrize(("ranks", "messages"), [(2, 1), (64, 14), (100, 18), (4096, 126)])
+def test_rows_and_columns_by_hand(ranks: int, messages: int) -> None:
+    there, back = Cluster(ranks, 1e9).by_rows_and_columns
+    assert back == (2, messages, (ranks - 1) / ranks)
+    assert there == (2, messages, 2 * (ranks - 1) / ranks)
+
+
+@pytest.mark.parametrize("ranks", [100, 1024, 4096])
+def test_where_rows_and_columns_are_faster(ranks: int) -> None:
+    """There: while the bytes of a payload take less than the overhead that is saved."""
+    cluster = Cluster(ranks, 1e10)
+    saved = cluster.to_each.messages - cluster.by_rows_and_columns[0].messages + 1
+    seconds = saved * cluster.message_overhead - cluster.latency
+    limit = seconds * cluster.bandwidth * 0.6 / 8 * ranks / (ranks - 1)
+    back = cluster._seconds(cluster.by_rows_and_columns[1], limit, 0.6)
+    assert cluster.messages_by_rows_and_columns(limit) == pytest.approx(
+        cluster.messages(limit) + back
+    )
+    for size in (limit / 2, limit / 1.01):
+        there, _ = cluster.by_rows_and_columns
+        assert cluster._seconds(there, size, 0.6) < cluster.messages(size)
+    assert cluster._seconds(there, 1.01 * limit, 0.6) > cluster.messages(1.01 * limit)
+
+
+@pytest.mark.parametrize("bandwidth", [1e10, 2.5e10])
+@pytest.mark.parametrize(
+    ("method", "ranks"), [(TWO_HOP, 1024), (TWO_HOP_MPI, 1024), (TWO_HOP_MPI, 4096)]
+)
+def test_two_hop_levels_stay_fast_with_more_ranks(
+    method: Method, ranks: int, bandwidth: float
+) -> None:
+    """DeepLight, at least 0.9 of the speed with 64 ranks: messages grow with the ranks."""
+    sizes, compute = [607_959_381], 0.0151
+    few, many = (
+        model.step_time(method, sizes, Cluster(own, bandwidth), compute) for own in (64, ranks)
+    )
+    assert few / many > 0.9
 
 
 def test_efficiency_of_a_size() -> None:
