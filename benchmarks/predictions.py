@@ -97,7 +97,7 @@ def run_rank(name: str, rounds: int) -> None:
     watch = training.Stopwatch()
     contestants = [training.Contestant(training.COMPUTE, workload, watch)]
     for method in model.METHODS:
-        if method.why_not(hvd.size()) is None:
+        if method.why_not(model.Cluster(hvd.size(), 1e9)) is None:
             training.METHODS[method.name] = partial(compression, method)
             like = contestants[1] if len(contestants) > 1 else None
             contestants.append(training.Contestant(method.name, workload, watch, like))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 FORMAT = "gq-horovod calibration"
-VERSION = 3  # 3: with an efficiency for each of some sizes
+VERSION = 4  # 4: with the bandwidth inside a host
 
 # Payloads whose share of the bandwidth is measured, large enough that latency is a small part.
 PAYLOAD_BYTES = {
@@ -52,6 +52,7 @@ PAYLOAD_BYTES = {
 }
 FEW_ROUNDS_BYTES = 16 << 20  # from here on less depends on chance, and each round takes long
 STREAM_BYTES = 8 << 20
+INNER_BYTES = 8 << 20  # of floats that a rank exchanges with others of its host
 KERNEL_ELEMENTS = 4 << 20
 SMALL_OPERATIONS = 50
 # Of a model whose gradients are compressed.
@@ -121,6 +122,8 @@ def _unusable(path: Path, why: str) -> CalibrationError:
 def measure(comm: MPI.Intracomm, rounds: int = 5) -> tuple[Cluster, bool]:
     """Measure the cluster of `comm`; collective. The same result on every rank.
 
+    What GPUs of a host exchange (NCCL, NVLink) is not measured, as kernels on a GPU are not.
+
     Returns the cluster, and whether Horovod's operations were measured; where it cannot be
     imported, MPI's are, and what Horovod is needed for keeps its default. Ranks of a single host
     count as hosts of their own, and its loopback as their network.
@@ -142,6 +145,8 @@ def measure(comm: MPI.Intracomm, rounds: int = 5) -> tuple[Cluster, bool]:
         message_overhead=_message_overhead(comm, latency),
         bandwidth=_bandwidth(comm, latency, rounds),
     )
+    if cluster.hierarchical and set(hosts.values()) == {cluster.ranks_per_host}:
+        cluster = replace(cluster, inner_bandwidth=_inner_bandwidth(comm, latency, rounds))
     horovod = _horovod(comm)
     cluster = replace(cluster, kernels=_kernels(comm, horovod is not None, rounds))
     if horovod is not None:
@@ -237,6 +242,16 @@ def _bandwidth(comm: MPI.Intracomm, latency: float, rounds: int) -> float:
             comm.Send(answer, 0)
 
     return 8 * STREAM_BYTES / max(_seconds(comm, rounds, stream) - 2 * latency, 1e-9)
+
+
+def _inner_bandwidth(comm: MPI.Intracomm, latency: float, rounds: int) -> float:
+    """β_i in bits/s: an Alltoall of MPI's among the ranks of every host, on all hosts at once."""
+    host = comm.Split(sorted(set(names := comm.allgather(_host()))).index(names[comm.rank]))
+    sent = np.zeros((host.size, INNER_BYTES // 4 // host.size), np.float32)
+    received = np.empty_like(sent)
+    seconds = _seconds(comm, rounds, lambda: host.Alltoall(sent, received))
+    host.Free()
+    return 8 * sent[1:].nbytes / max(seconds - latency, 1e-9)
 
 
 def _horovod(comm: MPI.Intracomm) -> Any:
@@ -429,7 +444,7 @@ def _efficiency(cluster: Cluster, seconds: float, modelled: Callable[[Cluster], 
     perfect = replace(
         cluster, allreduce_efficiency=1.0, gather_efficiency=1.0, message_efficiency=1.0
     )
-    fixed = modelled(replace(perfect, bandwidth=1e18))
+    fixed = modelled(replace(perfect, bandwidth=1e18, inner_bandwidth=1e18))
     wire = modelled(perfect) - fixed
     return min(max(wire / max(seconds - fixed, 1e-9), 0.01), 1.0)
 

@@ -1,6 +1,7 @@
-"""What a step costs on nodes with a GPU each: the model of a cluster, with the node's own figures.
+"""What a step costs on nodes with GPUs: the model of a cluster, with the node's own figures.
 
-For the table of the paper's 64 nodes, before anybody pays for them: `gq-horovod simulate --paper`.
+For the table of the paper's 64 nodes, before anybody pays for them: `gq-horovod simulate --paper`;
+and for nodes with several GPUs, `gq-horovod simulate --gpus-per-node 1,8`.
 Every input says whether it was measured, and where, or is assumed, and why. Nothing here has been
 compared with a run.
 """
@@ -24,7 +25,7 @@ def _input(value: float, unit: str, origin: str, source: str) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A node a2-highgpu-1g (one A100 of 40 GB) and its network. Raises ValueError.
+    """A node a2-highgpu-1g (one A100 of 40 GB) or 8g (eight), and its network. Raises ValueError.
 
     The metadata of a field have its unit, its origin and the source.
     """
@@ -43,6 +44,21 @@ class Inputs:
         "bytes/s",
         ASSUMED,
         "PCIe 4.0 x16 has 31.5 GB/s a direction; pinned copies reach some 0.8",
+    )
+    nvlink: float = _input(
+        300e9,
+        "bytes/s",
+        ASSUMED,
+        "data sheet of the A100 SXM: NVLink has 600 GB/s, both directions together",
+    )
+    nvlink_share: float = _input(
+        0.65, "of nvlink", ASSUMED, "a guess; no exchange over NVLink was timed here"
+    )
+    host_exchange: float = _input(
+        1e9,
+        "bytes/s",
+        MEASURED,
+        "Alltoall of 8 and 32 MiB, MPI, two ranks on two shared cores (docs/advisor.md)",
     )
     host_sum: float = _input(
         10e9, "bytes/s", MEASURED, "a sum on one core of a Xeon, rounded down (README, Results)"
@@ -88,7 +104,10 @@ class Inputs:
                 raise ValueError(
                     f"Inputs: {own.name} must be a finite number, 0 or more, got {value!r}."
                 )
-        for name in ("gpu_memory", "kernel_share", "pcie", "host_sum"):
+        for name in (
+            *("gpu_memory", "kernel_share", "pcie", "host_sum"),
+            *("nvlink", "nvlink_share", "host_exchange"),
+        ):
             if getattr(self, name) == 0:
                 raise ValueError(f"Inputs: {name} must be more than 0, got 0.")
 
@@ -108,12 +127,13 @@ METHODS = (
 )
 
 
-def methods(ranks: int) -> list[Method]:
-    """Those of METHODS that differ with so many ranks."""
+def methods(cluster: Cluster) -> list[Method]:
+    """Those of METHODS that differ on a cluster; with codes hierarchical and flat, if it can be."""
     found: dict[object, Method] = {}
-    for method in METHODS:
-        usable = method.config is not None and method.why_not(ranks) is None
-        same = method.config.plan(ranks) if method.config is not None and usable else method.name
+    for method in model.methods_for(cluster, METHODS):
+        same: object = method.name
+        if method.config is not None and method.why_not(cluster) is None:
+            same = method.config.plan(method.parties(cluster).ranks), method.hierarchical
         found.setdefault(same, method)
     return list(found.values())
 
@@ -125,7 +145,7 @@ PATHS = (NCCL, STAGED)
 
 @dataclass(frozen=True)
 class GpuCluster(Cluster):
-    """A cluster of nodes with a GPU each, whose kernels are the GPU's."""
+    """A cluster of nodes with GPUs, a rank for each, whose kernels are the GPU's."""
 
     pcie: float | None = None  # bytes/s of what passes through host memory; None: nothing does
     host_sum: float | None = None  # bytes/s of Allreduce's sums on the host; None: on the GPU
@@ -138,19 +158,25 @@ class GpuCluster(Cluster):
         return 0.0 if self.pcie is None else size / self.pcie
 
 
-def cluster_of(inputs: Inputs, ranks: int, bandwidth: float, path: str) -> GpuCluster:
-    """The cluster of so many nodes.
+def cluster_of(
+    inputs: Inputs, ranks: int, bandwidth: float, path: str, gpus: int = 1
+) -> GpuCluster:
+    """The cluster of so many GPUs.
 
     Arguments:
         inputs: of a node.
-        ranks: one on each node.
+        ranks: in all, one for each GPU.
         bandwidth: of a node's link in each direction, bits/s.
         path: one of PATHS.
+        gpus: of a node.
     """
     speed = inputs.kernel_share * inputs.gpu_memory
     staged = path == STAGED
+    inner = inputs.host_exchange if staged else inputs.nvlink * inputs.nvlink_share
     return GpuCluster(
         ranks=ranks,
+        ranks_per_host=gpus,
+        inner_bandwidth=8 * inner,
         bandwidth=bandwidth,
         latency=inputs.latency,
         message_overhead=inputs.message_overhead,

@@ -81,6 +81,7 @@ class Pattern(NamedTuple):
     rounds: int  # one after the other: each begins when the one before has arrived
     messages: int  # in all rounds together
     leaving: float  # bytes that leave its host, from all ranks there, as a multiple of the payload
+    inside: float = 0.0  # bytes that it sends to others of its host, likewise
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Cluster:
     latency: float = 50e-6  # α, seconds from the start of a small message to its arrival
     message_overhead: float = 5e-6  # seconds of processor time of each further message in flight
     ranks_per_host: int = 1
+    # Bits/s in each direction at which a rank of a host exchanges floats with all others there.
+    inner_bandwidth: float = 8e9
     # What the payload reaches of the bandwidth:
     allreduce_efficiency: Efficiency = 0.6  # Allreduce, beside its sums
     gather_efficiency: Efficiency = 0.6  # Alltoall and Allgather
@@ -153,7 +156,8 @@ class Cluster:
                 f"Cluster: ranks_per_host must be at most ranks ({self.ranks}), got "
                 f"{self.ranks_per_host}; ranks counts those of all hosts."
             )
-        _require_positive("Cluster", "bandwidth", self.bandwidth, "bits per second")
+        for name in ("bandwidth", "inner_bandwidth"):
+            _require_positive("Cluster", name, getattr(self, name), "bits per second")
         for name in ("latency", "message_overhead", "cycle_time", "operation_overhead"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
@@ -184,36 +188,60 @@ class Cluster:
         """Seconds in which `size` bytes pass between gradients and network: one memory, none."""
         return 0.0
 
-    # Bytes that leave a host, as a multiple of the vector's. Ranks are placed in blocks.
+    # Ranks of a host may reduce among themselves first: `Method.hierarchical`.
 
     @property
-    def _ring(self) -> float:
+    def hierarchical(self) -> bool:
+        """Whether they can: there are several hosts, with as many ranks on each, but not one."""
+        several = 1 < self.ranks_per_host < self.ranks
+        return several and self.ranks % self.ranks_per_host == 0
+
+    @property
+    def of_one_place(self) -> Cluster:
+        """The ranks with one place in their hosts, with their share of the links."""
+        hosts, bandwidth = self.ranks // self.ranks_per_host, self.bandwidth / self.ranks_per_host
+        return replace(self, ranks=hosts, ranks_per_host=1, bandwidth=bandwidth)
+
+    def inside(self, size: float) -> float:
+        """Seconds of an Alltoall, or an Allgather, of `size` bytes among the ranks of a host.
+
+        h-1 messages at once: α + (h-2)o + (h-1)/h·8S/β_i.
+        """
+        sent = (self.ranks_per_host - 1) / self.ranks_per_host * size
+        further = max(self.ranks_per_host - 2, 0) * self.message_overhead
+        return self.latency + further + 8 * sent / self.inner_bandwidth
+
+    # Bytes as a multiple of the vector's: those that leave a host, from all its ranks, and those
+    # that a rank sends to others of its host. Ranks are placed in blocks.
+
+    @property
+    def _ring(self) -> tuple[float, float]:
         """Half of a ring: only the last rank of a host sends to another host."""
-        return (self.ranks - 1) / self.ranks if self.ranks > self.ranks_per_host else 0.0
+        passed = (self.ranks - 1) / self.ranks
+        several = self.ranks_per_host > 1
+        return passed if self.ranks > self.ranks_per_host else 0.0, passed if several else 0.0
 
     @property
-    def _direct(self) -> float:
-        """Every rank of a host sends its part to every rank elsewhere."""
-        return self.ranks_per_host * (self.ranks - self.ranks_per_host) / self.ranks
-
-    def _wire(self, leaving: float, size: float, efficiency: Efficiency) -> float:
-        """Seconds of `leaving` times `size` bytes, the payload, whose size decides the share."""
-        return 8 * leaving * size / (self.bandwidth * share_reached(efficiency, size))
+    def _direct(self) -> tuple[float, float]:
+        """Every rank of a host sends its part to every other rank."""
+        elsewhere = self.ranks - self.ranks_per_host
+        return self.ranks_per_host * elsewhere / self.ranks, (self.ranks_per_host - 1) / self.ranks
 
     def _seconds(self, pattern: Pattern, size: float, efficiency: Efficiency) -> float:
         """Of a pattern whose payload is `size` bytes: r·α + (m-r)·o + 8·leaving·S/β'.
 
         Latencies of messages in flight together overlap, what the processor does for each does not
-        (o and α as in LogP, Culler et al. 1993).
+        (o and α as in LogP, Culler et al. 1993). What stays inside the host travels meanwhile.
         """
         waits = pattern.rounds * self.latency
         further = (pattern.messages - pattern.rounds) * self.message_overhead
-        return waits + further + self._wire(pattern.leaving, size, efficiency)
+        link = pattern.leaving / (self.bandwidth * share_reached(efficiency, size))
+        return waits + further + 8 * size * max(link, pattern.inside / self.inner_bandwidth)
 
     @property
     def to_each(self) -> Pattern:
         """Each rank sends an n-th of its payload to every other one: all at once."""
-        return Pattern(1, self.ranks - 1, self._direct)
+        return Pattern(1, self.ranks - 1, *self._direct)
 
     def to_all(self, size: float) -> Pattern:
         """Each rank's n-th of `size` bytes goes to all.
@@ -222,8 +250,8 @@ class Cluster:
         """
         if size / self.ranks < RING_BYTES:
             hops = math.ceil(math.log2(self.ranks))
-            return Pattern(hops, hops, self._direct)
-        return Pattern(self.ranks - 1, self.ranks - 1, self._ring)
+            return Pattern(hops, hops, *self._direct)
+        return Pattern(self.ranks - 1, self.ranks - 1, *self._ring)
 
     @property
     def by_rows_and_columns(self) -> tuple[Pattern, Pattern]:
@@ -235,8 +263,9 @@ class Cluster:
         """
         columns = math.ceil(math.sqrt(self.ranks))
         rows = math.ceil(self.ranks / columns)
-        back = Pattern(2, rows + columns - 2, self._direct)
-        return back._replace(leaving=2 * self._direct), back
+        leaving, inside = self._direct
+        back = Pattern(2, rows + columns - 2, leaving, inside)
+        return back._replace(leaving=2 * leaving, inside=2 * inside), back
 
     def messages_by_rows_and_columns(self, size: float) -> float:
         """Seconds of both hops of `size` bytes; each as `messages` where that is faster."""
@@ -246,17 +275,23 @@ class Cluster:
         )
 
     def allreduce(self, size: float) -> float:
-        """Seconds of a bare Allreduce of `size` bytes: the faster of two algorithms, and the sums.
+        """Seconds of a bare Allreduce of `size` bytes: the fastest of three, and the sums.
 
         Ring: 2(n-1)α + 2(n-1)/n·8S/β'. Recursive halving and doubling (Rabenseifner):
         2⌈log2 n⌉α + 2h(n-h)/n·8S/β', h the ranks of a host. (Thakur, Rabenseifner and Gropp,
         "Optimization of Collective Communication Operations in MPICH", 2005; h from placing ranks
-        in blocks.) Each rank adds (n-1)/n·S bytes, reading two and writing one: 3(n-1)/n·S/γ.
+        in blocks.) Where there are n/h hosts of h ranks, also halving among the ranks of one place
+        between two exchanges inside: 2(1 + ⌈log2 n/h⌉)α + 2(h-2)o + 2(n-h)/n·8S/β'. Each rank adds
+        (n-1)/n·S bytes, reading two and writing one: 3(n-1)/n·S/γ.
         """
         n, hops = self.ranks, math.ceil(math.log2(self.ranks))
-        ring = (n - 1) * self.latency + self._wire(self._ring, size, self.allreduce_efficiency)
-        halving = hops * self.latency + self._wire(self._direct, size, self.allreduce_efficiency)
-        return 2 * min(ring, halving) + 3 * (n - 1) / n * size / self.sums
+        ways = [Pattern(n - 1, n - 1, *self._ring), Pattern(hops, hops, *self._direct)]
+        if self.hierarchical:
+            h, hosts = self.ranks_per_host, self.of_one_place.ranks
+            hops = math.ceil(math.log2(hosts))
+            ways.append(Pattern(1 + hops, h - 1 + hops, (hosts - 1) / hosts, (h - 1) / h))
+        half = min(self._seconds(own, size, self.allreduce_efficiency) for own in ways)
+        return 2 * half + 3 * (n - 1) / n * size / self.sums
 
     def alltoall(self, size: float) -> float:
         """Seconds of an Alltoall in which a rank has `size` bytes, its own part included."""
@@ -323,25 +358,46 @@ class Method:
     # Whether the advisor may recommend it unasked. 4 bits are too coarse for some models: the
     # paper's 4-bit runs diverged.
     recommended: bool = True
+    # Whether the ranks of a host first exchange floats, so that the codes are of their mean.
+    hierarchical: bool = False
 
-    def why_not(self, ranks: int) -> str | None:
-        """Why this cannot run on so many ranks, or None."""
+    def parties(self, cluster: Cluster) -> Cluster:
+        """The ranks that exchange codes with each other."""
+        return cluster.of_one_place if self.hierarchical else cluster
+
+    def why_not(self, cluster: Cluster) -> str | None:
+        """Why this cannot run on a cluster, or None."""
+        if self.hierarchical and not cluster.hierarchical:
+            return (
+                f"hierarchical: expected several hosts with as many ranks on each, got "
+                f"{cluster.ranks} ranks, {cluster.ranks_per_host} on a host; leave it out."
+            )
         try:
             if self.config is not None:
-                self.config.plan(ranks)
+                self.config.plan(self.parties(cluster).ranks)
         except ValueError as error:
             return str(error)
         return None
 
 
-def global_qsgd(name: str, config: Config, recommended: bool = True) -> Method:
-    """A setting of GlobalQSGD, with the Python that a user writes for it."""
+def global_qsgd(
+    name: str, config: Config, recommended: bool = True, hierarchical: bool | None = None
+) -> Method:
+    """A setting of GlobalQSGD, with the Python that a user writes for it.
+
+    `hierarchical` as in GlobalQSGD; None: as where each host has one rank, and not written.
+    """
     changed = {f.name: getattr(config, f.name) for f in fields(config)}
-    written = ", ".join(
-        f"{name}={value!r}" for name, value in changed.items() if value != getattr(Config, name)
+    words = [f"{key}={value!r}" for key, value in changed.items() if value != getattr(Config, key)]
+    if hierarchical is not None:
+        words.append(f"hierarchical={hierarchical}")
+    argument = f"compression=GlobalQSGD({', '.join(words)})" if words else "compression=GlobalQSGD"
+    return Method(
+        *(name, argument),
+        config=config,
+        recommended=recommended,
+        hierarchical=bool(hierarchical),
     )
-    argument = f"compression=GlobalQSGD({written})" if written else "compression=GlobalQSGD"
-    return Method(name, argument, config=config, recommended=recommended)
 
 
 NONE = Method("none", "compression=hvd.Compression.none")
@@ -378,6 +434,22 @@ METHODS = (
 )
 
 
+WITHIN = ("hierarchical", "flat")  # whether ranks of a host reduce among themselves first
+
+
+def methods_for(cluster: Cluster, methods: Sequence[Method] = METHODS) -> list[Method]:
+    """`methods`; where hosts have several ranks those with codes twice, hierarchical and flat."""
+    if not cluster.hierarchical:
+        return list(methods)
+    plain = [method for method in methods if method.config is None]
+    coded = [(method, method.config) for method in methods if method.config is not None]
+    return plain + [
+        global_qsgd(f"{own.name}, {way}", config, own.recommended, hierarchical)
+        for way, hierarchical in zip(WITHIN, (True, False), strict=True)
+        for own, config in coded
+    ]
+
+
 # ------------------------------------------------------------------------------------------- bytes
 
 
@@ -406,10 +478,11 @@ class Cost:
     seconds: float  # from the first gradient to the last mean, nothing else going on
     kernels: float  # seconds of these that a rank's processor computes
     bytes: float  # that a rank sends: 2(n-1)/n times payload, norms and tokens
+    inner_bytes: float = 0.0  # of floats that it sends to others of its host before and after
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.seconds + other.seconds, self.kernels + other.kernels, self.bytes + other.bytes
+            *(getattr(self, own.name) + getattr(other, own.name) for own in fields(Cost)),
         )
 
 
@@ -426,7 +499,7 @@ def cost(method: Method, sizes: Sequence[int], cluster: Cluster) -> Cost:
         return _plain(sizes, method.element_bytes, cluster)
     large = [size for size in sizes if size >= method.config.min_elements]
     small = [size for size in sizes if size < method.config.min_elements]
-    return _plain(small, FLOAT32_BYTES, cluster) + _quantized(large, method.config, cluster)
+    return _plain(small, FLOAT32_BYTES, cluster) + _quantized(large, method, cluster)
 
 
 def _operations(sizes: Sequence[float], cluster: Cluster) -> float:
@@ -458,28 +531,38 @@ def _plain(sizes: Sequence[int], element_bytes: int, cluster: Cluster) -> Cost:
     return Cost(network + cast, cast, wire.sent_bytes(element_bytes * total, cluster.ranks))
 
 
-def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
-    """GlobalQSGD: T = norms + pipeline(kernels, codes).
+def _quantized(sizes: Sequence[int], method: Method, cluster: Cluster) -> Cost:
+    """GlobalQSGD: T = inner exchanges + norms + pipeline(kernels, codes).
 
     Norms are measured and reduced by a Max-Allreduce; then quantizing, reducing and decoding of
-    some chunks goes on while others travel.
+    some chunks goes on while others travel. Where the ranks of a host first reduce among
+    themselves, each has the norms and the codes of its share of every bucket.
     """
-    if not sizes:
+    config = method.config
+    if not sizes or config is None:
         return Cost(0.0, 0.0, 0.0)
-    n, kernels = cluster.ranks, cluster.kernels
+    parties, kernels = method.parties(cluster), cluster.kernels
+    n = parties.ranks
     plan = config.plan(n)
     together = in_buckets(sizes, config)
+    inner, floats = 0.0, 0.0
+    shares = together
+    if method.hierarchical:
+        h = cluster.ranks_per_host
+        shares = [(math.ceil(sum(members) / h),) for members in together]
+        floats = 2 * (h - 1) / h * FLOAT32_BYTES * sum(sizes)
+        inner = _inside([sum(members) for members in together], cluster)
     norm_bytes = [
         # And a flag for each of several tensors.
         wire.NORM_BYTES * (sum(wire.norm_count(own, plan) for own in members) + _flags(members))
         for members in together
     ]
     if config.transport == "mpi":  # and each rank's proposal of a number
-        norm_bytes = [size + 4 * n for size in norm_bytes]
+        norm_bytes = [size + 4 * cluster.ranks for size in norm_bytes]
     payloads = [
-        size for members in together for size in wire.parcel_bytes(members, plan, config.transport)
+        size for members in shares for size in wire.parcel_bytes(members, plan, config.transport)
     ]
-    elements, payload = sum(sizes), sum(payloads)
+    elements, payload = sum(map(sum, shares)), sum(payloads)
 
     measure = FLOAT32_BYTES * elements / kernels.norm
     norms = _operations(norm_bytes, cluster) + cluster.crossing(2 * sum(norm_bytes))
@@ -496,15 +579,15 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     elif config.transport == "mpi":  # n - 1 additions to a share
         compute += 3 * payload * (n - 1) / n / kernels.sum
 
-    way = _way(config, n)
+    way = _way(config)
     if way == "message":
-        network = 2 * _total(cluster.messages, payloads)
+        network = 2 * _total(parties.messages, payloads)
     elif way == "allreduce":
-        network = _operations(payloads, cluster)
+        network = _operations(payloads, parties)
     else:
         started = cluster.cycle_time + len(payloads) * cluster.operation_overhead
         network = 2 * started
-        network += _total(cluster.alltoall, payloads) + _total(cluster.allgather, payloads)
+        network += _total(parties.alltoall, payloads) + _total(parties.allgather, payloads)
     exposed = getattr(cluster, f"{way}_exposed")
     # Codes out and back; where a share is reduced beside the gradients, others' shares come in and
     # the result goes out as well.
@@ -512,8 +595,24 @@ def _quantized(sizes: Sequence[int], config: Config, cluster: Cluster) -> Cost:
     network = pipelined(cluster.crossing(crossing), network, len(payloads))
 
     seconds = measure + norms + tokens + pipelined(compute, network, len(payloads), exposed)
-    sent = wire.sent_bytes(payload + sum(norm_bytes) + token.BYTES * len(sizes), cluster.ranks)
-    return Cost(seconds, measure + compute, sent)
+    sent = wire.sent_bytes(payload, n)
+    sent += wire.sent_bytes(sum(norm_bytes) + token.BYTES * len(sizes), cluster.ranks)
+    return Cost(seconds + inner, measure + compute, sent, floats)
+
+
+def _inside(sizes: Sequence[int], cluster: Cluster) -> float:
+    """Seconds of what ranks of a host exchange before and after the codes of such buckets.
+
+    Who takes part, by a Max-Allreduce of a few numbers; an Alltoall of floats, and their sums; an
+    Allgather of the results. Nothing of it is hidden behind codes of other buckets: an upper bound.
+    """
+    h, total = cluster.ranks_per_host, FLOAT32_BYTES * sum(sizes)
+    started = 3 * (cluster.cycle_time + len(sizes) * cluster.operation_overhead)
+    seconds = started + len(sizes) * cluster.allreduce(wire.NORM_BYTES)
+    seconds += 2 * _total(cluster.inside, [FLOAT32_BYTES * size for size in sizes])
+    # Out and in for the exchange; then a share out, and those of others in.
+    seconds += cluster.crossing((2 * (h - 1) / h + 1) * total)
+    return seconds + 3 * (h - 1) / h * total / cluster.kernels.sum
 
 
 def in_buckets(sizes: Sequence[int], config: Config) -> list[tuple[int, ...]]:
@@ -532,11 +631,11 @@ def _flags(members: Sequence[int]) -> int:
     return len(members) if len(members) > 1 else 0
 
 
-def _way(config: Config, ranks: int) -> str:
+def _way(config: Config) -> str:
     """How the codes travel: one of WAYS."""
     if config.transport == "mpi":
         return "message"
-    return "allreduce" if config.plan(ranks).in_flight else "gather"
+    return "allreduce" if config.levels == "standard" else "gather"
 
 
 def pipelined(first: float, second: float, pieces: int, exposed: float = 0.0) -> float:
@@ -591,7 +690,7 @@ def step_time(
     tail = min(cost(method, last, cluster).seconds, reduction.seconds)
     hidden = overlap * compute
     if method.config is not None:
-        hidden *= getattr(cluster, f"{_way(method.config, cluster.ranks)}_hidden")
+        hidden *= getattr(cluster, f"{_way(method.config)}_hidden")
     return compute + max(reduction.seconds - hidden, reduction.kernels, tail)
 
 

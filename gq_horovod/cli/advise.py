@@ -11,7 +11,7 @@ from typing import Any
 from mpi_ops.chunks import chunk_elements
 
 from ..advisor import calibrate, model
-from ..advisor.model import METHODS, NONE, Cluster, Method
+from ..advisor.model import NONE, Cluster, Method, methods_for
 from .output import add_common, new_plot, rich
 from .units import (
     bandwidth,
@@ -43,6 +43,12 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--workers", type=rank_count, help="ranks in all (default: the calibration's)")
     sub.add_argument("--ranks-per-host", type=rank_count, help="(default: the calibration's, or 1)")
     sub.add_argument("--bandwidth", type=bandwidth, help="of a host's link: 1Gbit, 200Mbit")
+    sub.add_argument(
+        "--inner-bandwidth",
+        type=bandwidth,
+        help="at which a rank exchanges with others of its host (default: the calibration's, or "
+        "8Gbit; NVLink of an A100 has 2400Gbit)",
+    )
     sub.add_argument("--latency", type=duration, help="of a message: 50us")
     sub.add_argument(
         "--step-compute",
@@ -63,6 +69,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         "bandwidth": options.bandwidth,
         "latency": options.latency,
         "ranks_per_host": options.ranks_per_host,
+        "inner_bandwidth": options.inner_bandwidth,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if options.calibration is not None:
@@ -80,8 +87,8 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
     base = model.step_time(NONE, sizes, cluster, compute, overlap)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    for method in METHODS:
-        reason = method.why_not(cluster.ranks)
+    for method in methods_for(cluster):
+        reason = method.why_not(cluster)
         if reason is not None:
             left_out[method.name] = reason
             continue
@@ -102,6 +109,7 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
                 "reduction_seconds": cost.seconds,
                 "kernel_seconds": cost.kernels,
                 "bytes_per_rank": cost.bytes,
+                "inner_bytes_per_rank": cost.inner_bytes,
                 "pays_over_none_below": 0.0 if method is NONE else below(NONE),
                 "pays_over_fp16_below": 0.0 if method is model.FP16 else below(model.FP16),
                 "candidate": method.recommended,
@@ -128,6 +136,14 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         f"measured ({options.calibration})" if options.calibration else "defaults, not measured"
     )
     tensors = len(options.params)
+    inner = []
+    if cluster.hierarchical:
+        inner = [
+            f"hierarchical: ranks of a host exchange floats at "
+            f"{written_rate(cluster.inner_bandwidth)} (--inner-bandwidth), and codes are those of "
+            f"the {cluster.of_one_place.ranks} hosts; MB per rank are without these floats. "
+            "Nothing of that exchange is hidden. It takes HOROVOD_DYNAMIC_PROCESS_SETS=1.",
+        ]
     return [
         f"Latency, efficiency, Horovod's overheads and kernels: {source}. A payload reaches "
         f"{written_share(cluster.allreduce_efficiency)} of the bandwidth in Allreduce, "
@@ -135,6 +151,7 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         f"{written_share(cluster.message_efficiency)} in messages.",
         f"{cluster.ranks} ranks, {cluster.ranks_per_host} on each host; the slowest link counts; "
         "nothing else uses the network.",
+        *inner,
         f"Communication hides behind {options.overlap:.0%} of the compute time (--overlap); "
         "kernels do not, and neither does what becomes ready last.",
         "One number of parameters: gradients become ready evenly, the last "
@@ -174,7 +191,7 @@ def print_advice(result: dict[str, Any]) -> None:
         )
     console.print(table)
     for name in result["left_out"]:
-        console.print(f"{name}: cannot hold the sum of {cluster['ranks']} ranks", highlight=False)
+        console.print(f"{name}: cannot hold the sum of all ranks' codes", highlight=False)
     best = result["recommended"]
     print(f"\nRecommended: {best['argument']}   (predicted {best['speedup']:.2f}x)")
     if "mpi" in best["argument"]:
@@ -199,8 +216,8 @@ def plot_advice(options: argparse.Namespace, cluster: Cluster) -> None:
     """Step time against bandwidth, with a line where the user's is."""
     rates = [10 ** (8 + step / 20) for step in range(61)]  # 0.1 to 100 Gbit/s
     figure, axes = new_plot()
-    for method in METHODS:
-        if method.why_not(cluster.ranks) is None:
+    for method in methods_for(cluster):
+        if method.why_not(cluster) is None:
             steps = [
                 model.step_time(
                     method,

@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
     table = table_of(f"{cluster.ranks} ranks", ["what"], ["measured"])
     table.add_row("ranks on a host", str(cluster.ranks_per_host))
     table.add_row("bandwidth of a pair", written_rate(cluster.bandwidth))
+    inner = "default" if not cluster.hierarchical else written_rate(cluster.inner_bandwidth)
+    table.add_row("exchange inside a host", inner)
     table.add_row("latency", f"{1e6 * cluster.latency:.0f} us")
     table.add_row("further message", f"{1e6 * cluster.message_overhead:.1f} us")
     for way in model.WAYS:

@@ -37,22 +37,28 @@ def add_to(commands: Any) -> None:
         help="the paper's table of 64 nodes with a GPU each, and where each input is from",
     )
     sub.add_argument(
+        "--gpus-per-node",
+        type=listed(rank_count),
+        metavar="NUMBERS",
+        help="the same inputs for nodes with so many GPUs, such as 1,8, and 64 to 4096 GPUs",
+    )
+    sub.add_argument(
         "--input",
         type=named_number,
         action="append",
         metavar="NAME=NUMBER",
-        help="with --paper: replaces an input of its list",
+        help="with --paper or --gpus-per-node: replaces an input of their list",
     )
     sub.add_argument(
         "--workers",
         type=listed(rank_count),
-        help="with commas (default 64,256,1024,4096; with --paper 64)",
+        help="ranks in all, with commas (default 64,256,1024,4096; with --paper alone 64)",
     )
     sub.add_argument(
         "--bandwidth",
         type=listed(bandwidth),
-        help="with commas (default 200Mbit,1Gbit,5Gbit,10Gbit,25Gbit; with --paper "
-        "100Gbit,10Gbit,1Gbit)",
+        help="with commas (default 200Mbit,1Gbit,5Gbit,10Gbit,25Gbit; with --paper or "
+        "--gpus-per-node 100Gbit,10Gbit,1Gbit)",
     )
     defaults = ", ".join(f"{w.name}={written_seconds(w.compute)}" for w in model.WORKLOADS)
     sub.add_argument(
@@ -101,15 +107,19 @@ def simulation(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def simulate(options: argparse.Namespace) -> None:
     """`gq-horovod simulate`."""
-    if options.paper:
+    if options.paper or options.gpus_per_node:
         found = paper.table(options)
         if options.plot is not None:
             direct = [row for row in found["rows"] if row["path"] == gpu_nodes.NCCL]
+            kind = max(row["gpus_per_node"] for row in direct)  # one picture, of the largest nodes
+            direct = [row for row in direct if row["gpus_per_node"] == kind]
             plot_simulation(direct, options.plot)
         paper.show(found, options.json)
         return
     if options.input:
-        raise ValueError("--input: expected --paper beside it, got none; give both.")
+        raise ValueError(
+            "--input: expected --paper or --gpus-per-node beside it, got neither; give one of them."
+        )
     rows = simulation(options)
     if options.plot is not None:
         plot_simulation(rows, options.plot)

@@ -23,11 +23,14 @@ def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = tmp_path / "calibration.json"
     with testbed.Testbed(HOSTS, RATE, prefix="gqcal") as bed:
         command = [sys.executable, "-m", "gq_horovod", "calibrate", "--output", str(path)]
-        printed = run(*ranks.mpirun(bed, HOSTS), *command)
+        printed = run(*ranks.mpirun(bed, 2 * HOSTS), *command)
     assert "bandwidth of a pair" in printed
     cluster = calibrate.load(path)
-    assert cluster.ranks == HOSTS
-    assert cluster.ranks_per_host == 1
+    assert cluster.ranks == 2 * HOSTS
+    assert cluster.ranks_per_host == 2
+    # What stays in a host does not pass the link.
+    assert cluster.inner_bandwidth > cluster.bandwidth
+    assert cluster.inner_bandwidth != model.Cluster(2, 1e9).inner_bandwidth
     # No faster than the link, whatever else the machine does. (The filter lets the first of 8 MB
     # pass at once, which looks 1 % faster.)
     assert 0 < cluster.bandwidth < 1.05 * 200e6

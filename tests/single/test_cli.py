@@ -115,6 +115,7 @@ UNITS = {
     "--step-compute": ["", "us", "min"],
     "--latency": ["", "s"],
     "--bandwidth": ["", "bit", "Tbit"],
+    "--inner-bandwidth": ["", "bit", "Tbit"],
 }
 
 
@@ -145,7 +146,7 @@ def test_options_of_numbers_of_other_commands_are_the_same() -> None:
     others = {"calibrate", "doctor", "env", "report"}
     assert not set().union(*map(numeric_options, others))
     # With names before their numbers.
-    assert numeric_options("simulate") - set(UNITS) == {"--compute", "--input"}
+    assert numeric_options("simulate") - set(UNITS) == {"--compute", "--input", "--gpus-per-node"}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,8 @@ def test_options_of_numbers_of_other_commands_are_the_same() -> None:
         {"--workers": "16777216", "--ranks-per-host": "16777216"},
         {"--bandwidth": "1bit"},
         {"--bandwidth": "1000Tbit"},
+        {"--ranks-per-host": "8", "--inner-bandwidth": "1bit"},
+        {"--ranks-per-host": "8", "--inner-bandwidth": "1000Tbit"},
         {"--latency": "0s"},
         {"--latency": "1e9s"},
         {"--step-compute": "0s"},
@@ -206,6 +209,28 @@ def test_advise_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     limit = cli.advise.WORTHWHILE * fastest
     simplest = next(row for row in candidates if row["step_seconds"] < limit)
     assert result["recommended"]["argument"] == simplest["argument"]
+
+
+def test_hosts_with_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fast inside: codes of the hosts' means. Slow inside: those of all ranks."""
+    several = [*ADVISE, *NETWORK, "--ranks-per-host", "8"]
+    for inner, within, written in (("2400Gbit", "hierarchical", True), ("1Gbit", "flat", False)):
+        assert cli.main([*several, "--inner-bandwidth", inner, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["recommended"]["method"].endswith(f", {within}")
+        assert f"hierarchical={written}" in result["recommended"]["argument"]
+        rows = {row["method"]: row for row in result["methods"]}
+        assert rows["standard, hierarchical"]["inner_bytes_per_rank"] == pytest.approx(
+            2 * 7 / 8 * 4 * 607_959_381
+        )
+        assert rows["standard, flat"]["inner_bytes_per_rank"] == 0
+        assert any("HOROVOD_DYNAMIC_PROCESS_SETS=1" in own for own in result["assumptions"])
+    # 60 ranks are not as many on each host, and flat is all that there is.
+    uneven = [*ADVISE, *NETWORK, "--ranks-per-host", "8", "--workers", "60"]
+    assert cli.main([*uneven, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in result["methods"]][2] == "standard"
+    assert "hierarchical" not in result["recommended"]["argument"]
 
 
 def test_nothing_is_recommended_where_nothing_pays(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,9 @@ IDEAL = Inputs(
     kernel_share=1.0,
     pcie=1e30,
     host_sum=1e30,
+    nvlink=1e30,
+    nvlink_share=1.0,
+    host_exchange=1e30,
     allreduce_efficiency=1.0,
     gather_efficiency=1.0,
     latency=0.0,
@@ -34,14 +37,23 @@ IDEAL = Inputs(
     plain_hook=0.0,
 )
 BY_NAME = {method.name: method for method in gpu_nodes.METHODS}
+EIGHT = {
+    method.name: method
+    for method in gpu_nodes.methods(gpu_nodes.cluster_of(IDEAL, 64, 8e9, NCCL, 8))
+}
 
 
 def seconds(
-    method: Method | str, inputs: Inputs, path: str = NCCL, ranks: int = 64, rate: float = 8e9
+    method: Method | str,
+    inputs: Inputs,
+    path: str = NCCL,
+    ranks: int = 64,
+    rate: float = 8e9,
+    gpus: int = 1,
 ) -> float:
     """A step of DeepLight with a second of compute behind which nothing hides."""
-    own = BY_NAME[method] if isinstance(method, str) else method
-    cluster = gpu_nodes.cluster_of(inputs, ranks, rate, path)
+    own = {1: BY_NAME, 8: EIGHT}[gpus][method] if isinstance(method, str) else method
+    cluster = gpu_nodes.cluster_of(inputs, ranks, rate, path, gpus)
     return gpu_nodes.step_time(own, DEEPLIGHT, inputs, cluster, 1.0, 0.0)
 
 
@@ -63,6 +75,61 @@ def test_bytes_alone(method: str, element_bytes: float, path: str) -> None:
     """Everything crosses the link 2(n-1)/n times."""
     expected = 1 + 2 * 63 / 64 * element_bytes * P / 1e9
     assert seconds(method, IDEAL, path) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("method", "element_bytes", "factor"),
+    [
+        # Eight hosts' codes of a share each, by norms of all elements.
+        ("standard, hierarchical", 1 + 4 / 256, 7 / 8),
+        ("exponential, hierarchical", 1, 7 / 8),
+        ("two-hop 4 bit, hierarchical", 1 / 2 + 2 * 4 / 256, 7 / 8),
+        # An Allreduce is no worse, but for its bits; every GPU sends codes to each of 56 others.
+        ("standard, flat", 4 / 3 + 4 / 256, 7 / 8),
+        ("none", 4, 7 / 8),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_bytes_alone_of_eight_nodes(
+    method: str, element_bytes: float, factor: float, path: str
+) -> None:
+    expected = 1 + 2 * factor * element_bytes * P / 1e9
+    assert seconds(method, IDEAL, path, gpus=8) == pytest.approx(expected, rel=2e-2)
+
+
+def test_flat_codes_of_eight_nodes_by_hand() -> None:
+    """Alltoall: each of a node's eight GPUs sends 56/64 of its codes elsewhere. Then a ring."""
+    expected = 1 + (8 * 56 / 64 + 63 / 64) * P / 1e9
+    assert seconds("exponential, flat", IDEAL, gpus=8) == pytest.approx(expected, rel=2e-2)
+
+
+def test_exchanges_inside_a_node_by_hand() -> None:
+    """Seven eighths of the floats out, and again of the results, at a GB/s."""
+    slow = {"nvlink": 2e9, "nvlink_share": 0.5, "host_exchange": 1e9}
+    more = 2 * 7 / 8 * 4 * P / 1e9
+    for path in PATHS:
+        name = "standard, hierarchical"
+        fast = seconds(name, IDEAL, path, gpus=8)
+        assert seconds(name, replace(IDEAL, **slow), path, gpus=8) == pytest.approx(fast + more)
+    # Through host memory: 7/8 out and in; then an eighth out and 7/8 in.
+    copied = seconds("standard, hierarchical", replace(IDEAL, pcie=1e9), STAGED, gpus=8)
+    fast = seconds("standard, hierarchical", IDEAL, STAGED, gpus=8)
+    codes = 2 * P / 8 / 1e9  # of a share; they hide behind the link
+    assert fast + 2.75 * 4 * P / 1e9 < copied < fast + 2.75 * 4 * P / 1e9 + codes
+
+
+def test_standard_levels_are_those_of_so_many_nodes() -> None:
+    cluster = gpu_nodes.cluster_of(IDEAL, 64, 8e9, NCCL, 8)
+    plans = {
+        name: own.config.plan(own.parties(cluster).ranks)
+        for name, own in EIGHT.items()
+        if own.config is not None and own.why_not(cluster) is None
+    }
+    within = plans["standard, hierarchical"]
+    assert (within.bits, within.level_count) == (8, 15)
+    flat = plans["standard, flat"]
+    assert (flat.bits, flat.level_count) == (10, 7)
+    assert "standard 8 bit, hierarchical" not in EIGHT  # the same
 
 
 def test_the_uncompressed_step_by_hand() -> None:
@@ -125,16 +192,25 @@ def test_hooks_are_python_of_each_gradient() -> None:
     assert seconds("none", slow) == seconds("none", IDEAL)
 
 
-methods = st.sampled_from(gpu_nodes.METHODS).filter(lambda own: own.why_not(64) is None)
+# Methods, and GPUs of a node.
+SETTINGS = [
+    (method, gpus)
+    for gpus, some in ((1, BY_NAME), (8, EIGHT))
+    for method in some.values()
+    if method.why_not(gpu_nodes.cluster_of(IDEAL, 64, 8e9, NCCL, gpus)) is None
+]
+settings = st.sampled_from(SETTINGS)
 rates = st.floats(1e8, 4e11)
 
 
-@given(methods, st.sampled_from(PATHS), rates, rates, st.floats(0, 1))
+@given(settings, st.sampled_from(PATHS), rates, rates, st.floats(0, 1))
 def test_a_faster_network_is_never_slower(
-    method: Method, path: str, one: float, other: float, overlap: float
+    setting: tuple[Method, int], path: str, one: float, other: float, overlap: float
 ) -> None:
+    method, gpus = setting
+
     def step(rate: float) -> float:
-        cluster = gpu_nodes.cluster_of(Inputs(), 64, rate, path)
+        cluster = gpu_nodes.cluster_of(Inputs(), 64, rate, path, gpus)
         return gpu_nodes.step_time(method, DEEPLIGHT, Inputs(), cluster, 0.015, overlap)
 
     slow, fast = sorted((one, other))
@@ -142,14 +218,17 @@ def test_a_faster_network_is_never_slower(
 
 
 @pytest.mark.parametrize("name", [own.name for own in fields(Inputs)])
-@given(method=methods, path=st.sampled_from(PATHS))
-def test_every_input_counts_in_one_direction(name: str, method: Method, path: str) -> None:
+@given(setting=settings, path=st.sampled_from(PATHS))
+def test_every_input_counts_in_one_direction(
+    name: str, setting: tuple[Method, int], path: str
+) -> None:
     """Twice as fast is never slower, twice as long never faster; and somewhere it matters."""
-    inputs = Inputs()
+    inputs, (method, gpus) = Inputs(), setting
     value = getattr(inputs, name)
     time = own_unit(name) == "s"
     worse = replace(inputs, **{name: value * 2 if time else value / 2})
-    assert seconds(method, inputs, path) <= seconds(method, worse, path) * (1 + 1e-9)
+    better = seconds(method, inputs, path, gpus=gpus)
+    assert better <= seconds(method, worse, path, gpus=gpus) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", [own.name for own in fields(Inputs)])
@@ -157,9 +236,8 @@ def test_every_input_counts(name: str) -> None:
     inputs = Inputs()
     other = replace(inputs, **{name: getattr(inputs, name) / 2})
     assert any(
-        seconds(method, inputs, path) != seconds(method, other, path)
-        for method in gpu_nodes.METHODS
-        if method.why_not(64) is None
+        seconds(method, inputs, path, gpus=gpus) != seconds(method, other, path, gpus=gpus)
+        for method, gpus in SETTINGS
         for path in PATHS
     )
 
@@ -180,8 +258,9 @@ def test_inputs_that_cannot_be(value: float) -> None:
 
 def test_methods_that_are_one_with_so_many_ranks() -> None:
     """With few ranks standard levels have 8 bits anyway."""
-    assert [own.name for own in gpu_nodes.methods(64)] == [own.name for own in gpu_nodes.METHODS]
-    assert "standard 8 bit" not in [own.name for own in gpu_nodes.methods(4)]
+    many, few = (gpu_nodes.methods(gpu_nodes.cluster_of(IDEAL, n, 8e9, NCCL)) for n in (64, 4))
+    assert [own.name for own in many] == [own.name for own in gpu_nodes.METHODS]
+    assert "standard 8 bit" not in [own.name for own in few]
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -249,15 +328,39 @@ def test_rows_are_those_that_are_asked_for(
         assert row["speedups"]["none"] == 1
 
 
+def test_nodes_with_several_gpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plot = tmp_path / "nodes.png"
+    options = ["--gpus-per-node", "1,8", "--bandwidth", "100Gbit", "--plot", str(plot)]
+    assert cli.main(["simulate", *options]) == 0
+    text = capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for path in PATHS:
+        assert f"4096 nodes with a GPU each, codes by {path}" in text
+        for within in model.WITHIN:
+            assert f"512 nodes with 8 GPUs each, {within}, codes by {path}" in text
+    assert cli.main(["simulate", *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    kinds = {(row["ranks"], row["gpus_per_node"]) for row in rows}
+    assert kinds == {(ranks, gpus) for ranks in (64, 256, 1024, 4096) for gpus in (1, 8)}
+    assert len(rows) == 3 * len(kinds) * len(PATHS)
+    for row in rows:
+        several = row["gpus_per_node"] > 1
+        assert all(name.endswith(model.WITHIN) == several for name in row["bits"])
+
+
 @pytest.mark.parametrize(
     ("command", "why"),
     [
         (["--paper", "--input", "speed=1"], "--input speed: expected one of allreduce_efficiency"),
         (["--paper", "--input", "pcie=0"], "pcie must be more than 0"),
-        (["--input", "pcie=1e9"], "--input: expected --paper beside it"),
+        (["--input", "pcie=1e9"], "--input: expected --paper or --gpus-per-node beside it"),
         (
             ["--paper", "--calibration", "c.json"],
             "--calibration c.json: expected none with --paper",
+        ),
+        (
+            ["--gpus-per-node", "1,8", "--workers", "64,100"],
+            "--gpus-per-node 8: expected a divisor of --workers 100",
         ),
     ],
 )

@@ -114,6 +114,40 @@ def test_more_bits_are_never_fewer_bytes(count: int, bits: int, ranks: int) -> N
     assert sent(bits) <= sent(bits + 1) * SLACK
 
 
+def test_bytes_of_hosts_with_several_ranks() -> None:
+    """Codes of a share of every bucket among the hosts; norms of all; floats inside."""
+    cluster = Cluster(64, 1e9, ranks_per_host=8)
+    sizes = [3 << 20, 1 << 20, 5000]
+    for flat in (STANDARD, TWO_HOP, TWO_HOP_MPI):
+        assert flat.config is not None
+        method = replace(flat, hierarchical=True)
+        plan = flat.config.plan(8)
+        payload = sum(
+            sum(wire.parcel_bytes((-(-sum(own) // 8),), plan, flat.config.transport))
+            for own in model.in_buckets(sizes, flat.config)
+        )
+        norms = 4 * sum(wire.norm_count(size, plan) for size in sizes)
+        found = model.cost(method, sizes, cluster)
+        own = found.bytes - 2 * 7 / 8 * payload
+        assert norms * 2 * 63 / 64 < own < 1.1 * norms * 2 * 63 / 64 + 4000  # tokens, flags
+        assert found.inner_bytes == pytest.approx(2 * 7 / 8 * 4 * sum(sizes))
+        assert model.cost(flat, sizes, cluster).inner_bytes == 0
+
+
+def test_where_ranks_of_a_host_can_reduce_first() -> None:
+    method = replace(STANDARD, hierarchical=True)
+    for ranks, on_host, possible in ((8, 4, True), (8, 1, False), (8, 8, False), (9, 4, False)):
+        cluster = Cluster(ranks, 1e9, ranks_per_host=on_host)
+        assert cluster.hierarchical == possible
+        reason = method.why_not(cluster)
+        assert (reason is None) == possible
+        assert possible or "several hosts with as many ranks on each" in str(reason)
+        names = [own.name for own in model.methods_for(cluster)]
+        assert len(set(names)) == len(names)
+        assert ("standard, flat" in names) == ("standard, hierarchical" in names) == possible
+        assert ("standard" in names) != possible
+
+
 def test_small_tensors_go_uncompressed() -> None:
     cluster = Cluster(4, 1e9)
     assert model.cost(STANDARD, [4095], cluster) == model.cost(NONE, [4095], cluster)
@@ -131,10 +165,17 @@ def test_bandwidth_terms_of_collectives() -> None:
     assert ideal.alltoall(1e9) == pytest.approx(0.75)
     assert ideal.allgather(1e9) == pytest.approx(0.75)
     assert replace(ideal, message_efficiency=1.0).messages(1e9) == pytest.approx(0.75)
-    shared = replace(ideal, ranks=8, ranks_per_host=4)
-    assert shared.allreduce(1e9) == pytest.approx(2 * 7 / 8)  # a ring: one rank crosses
+    shared = replace(ideal, ranks=8, ranks_per_host=4, inner_bandwidth=1e30)
+    assert shared.allreduce(1e9) == pytest.approx(2 * 1 / 2)  # halves cross, of each place
+    uneven = replace(shared, ranks=9)
+    assert uneven.allreduce(1e9) == pytest.approx(2 * 8 / 9)  # a ring: one rank crosses
     assert shared.alltoall(1e9) == pytest.approx(4 * 4 / 8)  # every rank of a host to all elsewhere
-    assert replace(ideal, ranks_per_host=4).allreduce(1e9) == pytest.approx(0)  # no link is used
+    alone = replace(shared, ranks=4)  # no link is used
+    assert alone.allreduce(1e9) == pytest.approx(0)
+    # What ranks of a host exchange travels at the same time: here it takes longer.
+    slow_inside = replace(shared, inner_bandwidth=8e8)
+    assert slow_inside.allgather(1e9) == pytest.approx(10 * 7 / 8)
+    assert slow_inside.alltoall(1e9) == pytest.approx(10 * 3 / 8)
 
 
 def test_latency_terms_of_collectives() -> None:
@@ -151,8 +192,8 @@ def test_latency_terms_of_collectives() -> None:
 @pytest.mark.parametrize(("ranks", "messages"), [(2, 1), (64, 14), (100, 18), (4096, 126)])
 def test_rows_and_columns_by_hand(ranks: int, messages: int) -> None:
     there, back = Cluster(ranks, 1e9).by_rows_and_columns
-    assert back == (2, messages, (ranks - 1) / ranks)
-    assert there == (2, messages, 2 * (ranks - 1) / ranks)
+    assert back == (2, messages, (ranks - 1) / ranks, 0)
+    assert there == (2, messages, 2 * (ranks - 1) / ranks, 0)
 
 
 @pytest.mark.parametrize("ranks", [100, 1024, 4096])
@@ -237,7 +278,7 @@ def test_a_faster_network_never_slows_a_step(
     compute: float,
     overlap: float,
 ) -> None:
-    assume(method.why_not(cluster.ranks) is None)
+    assume(method.why_not(cluster) is None)
     better = replace(cluster, bandwidth=cluster.bandwidth * faster)
     slow = model.step_time(method, sizes, cluster, compute, overlap)
     assert compute <= model.step_time(method, sizes, better, compute, overlap) <= slow * SLACK
@@ -247,7 +288,7 @@ def test_a_faster_network_never_slows_a_step(
 def test_more_overlap_never_slows_a_step(
     method: Method, count: int, cluster: Cluster, overlaps: tuple[float, float]
 ) -> None:
-    assume(method.why_not(cluster.ranks) is None)
+    assume(method.why_not(cluster) is None)
     less, more = sorted(overlaps)
     slow = model.step_time(method, [count], cluster, 0.1, less)
     assert model.step_time(method, [count], cluster, 0.1, more) <= slow * SLACK
@@ -340,7 +381,7 @@ def test_other_values_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="sizes must be 0 or more"):
         model.cost(NONE, [-1], cluster)
     four_bits = next(method for method in METHODS if method.name == "standard 4 bit")
-    reason = four_bits.why_not(64)
+    reason = four_bits.why_not(Cluster(64, 1e9))
     assert reason is not None
     assert "at least 8 for standard levels on 64 ranks" in reason
 
