@@ -36,6 +36,8 @@ KUBERNETES = "1.31"  # schemas of the built-in kinds
 WRITTEN_BY_THE_IMAGE = ("/tmp",)
 # The operator adds these to the Pods; a manifest may mount neither and need not declare them.
 OPERATORS_VOLUMES = {"ssh-auth", "mpi-job-config"}
+# A container's own has 64 MiB: Open MPI 4.1 takes 4 for each rank, and NCCL more for each channel.
+SHARED_MEMORY = "/dev/shm"
 # What the operator knows, and ignores or falls back from when it reads anything else.
 WORDS = {
     "launcherCreationPolicy": {"AtStartup", "WaitForWorkersReady"},
@@ -191,6 +193,35 @@ def operator_complaints(documents: list[Document]) -> list[str]:
         complaints.append("cleanPodPolicy: workers, and their nodes, would stay after the job")
     if job["spec"]["sshAuthMountPath"] != "/home/mpiuser/.ssh":
         complaints.append("sshAuthMountPath: mpiuser's ssh does not look for keys there")
+    return complaints
+
+
+def slot_complaints(documents: list[Document]) -> list[str]:
+    """Check that a worker with several ranks has what each of them needs."""
+    job, config = only(documents, "MPIJob"), only(documents, "ConfigMap")["data"]
+    slots = job["spec"].get("slotsPerWorker", 1)
+    worker = pods(job)["Worker"]
+    (container,) = worker["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    gpus = limits.get("nvidia.com/gpu", "0")
+    complaints = []
+    if gpus not in ("0", str(slots)):
+        complaints.append(f"Worker: {slots} ranks have {gpus} GPUs")
+    if slots == 1:
+        return complaints
+    if int(limits["cpu"]) < slots * int(config["OMP_NUM_THREADS"]):
+        complaints.append(f"Worker: the threads of {slots} ranks have {limits['cpu']} cores")
+    shared = {
+        mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == SHARED_MEMORY
+    }
+    volumes = [own for own in worker["spec"]["volumes"] if own["name"] in shared]
+    if not any(own.get("emptyDir", {}).get("medium") == "Memory" for own in volumes):
+        complaints.append(f"Worker: {slots} ranks have no memory at {SHARED_MEMORY}")
+    if config.get("HOROVOD_DYNAMIC_PROCESS_SETS") != "1":
+        complaints.append("HOROVOD_DYNAMIC_PROCESS_SETS: nodes could get no process sets")
+    (launcher,) = pods(job)["Launcher"]["spec"]["containers"]
+    if ("--map-by", "slot") not in pairwise(launcher["args"]):
+        complaints.append("mpirun: ranks of one worker need not follow each other")
     return complaints
 
 
@@ -368,6 +399,7 @@ def complaints_about(documents: list[Document]) -> list[str]:
     """Return what the checks complain about: later ones rely on what the schemas require."""
     agreement = (
         operator_complaints,
+        slot_complaints,
         reference_complaints,
         command_complaints,
         image_complaints,
