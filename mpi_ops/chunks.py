@@ -23,7 +23,8 @@ CHUNK_ELEMENTS_PER_RANK = 1 << 16
 # of the tensor; large chunks make messages that fill the network, and what a message costs by
 # itself is too much for chunks smaller than MINIMUM_CHUNK. Both are those of MESSAGE_RANKS ranks.
 # With more, the largest chunks grow as the ranks do, so that messages stay as large. The smallest
-# ones grow as their square up to that: a chunk costs as many messages as there are ranks.
+# ones grow as their square up to that: a chunk costs as many messages as there are ranks. Then a
+# tensor may have fewer than eight, and its buffers up to twice its compressed size.
 CHUNKS_IN_FLIGHT = 4
 MINIMUM_CHUNKS = 8
 MAXIMUM_CHUNK = 1 << 20  # elements
