@@ -105,6 +105,19 @@ def allgather(comm: MPI.Intracomm, tag: int, array: NDArray[Any], out: NDArray[A
     yield from finish(requests)
 
 
+def largest(
+    comm: MPI.Intracomm, tag: int, array: NDArray[np.int32]
+) -> Generator[None, None, NDArray[np.int32]]:
+    """The element-wise maximum over ranks; of numbers that are not negative."""
+    share = -(-array.size // comm.size)
+    padded = np.zeros((comm.size, share), array.dtype)
+    padded.reshape(-1)[: array.size] = array
+    pieces, found = np.empty_like(padded), np.empty_like(padded)
+    yield from alltoall(comm, tag, padded, pieces)
+    yield from allgather(comm, tag + 1, pieces.max(axis=0), found)
+    return found.reshape(-1)[: array.size]
+
+
 def _others(comm: MPI.Intracomm) -> list[int]:
     """The other ranks, the neighbour first: so not all of them send to the same one at first."""
     return [(comm.rank + step) % comm.size for step in range(1, comm.size)]

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from . import lanes
 from .kernels.interface import ITEM_BYTES, SEGMENT, Tensors
+from .layout import layout
 from .scheme import Plan
+from .stages import Stages
 
 # Rounds of a bucket that are under way at one time: while some travel, others are computed.
 ROUNDS_IN_FLIGHT = 3
@@ -177,3 +179,34 @@ def rounds(
         for index in range(number)
         if any(shares[index * ranks_per_node :][:ranks_per_node])
     )
+
+
+@lru_cache(maxsize=4096)  # what is worked out for a bucket serves all of its steps
+def stages_of(
+    own: Round,
+    place: int,
+    names: tuple[str, ...],
+    counts: tuple[int, ...],
+    plan: Plan,
+    limit: int | None,
+    seed: int,
+    node: int,
+) -> Stages:
+    """What the rank at a place of a node computes of its share of a round.
+
+    Arguments:
+        own, place: the share.
+        names, counts: of the bucket's tensors; the same on every rank.
+        plan: of what is reduced between nodes.
+        limit: as of `layout`.
+        seed: of the options.
+        node: this rank among those of its place.
+    """
+    parts = own.shares[place]
+    described = layout(
+        tuple(part.stop - part.start for part in parts),
+        plan,
+        limit,
+        parts_of=tuple((part.start, counts[part.tensor]) for part in parts),
+    )
+    return Stages(described, tuple(names[part.tensor] for part in parts), seed, node)

@@ -506,7 +506,7 @@ def _backward(
             (f"calibrate.{method.name}.{name}.{index}", parameter)
             for index, parameter in enumerate(parameters)
         ],
-        compression=GlobalQSGD(**method.config.describe()),
+        compression=GlobalQSGD(**{**method.config.describe(), "hierarchical": False}),
     )
 
     def step() -> None:

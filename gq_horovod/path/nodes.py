@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,10 +17,8 @@ from numpy.typing import NDArray
 from mpi_ops import codec, nodes
 from mpi_ops.chunks import chunk_elements
 from mpi_ops.kernels.interface import Tensors
-from mpi_ops.layout import Parcel, layout
+from mpi_ops.layout import Parcel
 from mpi_ops.nodes import Round
-from mpi_ops.scheme import Plan
-from mpi_ops.stages import Stages
 
 from . import pipeline
 from .memory import Memory
@@ -78,28 +75,6 @@ class _Gathered(NamedTuple):
     """The means of a round, packed."""
 
     flat: Array
-
-
-@lru_cache(maxsize=4096)  # what is worked out for a bucket serves all of its steps
-def _stages(
-    own: Round,
-    place: int,
-    keys: tuple[str, ...],
-    counts: tuple[int, ...],
-    plan: Plan,
-    limit: int | None,
-    seed: int,
-    node: int,
-) -> Stages:
-    """What a node's rank at a place computes of its share of a round."""
-    parts = own.shares[place]
-    described = layout(
-        tuple(part.stop - part.start for part in parts),
-        plan,
-        limit,
-        parts_of=tuple((part.start, counts[part.tensor]) for part in parts),
-    )
-    return Stages(described, tuple(keys[part.tensor] for part in parts), seed, node)
 
 
 def _by_nodes(task: Task, deliver: Deliver) -> Reduction:
@@ -165,7 +140,7 @@ def _reduce_share(
     parts = one.shares[own.place]
     limit = None if own.exchanges is not None else chunk_elements(task.plan.world_size)
     settings = (task.keys, task.counts, task.plan, limit, task.seed, own.node)
-    described = _stages(one, own.place, *settings)
+    described = nodes.stages_of(one, own.place, *settings)
     kernels = codec.kernels_for(share)
     stream = task.x.stream if kernels.memory == task.x.memory else None
     pointers = one.parts(own.place, kernels.address(share))
