@@ -53,10 +53,10 @@ class Exchange:
         window: deque[Steps] = deque()
         for parcel in self.stages.layout.parcels:
             if len(window) == CHUNKS_IN_FLIGHT:
-                yield from _oldest(window)
+                yield from oldest(window)
             window.append(self._reduce(parcel, near))
         while window:
-            yield from _oldest(window)
+            yield from oldest(window)
 
     def _reduce(self, parcel: Parcel, near: codec.Norms) -> Steps:
         """Quantize a parcel, reduce this rank's share of it, gather all shares.
@@ -129,7 +129,7 @@ def finish(requests: list[MPI.Request]) -> Steps:
         yield
 
 
-def _oldest(window: deque[Steps]) -> Steps:
+def oldest(window: deque[Steps]) -> Steps:
     """Advance the chunks of a window until its oldest is complete, and drop that one."""
     while True:
         for chunk in list(window):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections import deque
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -23,12 +24,14 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from . import agreement, codec, lifetime
-from .exchange import TAGS, Exchange, finish
+from . import agreement, codec, lifetime, nodes
+from .chunks import chunk_elements
+from .exchange import TAGS, Exchange, Steps, allgather, alltoall, finish, largest, oldest
 from .kernels import host
 from .kernels.host import Buffer, Tensors
 from .kernels.interface import dtype_name
 from .layout import Parcel, layout
+from .nodes import Round
 from .scheme import ConfigMismatchError, Plan, Scheme
 from .stages import Stages
 
@@ -40,6 +43,7 @@ Reduction = Generator[None, None, Exception | None]
 _TAG_SETS = 32768 // TAGS
 
 _DESCRIPTION_BYTES = 1024
+_NAME = "mpi_ops.allreduce"  # of what is reduced, for its dither
 
 
 @dataclass(eq=False)
@@ -60,6 +64,7 @@ class _Channel:
     lock: threading.RLock = field(default_factory=threading.RLock)
     # What stopped an operation on this rank alone; its traceback keeps the buffers that MPI uses.
     broken: BaseException | None = None
+    nodes: _Nodes | None = None  # once somebody reduces by nodes
     left: bool = False  # by the user, who has freed the communicator
 
     def next_operation(self) -> int:
@@ -91,6 +96,8 @@ class _Channel:
         _channels.remove(self)
         self.opening.Free()
         self.comm.Free()
+        if self.nodes is not None:
+            self.nodes.free()
 
 
 _channels: list[_Channel] = []
@@ -143,7 +150,10 @@ def _channel(comm: Any) -> _Channel:
 class Request:
     """A reduction in flight. Communication advances inside test() and wait() only."""
 
-    def __init__(self, channel: _Channel, steps: Reduction, out: NDArray[Any]) -> None:
+    def __init__(
+        self, channel: _Channel, operation: int, steps: Reduction, out: NDArray[Any]
+    ) -> None:
+        self.operation = operation
         self._channel = channel
         self._steps = steps
         self._out = out
@@ -196,6 +206,7 @@ def allreduce(
     block_size: int | Literal["auto"] | None = "auto",
     norm: Literal["max", "l2"] = "max",
     average: bool = True,
+    hierarchical: bool = False,
     seed: int = 0,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
@@ -210,6 +221,10 @@ def allreduce(
         comm: an intracommunicator; the call is collective and works on a private duplicate.
         levels, bits, block_size, norm, seed: as in `mpi_ops.scheme.Scheme`.
         average: False gives the sum.
+        hierarchical: True adds arrays exactly, as float32, among the ranks of each node, and
+            quantizes what goes between nodes, with levels for as many ranks as there are nodes.
+            Nodes need as many ranks each. The first such call on a communicator splits it, and
+            waits for all ranks. Arrays on a GPU then pass through host memory as float32.
         out: C-contiguous NumPy (or CuPy) array of the same shape and dtype for the result; may be
             `array` itself.
 
@@ -234,6 +249,7 @@ def allreduce(
         block_size=block_size,
         norm=norm,
         average=average,
+        hierarchical=hierarchical,
         seed=seed,
         out=out,
     ).wait()
@@ -248,6 +264,7 @@ def iallreduce(
     block_size: int | Literal["auto"] | None = "auto",
     norm: Literal["max", "l2"] = "max",
     average: bool = True,
+    hierarchical: bool = False,
     seed: int = 0,
     out: NDArray[Any] | None = None,
 ) -> Request:
@@ -263,9 +280,10 @@ def iallreduce(
     local: codec.Norms | None = None
     try:
         scheme = Scheme(levels=levels, bits=bits, block_size=block_size, norm=norm, seed=seed)
-        prepared = _prepare(array, out, scheme, channel.comm.size, average)
+        prepared = _prepare(array, out, scheme, channel.comm.size, average, hierarchical)
         description = prepared.describe()
-        local = codec.norms(prepared.x, prepared.plan)
+        if not prepared.hierarchical:
+            local = codec.norms(prepared.x, prepared.plan)
     except Exception as error:  # whatever it is: the other ranks wait for this one
         problem = error  # raised once they have been told
         description = {"error": f"{type(error).__name__}: {error}"}
@@ -273,7 +291,9 @@ def iallreduce(
         channel.require_whole()
         operation = channel.next_operation()  # counted on every rank, also where it is refused
         steps = _reduction(channel, operation, description, prepared, local, problem)
-        request = Request(channel, steps, prepared.out if prepared is not None else np.empty(0))
+        request = Request(
+            channel, operation, steps, prepared.out if prepared is not None else np.empty(0)
+        )
         request._advance()  # the opening goes out now
     return request
 
@@ -286,8 +306,9 @@ class _Prepared:
     out: NDArray[Any]
     target: Buffer  # the memory of out
     scheme: Scheme
-    plan: Plan
+    plan: Plan  # of a reduction among all ranks
     average: bool
+    hierarchical: bool
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -295,6 +316,7 @@ class _Prepared:
             "elements": self.x.size,
             "dtype": self.x.dtype,
             "average": self.average,
+            "hierarchical": self.hierarchical,
         }
 
 
@@ -304,12 +326,17 @@ def _prepare(
     scheme: Scheme,
     world_size: int,
     average: bool,
+    hierarchical: bool,
 ) -> _Prepared:
-    if not isinstance(average, bool | np.bool_):
-        raise TypeError(
-            f"mpi_ops.allreduce: average must be True or False, got {average!r} of type "
-            f"{type(average).__name__}; pass False for the sum."
-        )
+    for argument, given, remedy in (
+        ("average", average, "pass False for the sum"),
+        ("hierarchical", hierarchical, "pass True to add exactly inside nodes"),
+    ):
+        if not isinstance(given, bool | np.bool_):
+            raise TypeError(
+                f"mpi_ops.allreduce: {argument} must be True or False, got {given!r} of type "
+                f"{type(given).__name__}; {remedy}."
+            )
     xp, values = _as_array(array)
     for argument, masked in (("array", values), ("out", out)):
         if isinstance(masked, np.ma.MaskedArray):
@@ -323,7 +350,8 @@ def _prepare(
             f"{', '.join(host.DTYPES)} in native byte order, got {values.dtype}; convert it first, "
             "or use comm.Allreduce."
         )
-    plan = scheme.plan(world_size)
+    # By nodes, codes of fewer parties are added; one is the least, and says what is no plan at all.
+    plan = scheme.plan(1 if hierarchical else world_size)
     x = Buffer.of(_readable(xp, values))
     if out is None:
         out = xp.empty(values.shape, dtype=values.dtype)
@@ -350,7 +378,7 @@ def _prepare(
             "mpi_ops.allreduce: out must be array itself or share no memory with it, got "
             "overlapping arrays; pass one of them, or leave out out."
         )
-    return _Prepared(x, out, target, scheme, plan, bool(average))
+    return _Prepared(x, out, target, scheme, plan, bool(average), bool(hierarchical))
 
 
 def _as_array(array: Any) -> tuple[Any, Any]:
@@ -421,6 +449,14 @@ def _reduction(
         except ConfigMismatchError as error:
             return error
     assert prepared is not None
+    if prepared.hierarchical:
+        if channel.nodes is None:
+            # To split waits for all ranks. They may wait for what has begun before, so that first.
+            while any(other.operation < operation for other in channel.in_flight):
+                yield
+            channel.nodes = _Nodes.of(channel.comm)
+        channel.turn += 1
+        return (yield from _by_nodes(channel.nodes, operation, prepared))
     assert local is not None
     norms = np.empty_like(local)
     exchange = channel.comm.Iallreduce(local, norms, op=MPI.MAX)
@@ -428,7 +464,7 @@ def _reduction(
     yield from finish([exchange])
     del local
     own = layout((prepared.x.size,), prepared.plan, None)
-    stages = Stages(own, ("mpi_ops.allreduce",), prepared.scheme.seed, channel.comm.rank)
+    stages = Stages(own, (_NAME,), prepared.scheme.seed, channel.comm.rank)
     first_tag = operation % _TAG_SETS * TAGS
     numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
     x, target = Tensors.of(prepared.x), Tensors.of(prepared.target)
@@ -440,8 +476,99 @@ def _reduction(
 
     yield from Exchange(channel.comm, first_tag, x, numbers, norms, stages, decode).run()
     if not prepared.average:
-        _scale(prepared.out, prepared.plan.world_size)
+        _scale(prepared.out, channel.comm.size)
     return None
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """The ranks of this node, and those of the same place in theirs; or why there are none."""
+
+    inside: MPI.Intracomm
+    across: MPI.Intracomm
+    problem: str | None
+
+    @classmethod
+    def of(cls, comm: MPI.Intracomm) -> _Nodes:
+        """Collective over `comm`."""
+        inside = _node(comm)
+        # A node is known by its first rank.
+        found = nodes.placement(comm.allgather(inside.bcast(comm.rank)))
+        across = comm.Split(inside.rank, comm.rank)
+        assert isinstance(across, MPI.Intracomm)
+        return cls(inside, across, found if isinstance(found, str) else None)
+
+    def free(self) -> None:
+        """As the communicator that they are of."""
+        self.inside.Free()
+        self.across.Free()
+
+
+def _node(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """The ranks of this rank's node: those with which it shares memory."""
+    own = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    assert isinstance(own, MPI.Intracomm)
+    return own
+
+
+def _by_nodes(own: _Nodes, operation: int, prepared: _Prepared) -> Reduction:
+    """Exact sums inside nodes, codes between them (`mpi_ops.nodes`)."""
+    if own.problem is not None:
+        return ValueError(
+            f"mpi_ops.allreduce: hierarchical=True needs nodes with as many ranks each, but "
+            f"{own.problem}; leave hierarchical out, or pass a communicator of such nodes."
+        )
+    try:
+        plan = prepared.scheme.plan(own.across.size)
+    except ValueError as error:  # the same on every rank
+        return error
+    limit = chunk_elements(plan.world_size)
+    rounds = nodes.rounds((prepared.x.size,), plan, own.inside.size, limit)
+    window: deque[Steps] = deque()
+    for one in rounds:
+        if len(window) == nodes.ROUNDS_IN_FLIGHT:
+            yield from oldest(window)
+        slot = operation * nodes.ROUNDS_IN_FLIGHT + one.index % nodes.ROUNDS_IN_FLIGHT
+        window.append(_round(own, one, slot % _TAG_SETS * TAGS, operation, prepared, plan))
+    while window:
+        yield from oldest(window)
+    if not prepared.average:
+        _scale(prepared.out, own.across.size * own.inside.size)
+    return None
+
+
+def _round(
+    own: _Nodes, one: Round, tag: int, operation: int, prepared: _Prepared, plan: Plan
+) -> Steps:
+    """One round of it. Messages of all of its parts have the same tags, one after the other."""
+    x, target = Tensors.of(prepared.x), Tensors.of(prepared.target)
+    place, ranks = own.inside.rank, own.inside.size
+    flat = np.empty(one.size, np.float32)
+    codec.pack(x, one.packed(x), 1 / ranks, flat)
+    pieces = np.empty_like(flat)
+    yield from alltoall(own.inside, tag, flat, pieces)
+    share = np.empty(one.share, np.float32)
+    codec.add(pieces.reshape(ranks, -1), share)
+    del pieces
+    names, counts, seed = (_NAME,), (prepared.x.size,), prepared.scheme.seed
+    stages = nodes.stages_of(one, place, names, counts, plan, None, seed, own.across.rank)
+    parts = Tensors(one.parts(place, share.ctypes.data), "float32", share)
+    norms: codec.Norms = np.zeros(stages.layout.norm_count, np.int32)
+    if norms.size:
+        stages.measure(parts, norms)
+        norms = yield from largest(own.across, tag, norms)
+    if plan.block_size is None:  # one norm, of the parts at all places
+        whole = yield from largest(own.inside, tag, norms if norms.size else np.zeros(1, np.int32))
+        norms = whole[: norms.size]
+
+    def decode(parcel: Parcel, payload: codec.Payload) -> None:
+        stages.dequantize(parcel, payload, norms, parts)
+
+    if norms.size:
+        numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
+        yield from Exchange(own.across, tag, parts, numbers, norms, stages, decode).run()
+    yield from allgather(own.inside, tag, share, flat)
+    codec.unpack(flat, one.packed(target), target)
 
 
 def _gather(comm: MPI.Intracomm, encoded: Bytes) -> tuple[MPI.Request, Bytes]:

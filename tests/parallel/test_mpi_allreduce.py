@@ -474,3 +474,109 @@ def test_bad_arguments_everywhere() -> None:
             allreduce(x, between)
         between.Free()
         half.Free()
+
+
+# -------------------------------------------------------------------------------------------- nodes
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """As if every second rank were on another node; the ranks of each."""
+    monkeypatch.setattr(reduction, "_node", lambda comm: comm.Split(comm.rank % 2, comm.rank))
+    return [own for own in (list(range(first, COMM.size, 2)) for first in (0, 1)) if own]
+
+
+NODES = pytest.mark.skipif(COMM.size < 4 or COMM.size % 2, reason="needs two nodes of two ranks")
+PLANS = pytest.mark.parametrize(
+    ("levels", "bits", "block_size"),
+    [
+        *(("standard", None, 256), ("standard", 16, 96), ("two-hop", 4, 256)),
+        *(("exponential", 4, 96), ("exponential", 8, None), ("standard", 8, None)),
+    ],
+)
+
+
+@NODES
+@PLANS
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("count", [0, 1, 300, 50_000])
+def test_by_nodes_it_is_a_flat_reduction_of_their_exact_means(
+    two_nodes: list[list[int]],
+    dtype: Any,
+    count: int,
+    levels: Any,
+    bits: Any,
+    block_size: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reduction, "chunk_elements", lambda ranks: 4096)  # several rounds
+    options: dict[str, Any] = {"levels": levels, "bits": bits, "seed": 5}
+    random = np.random.default_rng(3)
+    # Sums of eighths, which float32 has exactly.
+    xs = [(random.integers(-99, 99, count) / 8).astype(dtype) for _ in range(COMM.size)]
+    result = allreduce(
+        xs[COMM.rank], COMM.Dup(), hierarchical=True, block_size=block_size, **options
+    )
+    check_same_bytes(result)
+    means = [np.mean([xs[rank] for rank in own], 0, dtype) for own in two_nodes]
+    pair = COMM.Split(COMM.rank // 2, COMM.rank)  # the two ranks of the same place
+    if block_size is None and count > 4096:
+        exact = np.mean(xs, 0, np.float64)
+        assert np.abs(result - exact).max() <= 12.4 * (1 if levels == "exponential" else 0.04)
+    else:
+        flat = allreduce(means[pair.rank], pair, block_size=block_size, **options)
+        np.testing.assert_array_equal(result, flat)
+    pair.Free()
+
+
+@NODES
+@pytest.mark.usefixtures("two_nodes")
+def test_by_nodes_beside_others_and_in_place() -> None:
+    """Whoever waits for what came before still gets it, while others split the communicator."""
+    comm = COMM.Dup()
+    own = [np.full(70_000, rank + 1.0, np.float32) for rank in range(COMM.size)][COMM.rank]
+    first = iallreduce(own, comm, levels="standard")
+    if COMM.rank % 3 == 0:
+        first.wait()
+    kept = own.copy()
+    total = iallreduce(own, comm, hierarchical=True, average=False, levels="standard")
+    other = iallreduce(kept, comm, levels="two-hop", hierarchical=True, out=kept)
+    mean = (COMM.size + 1) / 2
+    for request, expected in ((other, mean), (total, mean * COMM.size), (first, mean)):
+        np.testing.assert_allclose(request.wait(), expected, rtol=0.2)
+    assert (own == COMM.rank + 1.0).all()
+    comm.Free()
+
+
+@NODES
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_by_nodes_special_values_reach_all(levels: Any) -> None:
+    x = np.zeros(9000, np.float32)
+    x[5000] = np.finfo(np.float32).max
+    if COMM.rank == COMM.size - 1:
+        x[300] = np.nan
+    result = allreduce(x, COMM, levels=levels, block_size=256, hierarchical=True)
+    assert np.isnan(result[256:512]).all()
+    assert result[5000] == x[5000]
+    assert not result[512:4864].any()
+
+
+@NODES
+def test_by_nodes_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones(1000, np.float32)
+    monkeypatch.setattr(reduction, "_node", lambda comm: comm.Split(comm.rank > 0, comm.rank))
+    comm = COMM.Dup()
+    with pytest.raises(ValueError, match=f"nodes have 1, {COMM.size - 1} ranks"):
+        allreduce(x, comm, hierarchical=True)
+    np.testing.assert_array_equal(allreduce(x, comm, levels="standard"), x)
+    with pytest.raises(ConfigMismatchError, match="hierarchical is"):
+        allreduce(x, comm, hierarchical=COMM.rank == 0)
+    with pytest.raises(TypeError, match="hierarchical must be True or False"):
+        allreduce(x, comm, hierarchical=2)
+    comm.Free()
+    # All ranks on one node: levels for one.
+    alone = COMM.Dup()
+    monkeypatch.setattr(reduction, "_node", lambda comm: comm.Dup())
+    np.testing.assert_array_equal(allreduce(x, alone, levels="standard", hierarchical=True), x)
+    alone.Free()
