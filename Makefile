@@ -58,7 +58,7 @@ check: setup lint ## lint, and the tests of a gradient's path, in some four minu
 # for each other; the others look at clocks and links, and want the cores for themselves.
 ALONE := tests/single tests/deploy
 JOBS := $(patsubst %,tests/launch/test_%.py,parallel tensorflow tensorflow_saved tensorflow_join \
-	unnamed log_on_ranks mpi_libraries)
+	unnamed log_on_ranks mpi_libraries quickstart)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(call tests,$(ALONE) -n logical --maxprocesses 8)
 	$(call tests,$(JOBS) -n 2 --dist worksteal)
