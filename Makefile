@@ -24,7 +24,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build lint format check test demo bench gpu-check clean distclean
+.PHONY: help setup build lint format check test docs demo bench gpu-check clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 # Where PYTEST_ARGS selects none of them (exit status 5), the others may still have some.
 tests = $(VENV)/python -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; \
 	[ $$status = 5 ] && [ -n "$(PYTEST_ARGS)" ] || exit $$status; }
+
+docs: setup ## the documentation as a site, in build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --quiet --strict
 
 demo: setup ## train the example with and without compression
 	$(VENV)/python examples/deeplight/demo.py

@@ -22,7 +22,7 @@ from pathlib import Path
 import requests
 import setup_env
 from packaging.tags import compatible_tags, cpython_tags
-from packaging.utils import parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import Version
 
 PYTHON = (3, 11)
@@ -50,7 +50,10 @@ def usable(filename: str) -> bool:
     """Whether pip can take a file on one of the machines: its wheels, and source archives."""
     if not filename.endswith(".whl"):
         return filename.endswith((".tar.gz", ".zip"))
-    *_, tags = parse_wheel_filename(filename)
+    try:
+        *_, tags = parse_wheel_filename(filename)
+    except InvalidWheelFilename:  # some old releases have such names; pip leaves them out as well
+        return False
     return any(
         (tag.interpreter, tag.abi) in _TAGS
         and (
