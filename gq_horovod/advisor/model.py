@@ -88,7 +88,7 @@ class Pattern(NamedTuple):
 class Kernels:
     """γ: throughput of what a rank computes, in bytes read plus written per second.
 
-    The defaults are those of one core of a Xeon server with AVX-512 (README, "Results": ratios to
+    The defaults are those of one core of a Xeon server with AVX-512 (docs/benchmarks.md, "Kernels": ratios to
     a memcpy of 21 GB/s), rounded down. `gq-horovod calibrate` measures them.
     """
 
