@@ -61,7 +61,10 @@ class Inputs:
         "Alltoall of 8 and 32 MiB, MPI, two ranks on two shared cores (docs/advisor.md)",
     )
     host_sum: float = _input(
-        10e9, "bytes/s", MEASURED, "a sum on one core of a Xeon, rounded down (docs/benchmarks.md, Kernels)"
+        10e9,
+        "bytes/s",
+        MEASURED,
+        "a sum on one core of a Xeon, rounded down (docs/benchmarks.md)",
     )
     allreduce_efficiency: float = _input(
         0.55,

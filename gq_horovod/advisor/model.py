@@ -88,8 +88,8 @@ class Pattern(NamedTuple):
 class Kernels:
     """γ: throughput of what a rank computes, in bytes read plus written per second.
 
-    The defaults are those of one core of a Xeon server with AVX-512 (docs/benchmarks.md, "Kernels": ratios to
-    a memcpy of 21 GB/s), rounded down. `gq-horovod calibrate` measures them.
+    The defaults are those of one core of a Xeon server with AVX-512 (docs/benchmarks.md, "Kernels":
+    ratios to a memcpy of 21 GB/s), rounded down. `gq-horovod calibrate` measures them.
     """
 
     norm: float = 12e9  # largest magnitude of each block

@@ -698,6 +698,11 @@ class GlobalQSGD(TorchFrontend, Compression):
     LEVELS = Config.LEVELS
     HIERARCHICAL = ("auto", False, True)
 
+    def begin_log(self, process_set: Any, plan: Plan, ranks_per_node: int = 1) -> log.Census | None:
+        if self.stats_interval and ranks_per_node > 1 and process_set.rank() == 0:
+            nodes.say_without_stats(self.config.FUNCTION)
+        return super().begin_log(process_set, plan, ranks_per_node)
+
     def _sample(self, values: torch.Tensor, step: int) -> Sample | None:
         if not self.stats_interval or step % self.stats_interval:
             return None

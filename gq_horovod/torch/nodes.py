@@ -71,6 +71,17 @@ def say(function: str, problem: str) -> None:
     )
 
 
+def say_without_stats(function: str) -> None:
+    """Log that nothing is measured, where somebody has asked for it."""
+    _log.say(
+        logging.WARNING,
+        "stats",
+        f"{function}: stats has no figures where gradients are reduced by nodes, because codes are "
+        "those of means; pass hierarchical=False for them",
+        function=function,
+    )
+
+
 def _node() -> int:
     """The number of this rank's node, where all have as many ranks."""
     number: int = hvd.cross_rank()

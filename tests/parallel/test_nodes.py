@@ -1,0 +1,292 @@
+"""hierarchical: gradients are added exactly inside nodes, and quantized between them.
+
+Needs two nodes of two ranks; the tests choose which ranks are on which.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import helpers
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from helpers import TRANSPORT, check_replicas, gradient
+from test_optimizer import backward, make_optimizer, make_parameters
+
+from gq_horovod.research.simulation import SimulatedRanks
+from gq_horovod.torch import GlobalQSGD, allreduce, nodes
+from mpi_ops.nodes import placement
+
+SHAPES = {"matrix": (300, 100), "vector": (5003,), "small": (40,), "wide": (7, 3000)}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "standard of 10 bits": {"bits": 10, "block_size": 96},
+    "exponential": {"levels": "exponential"},
+    "exponential of 4 bits": {"levels": "exponential", "bits": 4},
+    "two-hop": {"levels": "two-hop"},
+    "two-hop of 4 bits": {"levels": "two-hop", "bits": 4},
+}
+EVERY = pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+PLACES: dict[str, Callable[[], int]] = {
+    "by slot": lambda: hvd.rank() // 2,
+    "by node": lambda: hvd.rank() % 2,
+    "crosswise": lambda: int(hvd.rank() in (1, 2)),
+}
+
+
+def new(**options: Any) -> GlobalQSGD:
+    """Not shared with other tests: it has still to find out where ranks are."""
+    return GlobalQSGD(min_elements=1000, transport=TRANSPORT, **options)
+
+
+@pytest.fixture(params=PLACES)
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The ranks of each node, which they find out about."""
+    monkeypatch.setattr(nodes, "_node", PLACES[request.param])
+    helpers.place(PLACES[request.param])
+    return [list(own) for own in helpers.PLACEMENT[0].nodes]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    if hvd.size() != 4:
+        pytest.skip("needs two nodes of two ranks")
+    yield
+    helpers.place(nodes._node)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], str]]:
+    """The text of the events of a name that this rank has logged."""
+    package = logging.getLogger("gq_horovod")
+    before = package.level, package.propagate
+    package.setLevel(logging.INFO)
+    package.propagate = True
+    yield lambda event: "\n".join(
+        own.getMessage() for own in caplog.records if getattr(own, "event", "") == event
+    )
+    package.setLevel(before[0])
+    package.propagate = before[1]
+
+
+def exact(rank: int, name: str, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A gradient whose sum over a node float32 has exactly."""
+    own = gradient(rank, SHAPES[name], tag=10 * step + list(SHAPES).index(name))
+    return ((own * 64).round() / 64).to(dtype)
+
+
+def train(compression: Any, steps: int, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """The reduced gradients of each step."""
+    named = {
+        name: torch.zeros(shape, dtype=dtype, requires_grad=True) for name, shape in SHAPES.items()
+    }
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(named.values(), lr=0.0),
+        named_parameters=named.items(),
+        compression=compression,
+    )
+    found = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        for name in named:
+            (named[name] * exact(hvd.rank(), name, step, dtype)).sum().backward()
+        optimizer.synchronize()
+        found.append({name: own.grad.clone() for name, own in named.items()})  # type: ignore[union-attr]
+    return found
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_optimizer_gets_what_a_flat_reduction_of_the_nodes_would_give(
+    where: list[list[int]], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    compression = new(**options)
+    flat = SimulatedRanks(compression.config, len(where))
+    found = train(compression, 3, dtype)
+    for step, means in enumerate(found):
+        check_replicas(*means.values())
+        for name, mean in means.items():
+            own = [exact(rank, name, step, dtype).numpy() for rank in range(4)]
+            if mean.numel() < 1000:
+                np.testing.assert_allclose(mean, np.mean(own, 0), rtol=1e-5)
+                continue
+            of_nodes = [np.mean([own[rank] for rank in ranks], 0, own[0].dtype) for ranks in where]
+            expected = flat.average(name, of_nodes)
+            if helpers.PLACEMENT[0].across(1) == (where[0][1], where[1][1]):
+                np.testing.assert_array_equal(mean, expected, err_msg=f"{name}, step {step}")
+            else:  # ranks of a place have their own order, and its numbers
+                assert mean.dtype == dtype
+                error = np.abs(mean.numpy() - np.mean(own, 0)).mean()
+                assert 0 < error <= 2 * np.abs(expected - np.mean(own, 0)).mean()
+
+
+@pytest.mark.usefixtures("where")
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum], ids=["average", "sum"])
+def test_a_tensor_without_an_optimizer(op: int, name: str) -> None:
+    own = [exact(rank, "matrix", 5) for rank in range(4)]
+    kept = own[hvd.rank()].clone()
+    result = allreduce(own[hvd.rank()], name, op=op, compression=new(bits=16))
+    assert torch.equal(own[hvd.rank()], kept)
+    check_replicas(result)
+    expected = sum(own) / (4 if op == hvd.Average else 1)
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-3)
+    assert not torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_nan_reaches_every_rank(where: list[list[int]], grouped: bool, name: str) -> None:
+    own = [exact(hvd.rank(), which, 1) for which in ("matrix", "wide")]
+    if hvd.rank() == where[1][0]:
+        own[0][7, 9] = torch.nan
+    compression = new()
+    if grouped:
+        first, second = hvd.grouped_allreduce(own, name=name, compression=compression)
+    else:
+        first, second = (
+            allreduce(one, f"{name}.{place}", compression=compression)
+            for place, one in enumerate(own)
+        )
+    check_replicas(first, second)
+    assert first[7, 9].isnan()
+    assert 1 <= int(first.isnan().sum()) <= 256
+    assert second.isfinite().all()
+
+
+def test_fewer_parties_leave_levels_for_fewer_bits(name: str) -> None:
+    """Lanes of 3 bits hold the sum of two codes, and not that of four."""
+    x = torch.full((2000,), float(hvd.rank()))
+    result = allreduce(x, name, compression=new(bits=3))
+    torch.testing.assert_close(result, torch.full((2000,), 1.5), rtol=0, atol=1.5)
+    with pytest.raises(ValueError, match="bits must be at least 4"):
+        allreduce(x, name, compression=new(bits=3, hierarchical=False))
+
+
+def test_what_the_log_says(
+    said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allreduce(torch.ones(5000), name, compression=new(stats=1))
+    first = hvd.rank() == 0
+    assert ("4 ranks on 2 nodes" in said("plan")) is first
+    assert ("stats has no figures" in said("stats")) is first
+    monkeypatch.setattr(nodes.hvd_ops, "is_homogeneous", lambda: False)
+    allreduce(torch.ones(5000), name, compression=new())
+    assert ("nodes have different numbers of ranks" in said("nodes")) is first
+
+
+@pytest.mark.parametrize("reason", ["uneven", "numbers", "sets"])
+def test_where_it_cannot_be(
+    reason: str, said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, it is an error on every rank; else tensors are reduced among all ranks."""
+    if reason == "uneven":
+        monkeypatch.setattr(nodes.hvd_ops, "is_homogeneous", lambda: hvd.rank() != 2)
+        expected = "nodes have different numbers of ranks"
+    elif reason == "numbers":
+        monkeypatch.setattr(nodes, "_node", lambda: int(hvd.rank() == 3))
+        expected = "nodes have 3, 1 ranks"
+    elif TRANSPORT == "mpi":
+        pytest.skip("messages need no process sets")
+    else:
+        monkeypatch.setattr(nodes, "_known", dict)
+        monkeypatch.setattr(nodes, "_can_add", lambda: hvd.rank() != 1)
+        expected = "set HOROVOD_DYNAMIC_PROCESS_SETS=1"
+    x = exact(hvd.rank(), "matrix", 3)
+    with pytest.raises(ValueError, match=expected):
+        allreduce(x, name, compression=new(hierarchical=True))
+    compression = new()
+    result = allreduce(x, f"{name}.flat", compression=compression)
+    check_replicas(result)
+    flat = allreduce(x, f"{name}.flat", compression=new(hierarchical=False))
+    assert torch.equal(result, flat)
+    assert (expected in said("nodes")) is (hvd.rank() == 0)
+
+
+@pytest.mark.parametrize("ranks", [[0, 1, 2], [0, 3], [0, 1]], ids=str)
+def test_process_sets_that_have_other_nodes(ranks: list[int], name: str) -> None:
+    """Uneven nodes, nodes of one rank, one node: reduced among all of their ranks."""
+    known = nodes._known()
+    number = next((number for number, own in known.items() if own == ranks), None)
+    process_set = (
+        hvd.add_process_set(ranks) if number is None else nodes._process_set(number, ranks)
+    )
+    if hvd.rank() in ranks:
+        x = exact(hvd.rank(), "vector", 2)
+        options: dict[str, Any] = {"process_set": process_set}
+        result = allreduce(x, name, compression=new(), **options)
+        check_replicas(result, process_set=process_set)
+        flat = allreduce(x, name, compression=new(hierarchical=False), **options)
+        assert torch.equal(result, flat)
+        if len(ranks) == 3:
+            with pytest.raises(ValueError, match="nodes have 2, 1 ranks"):
+                allreduce(x, name, compression=new(hierarchical=True), **options)
+    if number is None:
+        hvd.remove_process_set(process_set)
+
+
+def test_a_process_set_of_all_ranks_that_others_have_made(name: str) -> None:
+    """What is there already is used; see `by_process_sets`."""
+    before = nodes._known()
+    compression = new()
+    allreduce(exact(hvd.rank(), "vector", 2), name, compression=compression)
+    allreduce(exact(hvd.rank(), "vector", 2), name, compression=new(levels="two-hop"))
+    (group,) = compression._groups.values()
+    assert group.nodes is not None
+    assert group.plan.world_size == 2
+    if TRANSPORT == "horovod":
+        assert nodes._known().keys() >= before.keys()
+        assert len(nodes._known()) <= len(before) + 4
+
+
+def test_a_state_goes_on_bit_for_bit() -> None:
+    first, second = new(), new()
+    parameters = make_parameters()
+    results = []
+    for compression in (first, second):
+        parameters = make_parameters()
+        optimizer = make_optimizer(parameters, compression)
+        for step in range(2 if compression is first else 1):
+            backward(parameters, step + (compression is second))
+            optimizer.synchronize()
+            results.append({name: own.grad.clone() for name, own in parameters.items()})  # type: ignore[union-attr]
+            if compression is first and step == 0:
+                second.load_state_dict(copy.deepcopy(first.state_dict()))
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            optimizer.zero_grad()
+    _, wanted, found = results
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+
+
+def test_options_that_go_with_no_nodes(name: str) -> None:
+    """Their presets reduce among all ranks; to ask for both is an error."""
+    for options in ({"levels": "auto"}, {"block_size": "bucket"}):
+        with pytest.raises(ValueError, match="hierarchical must be 'auto' or False with"):
+            new(hierarchical=True, **options)
+    compression = new(block_size="bucket")
+    allreduce(torch.ones(5000), name, compression=compression)
+    (group,) = compression._groups.values()
+    assert group.nodes is None
+    assert group.plan.world_size == 4
+    with pytest.raises(ValueError, match="hierarchical must be True, False or 'auto'"):
+        new(hierarchical=3)
+
+
+def test_replicas_are_compared() -> None:
+    compression = new(check_replicas=1)
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, compression)
+    for step in range(2):
+        backward(parameters, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    check_replicas(*parameters.values())
+
+
+def test_placements_are_of_this_job() -> None:
+    assert placement([0, 0, 1, 1]) == helpers.PLACEMENT[0] or hvd.cross_size() == 2
