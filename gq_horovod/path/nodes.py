@@ -164,6 +164,7 @@ def _reduce_share(
         steps=task.steps[[part.tensor for part in parts]],
         memory=memory,
         described=described,
+        whose="this rank's node",
     )
 
     way = pipeline.METHODS[task.plan.levels]

@@ -127,6 +127,7 @@ class Task:
     memory: Memory = field(default_factory=Memory)
     nodes: Nodes | None = None  # where ranks are, if that matters to `method`
     described: Stages | None = None  # what this rank computes, if not what follows from the rest
+    whose: str = "this rank"  # the tensors are, for the log
     # Called with whether any rank has each of several tensors, as soon as that is known.
     seen: Callable[[NDArray[np.int32]], None] | None = None
     # Called as soon as a part of a mean is decoded: with the tensor's place, the chunk of it, and
@@ -223,8 +224,10 @@ class Method:
     decode: Callable[[Task, Any, Any, Tensors], None] = dequantize
 
 
-def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
-    """Log if a rank's own norms of a tensor, as bit patterns, say that it has NaN or Inf.
+def warn_unless_finite(
+    norms: NDArray[np.int32], name: str, step: int, whose: str = "this rank"
+) -> None:
+    """Log if own norms of a tensor, as bit patterns, say that it has NaN or Inf.
 
     Now and then: where losses are scaled it may be ordinary, and where a model has diverged it is
     so for every tensor.
@@ -235,7 +238,7 @@ def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
         _log.say(
             logging.WARNING,
             "not-finite",
-            f"tensor {name!r} has a norm that is NaN or Inf on this rank in its reduction {step}, "
+            f"tensor {name!r} has a norm that is NaN or Inf on {whose} in its reduction {step}, "
             f"and becomes NaN there on every rank; seen {count} times on this rank",
             tensor=name,
             step=step,
@@ -243,14 +246,16 @@ def warn_unless_finite(norms: NDArray[np.int32], name: str, step: int) -> None:
         )
 
 
-def warn_unless_all_finite(norms: NDArray[np.int32], own: Stages, steps: Steps) -> None:
+def warn_unless_all_finite(
+    norms: NDArray[np.int32], own: Stages, steps: Steps, whose: str = "this rank"
+) -> None:
     """The same of the tensors of a bucket."""
     if not (_log.on(logging.WARNING) and norms.size and norms.max() >= codec.INFINITY):
         return
     ends = [*own.layout.norm_places[1:], own.layout.norm_count]
     places = zip(own.names, steps, own.layout.norm_places, ends, strict=True)
     for name, step, begin, end in places:
-        warn_unless_finite(norms[begin:end], stages.user_name(name), int(step))
+        warn_unless_finite(norms[begin:end], stages.user_name(name), int(step), whose)
 
 
 class Shared(NamedTuple):
@@ -271,7 +276,7 @@ def global_norms(task: Task, *beside: int) -> Generator[Handle, Any, Shared]:
     largest = memory.largest(own[:count]) if _log.on(logging.WARNING) and count else []
     sent = yield from memory.send(stages.NORM, own, tail)
     if isinstance(sent, np.ndarray):
-        warn_unless_all_finite(sent[:count], task.stages, task.steps)
+        warn_unless_all_finite(sent[:count], task.stages, task.steps, task.whose)
     both = yield task.collectives.allreduce_max(sent, task.operation(stages.NORM))
     flags, *found = yield from memory.read(both[count:], *largest)
     if any(one.max() >= codec.INFINITY for one in found):
@@ -290,7 +295,7 @@ def _warn_of_unseen(task: Task) -> Waiting:
     own = task.memory.take(f"own {stages.NORM}", task.stages.layout.norm_count, np.int32)
     task.stages.measure(task.x, own)
     (norms,) = yield from task.memory.read(own)
-    warn_unless_all_finite(norms, task.stages, task.steps)
+    warn_unless_all_finite(norms, task.stages, task.steps, task.whose)
 
 
 def quantize(

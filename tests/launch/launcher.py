@@ -58,8 +58,9 @@ def launch(
     """Run a Python command in `ranks` ranks on this machine.
 
     Arguments:
-        transport: "mpirun" (Open MPI), "mpich" (its mpiexec), "horovodrun" (Horovod over Gloo), or
-            "elastic" (the same, on the hosts that `directory`/hosts.sh lists; all ranks print to
+        transport: "mpirun" (Open MPI), "mpich" (its mpiexec), "horovodrun" (Horovod over Gloo),
+            "nodes" (the same, half of the ranks on each of two hosts, which are this machine), or
+            "elastic" (over Gloo on the hosts that `directory`/hosts.sh lists; all ranks print to
             the launcher's output).
         command: arguments of the Python interpreter.
         limit: seconds after which the whole job is ended.
@@ -116,7 +117,10 @@ def _prefix(transport: str, ranks: int, output: Path, fewest: int | None) -> lis
         return [_tool("horovodrun"), "--gloo", "-np", str(ranks), *found, "--cycle-time-ms", "5"]
     # For the same reason Horovod's own threads shall not wake up every millisecond.
     sharing = ["--cycle-time-ms", "5"]
-    hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]
+    names = f"localhost:{ranks}"
+    if transport == "nodes":  # two names, which Horovod takes for two hosts
+        names = f"localhost:{ranks // 2},127.0.0.1:{ranks // 2}"
+    hosts = ["-np", str(ranks), "-H", names]
     return [_tool("horovodrun"), "--gloo", *hosts, *sharing, "--output-filename", str(output)]
 
 
