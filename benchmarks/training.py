@@ -5,6 +5,7 @@
     python benchmarks/training.py convnet --ranks 2,4,8,16 --rates 1gbit --methods none,standard-8
     python benchmarks/training.py deeplight --rates loopback --rounds 1 --quality 64
     python benchmarks/training.py transformer --rates 1gbit --replay 1
+    python benchmarks/training.py deeplight --per-host 2 --methods none,two-hop-8,two-hop-8-nodes
 
 Starts one job for each rate and number of ranks, on the hosts of tools/testbed.py where the machine
 allows it, else over loopback. In a job the methods take turns: in every round each trains a few
@@ -84,6 +85,15 @@ METHODS: dict[str, Callable[[], Any]] = {
     for levels in ("standard", "exponential", "two-hop")
     for bits in (8, 4)
 }
+# Where hosts have several ranks: exact sums inside a host.
+BY_NODES = {
+    f"{levels}-8{suffix}-nodes": partial(
+        methods.make, levels, bits=8, transport=transport, hierarchical=True
+    )
+    for transport, suffix in (("horovod", ""), ("mpi", "-mpi"))
+    for levels in ("standard", "exponential", "two-hop")
+}
+METHODS |= BY_NODES
 
 
 def available(names: list[str]) -> tuple[list[str], list[str]]:
@@ -451,14 +461,17 @@ def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def hosts(ranks: int, rate: str) -> Iterator[tuple[Any, str, str]]:
+def hosts(ranks: int, rate: str, per_host: int) -> Iterator[tuple[Any, str, str]]:
     """Make the hosts of a job; yields (testbed or None, its interface, where that is in words)."""
     reason = "asked for" if rate == allreduce.LOOPBACK else testbed.unavailable()
     if reason is not None:
         yield None, launcher.LOOPBACK, f"{ranks} processes over loopback ({reason})"
         return
-    with testbed.Testbed(ranks, rate) as bed:
-        yield bed, testbed.INTERFACE, f"{ranks} hosts (network namespaces), links of {rate}"
+    number = ranks // per_host
+    with testbed.Testbed(number, rate) as bed:
+        several = f" of {per_host} ranks" if per_host > 1 else ""
+        where = f"{number} hosts{several} (network namespaces), links of {rate}"
+        yield bed, testbed.INTERFACE, where
 
 
 def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]:
@@ -467,6 +480,7 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
     # A cycle is how often Horovod's own thread looks for work, on cores that the ranks need.
     environment["HOROVOD_CYCLE_TIME"] = str(options.cycle_time)
     environment["HOROVOD_CACHE_CAPACITY"] = "8192"  # names of all methods together
+    environment["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # for reductions by nodes
     times: dict[str, float] = {}
     if options.replay:
         script = [sys.executable, str(Path(__file__).resolve()), options.model]
@@ -474,7 +488,7 @@ def launch(options: argparse.Namespace, ranks: int, rate: str) -> dict[str, Any]
         times = allreduce.result_in(subprocess.check_output(script, env=environment, text=True))
         times = {name: options.replay * seconds for name, seconds in times.items()}
     loads = [os.getloadavg()[0]]
-    with hosts(ranks, rate) as (bed, interface, where):
+    with hosts(ranks, rate, options.per_host) as (bed, interface, where):
         print(f"{options.model}: {where}", flush=True)
         script = [sys.executable, str(Path(__file__).resolve()), options.model]
         script += ["--methods", ",".join(options.methods), "--interface", interface]
@@ -602,11 +616,12 @@ def main() -> None:
         default="200mbit,1gbit",
         help=f"of the links, or {allreduce.LOOPBACK}",
     )
-    parser.add_argument("--ranks", default="4", help="such as 2,4,8,16: one on each host")
+    parser.add_argument("--ranks", default="4", help="such as 2,4,8,16")
+    parser.add_argument("--per-host", type=int, default=1, help="ranks on each host")
     parser.add_argument(
         "--methods",
-        help="separated by commas; all but auto by default",
-        default=",".join(name for name in METHODS if name != AUTO),
+        help="separated by commas; all but auto and by nodes by default",
+        default=",".join(name for name in METHODS if name != AUTO and name not in BY_NODES),
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of a method in a round")
@@ -646,6 +661,10 @@ def main() -> None:
     if options.interface:
         run_rank(options)
         return
+    if options.per_host < 1 or any(
+        int(ranks) % options.per_host for ranks in options.ranks.split(",")
+    ):
+        parser.error("--per-host must be 1 or more, and divide every number of --ranks")
     options.methods, remarks = available(options.methods)
     for remark in remarks:
         print(remark)

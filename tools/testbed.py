@@ -259,15 +259,16 @@ class Testbed:
         """Return the options with which Open MPI's mpirun, run on host 0, uses all hosts.
 
         `slots` ranks are placed on each host, in blocks: ranks 0 to slots - 1 on host 0, and so on.
-        MPI talks TCP over the shaped links only, also between ranks of one host.
+        MPI talks TCP over the shaped links between hosts, and shared memory inside a host.
         """
         network = f"{SUBNET}.0/24"
+        shared = "vader," if slots > 1 else ""
         return [
             *("--host", ",".join(f"{address}:{slots}" for address in self.addresses)),
             *("-np", str(slots * self.hosts), "--map-by", "slot", "--bind-to", "none"),
             *("--mca", "plm_rsh_agent", f"sh {self._agent}", "--mca", "plm_rsh_no_tree_spawn", "1"),
             *("--mca", "oob_tcp_if_include", network),
-            *("--mca", "pml", "ob1", "--mca", "btl", "tcp,self"),
+            *("--mca", "pml", "ob1", "--mca", "btl", f"{shared}tcp,self"),
             *("--mca", "btl_tcp_if_include", network),
             # The hosts may share this machine's cores: whoever waits for the network gives its own
             # away, instead of taking it from a host that computes.

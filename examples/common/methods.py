@@ -46,7 +46,7 @@ class Method:
     takes: tuple[str, ...] = ()
 
 
-_OURS = ("bits", "seed", "transport", "min_elements")
+_OURS = ("bits", "seed", "transport", "min_elements", "hierarchical")
 
 METHODS = {
     "none": Method(lambda: _horovods("none")),
@@ -70,7 +70,7 @@ METHODS = {
         )
         for levels in ("standard", "exponential")
     },
-    "auto": Method(lambda **options: _ours("auto", **options), _OURS[1:]),
+    "auto": Method(lambda **options: _ours("auto", **options), _OURS[1:-1]),
 }
 
 

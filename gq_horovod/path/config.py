@@ -43,7 +43,8 @@ class Config(Scheme):
     first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
-    # Exact sums inside a node, and codes between nodes (`path.nodes`). "auto": where that pays.
+    # Exact sums inside a node, and codes between nodes (`path.nodes`). "auto": where codes stay on
+    # GPUs, and nodes have several ranks.
     hierarchical: bool | Literal["auto"] = "auto"
     # Seconds without any movement after which a rank ends; None: never. See guards.watchdog.
     timeout: float | None = DEFAULT_TIMEOUT

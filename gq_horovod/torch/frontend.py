@@ -612,8 +612,11 @@ class TorchFrontend(Frontend):
         Raises ValueError where options ask for it and it cannot be, or cannot be left out.
         """
         group.placed = True
-        wanted = self.config.hierarchical and self._method() is None and not self.config.no_nodes
-        found = nodes.where(places) if wanted else None
+        wanted = self.config.hierarchical is True or (
+            self.config.hierarchical == "auto" and nodes.pays(group.resident)
+        )
+        possible = self._method() is None and not self.config.no_nodes
+        found = nodes.where(places) if wanted and possible else None
         own: Any = None
         if isinstance(found, Placement):
             # One node is no reason to leave out what was asked for.

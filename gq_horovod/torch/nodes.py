@@ -43,6 +43,15 @@ def where(agreed: Sequence[int]) -> Placement | str:
     return "nodes have different numbers of ranks" if uneven else placement(found)
 
 
+def pays(resident: bool) -> bool:
+    """Whether "auto" takes it: where codes stay on GPUs, whose links inside a node are fast.
+
+    In host memory the exact sums cost more passes over it than codes of all ranks cost network
+    (docs/benchmarks.md).
+    """
+    return resident
+
+
 def reached(
     found: Placement, rank: int, members: Sequence[int], agreed: Sequence[int], transport: str
 ) -> Nodes | str:

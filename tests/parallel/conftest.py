@@ -36,6 +36,8 @@ def horovod() -> Iterator[None]:
     per_node = os.environ.get("GQ_TEST_RANKS_PER_NODE")
     if per_node is not None:  # as if the ranks of this host were on several
         nodes._node = lambda: hvd.rank() // int(per_node)
+    if per_node is not None or hvd.cross_size() > 1:
+        nodes.pays = lambda resident: True  # also in host memory
     helpers.place(nodes._node)
     yield
     hvd.shutdown()
