@@ -161,18 +161,21 @@ def leave() -> None:
 class Messages:
     """Exchanges among the ranks of one group; `Exchanges` of the pipeline."""
 
-    def __init__(self, ranks: list[int], node: list[int] | None = None) -> None:
-        """Collective over `ranks` of the world, which are given in the same order on each.
+    def __init__(
+        self, members: list[int], across: list[int] | None = None, node: list[int] | None = None
+    ) -> None:
+        """Collective over `members` of the world, which are given in the same order on each.
 
-        And over those of this node, if they are given: then all messages are between either.
+        By nodes, all messages are among those of one place, `across`, or those of this `node`.
         """
         _mpi.watch()
-        self._comm = _communicator(tuple(ranks))
-        self._node = None if node is None else _communicator(tuple(node))
+        everyone = tuple(members)
+        self._comm = _communicator(everyone, tuple(across or members))
+        self._node = None if node is None else _communicator(everyone, tuple(node), "node")
         limit = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # what the standard guarantees
         # Of a reduction by nodes several rounds are in flight.
         self._numbers = (min(limit, 2**30) + 1) // TAGS // (ROUNDS_IN_FLIGHT if node else 1)
-        self._counter = _counter(tuple(ranks))
+        self._counter = _counter(everyone)
 
     def proposals(self, rank: int, ranks: int) -> list[int]:
         """A number for the next exchange, at the place of this rank among zeros for the others."""
@@ -227,15 +230,21 @@ def serve(pipeline: Pipeline) -> None:
 
 
 @cache
-def _communicator(ranks: tuple[int, ...]) -> MPI.Intracomm:
-    """A communicator of our own; it lives as long as MPI, since hvd.init() may ask again."""
+def _communicator(
+    members: tuple[int, ...], ranks: tuple[int, ...], purpose: str = ""
+) -> MPI.Intracomm:
+    """A communicator of our own; it lives as long as MPI, since hvd.init() may ask again.
+
+    It has `ranks`, for what `members` reduce: numbers of exchanges are told apart among them alone.
+    Ranks of a place or of a node may be a process set as well, which has its own numbers.
+    """
     world = MPI.COMM_WORLD
     return world.Create_group(world.Get_group().Incl(ranks))
 
 
 @cache
-def _counter(ranks: tuple[int, ...]) -> itertools.count[int]:
-    """Numbers for the exchanges on a communicator, which several optimizers may share."""
+def _counter(members: tuple[int, ...]) -> itertools.count[int]:
+    """Numbers for the exchanges of a group of ranks, which several optimizers may share."""
     return itertools.count(1)
 
 

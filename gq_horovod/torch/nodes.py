@@ -139,7 +139,8 @@ def _by_messages(found: Placement, rank: int, members: Sequence[int]) -> Nodes:
     from ..path import mpi
 
     across = [members[one] for one in found.across(found.place(rank))]
-    messages = mpi.Messages(across, [members[one] for one in found.inside(rank)])
+    node = [members[one] for one in found.inside(rank)]
+    messages = mpi.Messages(list(members), across, node)
     return _nodes(found, rank, messages.inside, None, messages)
 
 

@@ -242,6 +242,23 @@ def test_a_process_set_of_all_ranks_that_others_have_made(name: str) -> None:
         assert len(nodes._known()) <= len(before) + 4
 
 
+@pytest.mark.skipif(TRANSPORT != "mpi", reason="Horovod tells process sets apart")
+def test_messages_of_a_process_set_with_the_ranks_of_a_place() -> None:
+    """It counts its exchanges by itself: the same numbers are under way in both."""
+    from gq_horovod.path import mpi
+
+    rank = hvd.rank()
+    node, place = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+    by_nodes = mpi.Messages([0, 1, 2, 3], place, node)
+    flat = mpi.Messages(place)
+    begun = {}
+    for value, own in ((1.0, by_nodes), (2.0, flat))[:: 1 if rank < 2 else -1]:
+        collectives = mpi.Inside(own._comm, 0)
+        begun[value] = collectives.alltoall(np.full(2, value, np.float32), "x")
+    for value, handle in begun.items():
+        np.testing.assert_array_equal(handle.wait(), value)
+
+
 def test_a_state_goes_on_bit_for_bit() -> None:
     first, second = new(), new()
     parameters = make_parameters()
