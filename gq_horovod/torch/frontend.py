@@ -587,10 +587,12 @@ class TorchFrontend(Frontend):
         )
         places = agreed[-nodes.numbers(group.ranks) :]
         group.adopt(agreed[: -len(places)])
-        group.joins = joins
-        members = process_set.ranks or list(range(hvd.size()))
+        members, placed = process_set.ranks or list(range(hvd.size())), group.nodes
         if everyone and not group.placed:  # all ranks have to be there
             self._place(group, members, places)
+        elif not group.placed and group.plan.world_size != group.ranks:
+            group.reduce_by(None, self._plan(group.ranks))  # among all ranks until then
+        group.joins = joins
         if self.config.transport == "mpi" and everyone:
             # Until all ranks are there, codes travel through Horovod.
             from ..path import mpi
@@ -598,7 +600,7 @@ class TorchFrontend(Frontend):
             if group.exchanges is None and group.nodes is None:
                 group.exchanges = mpi.Messages(members)
             mpi.serve(group.pipeline)
-        if self._groups.get(key) is not group:
+        if self._groups.get(key) is not group or group.nodes is not placed:
             per_node = 1 if group.nodes is None else group.nodes.ranks_per_node
             group.census = self.begin_log(process_set, group.plan, per_node)
         self._groups[key] = group
@@ -611,7 +613,6 @@ class TorchFrontend(Frontend):
 
         Raises ValueError where options ask for it and it cannot be, or cannot be left out.
         """
-        group.placed = True
         wanted = self.config.hierarchical is True or (
             self.config.hierarchical == "auto" and nodes.pays(group.resident)
         )
@@ -634,9 +635,9 @@ class TorchFrontend(Frontend):
                 nodes.say(self.config.FUNCTION, own)
         elif own is not None:
             group.reduce_by(own, self._plan(group.ranks // own.ranks_per_node))
-            return
-        if group.plan.world_size != group.ranks:
+        if group.nodes is None and group.plan.world_size != group.ranks:
             group.reduce_by(None, self._plan(group.ranks))
+        group.placed = True
 
     def _plan(self, parties: int) -> Plan:
         """The settings for so many ranks, or nodes. Raises ValueError if there are none."""

@@ -166,6 +166,34 @@ def test_fewer_parties_leave_levels_for_fewer_bits(name: str) -> None:
         allreduce(x, name, compression=new(bits=3, hierarchical=False))
 
 
+def test_too_few_bits_for_all_ranks_while_one_is_away(
+    said: Callable[[str], str], name: str
+) -> None:
+    """Until all ranks have been there, codes of all ranks are added."""
+    x = torch.ones(2000)
+    compression = new(bits=3)
+    if hvd.rank() < 3:
+        with pytest.raises(ValueError, match="bits must be at least 4"):
+            allreduce(x, name, compression=compression)
+    hvd.join()
+    assert "4 ranks on 2 nodes" not in said("plan")
+    result = allreduce(x, name, compression=compression)
+    torch.testing.assert_close(result, x, rtol=0, atol=1)
+    assert ("4 ranks on 2 nodes" in said("plan")) is (hvd.rank() == 0)
+
+
+def test_what_was_refused_is_refused_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where ranks have reduced before: one of them was away."""
+    monkeypatch.setattr(nodes.hvd_ops, "is_homogeneous", lambda: False)
+    x, compression = torch.ones(2000), new(hierarchical=True)
+    if hvd.rank() < 3:
+        allreduce(x, name, compression=compression)
+    hvd.join()
+    for step in range(2):
+        with pytest.raises(ValueError, match="different numbers of ranks"):
+            allreduce(x, f"{name}.{step}", compression=compression)
+
+
 def test_what_the_log_says(
     said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
