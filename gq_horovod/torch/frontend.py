@@ -635,6 +635,8 @@ class TorchFrontend(Frontend):
                 nodes.say(self.config.FUNCTION, own)
         elif own is not None:
             group.reduce_by(own, self._plan(group.ranks // own.ranks_per_node))
+            if own.exchanges is None:
+                nodes.stay(group.collectives, members)
         if group.nodes is None and group.plan.world_size != group.ranks:
             group.reduce_by(None, self._plan(group.ranks))
         group.placed = True

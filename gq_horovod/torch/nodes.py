@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 from horovod.common import process_sets
 from horovod.torch import mpi_ops as hvd_ops
 
@@ -15,11 +20,20 @@ from mpi_ops.nodes import Placement, placement
 
 from ..log import Log
 from ..path.nodes import Nodes
+from ..path.pipeline import poll_all
+from . import numbering
 from .collectives import Collectives
 
 _log = Log(__name__)
 
 _DYNAMIC = "HOROVOD_DYNAMIC_PROCESS_SETS"
+
+# How long a rank that shuts Horovod down waits for ranks of other nodes to do so as well.
+_LEAVE_SECONDS = 10.0
+_POLL_SECONDS = 1e-3
+
+# Who has reduced by nodes through Horovod, by the ranks; and the session in which.
+_reduced: dict[tuple[int, ...], tuple[object, Collectives]] = {}
 
 
 def table(place: int, ranks: int) -> list[int]:
@@ -67,6 +81,36 @@ def reached(
     if transport == "mpi":
         return _by_messages(found, rank, members)
     return _by_process_sets(found, rank, members, dynamic=not agreed[0])
+
+
+def stay(collectives: Collectives, members: Sequence[int]) -> None:
+    """Have this rank wait for the others before it shuts Horovod down; see `leave`."""
+    _reduced[tuple(members)] = numbering.session(), collectives
+    if (library := numbering.library()) is not None:
+        library.before_shutdown = leave
+    atexit.unregister(leave)
+    atexit.register(leave)  # after Horovod's own, and so before it
+
+
+def leave() -> None:
+    """Wait until all ranks shut Horovod down, as long as they may need it.
+
+    What a node does last it does by itself: when it is done, other nodes may still have to begin
+    that, and when one rank shuts Horovod down their operations fail.
+    """
+    own, _ = list(_reduced.values()), _reduced.clear()
+    if getattr(sys, "last_value", None) is not None:  # an error ends the program, and others wait
+        return
+    begin = time.monotonic()
+    with contextlib.suppress(Exception):  # Horovod has ended, or an operation has failed
+        ends = [
+            collectives.allreduce_max(np.zeros(1, np.int32), "gq.nodes.end")
+            for session, collectives in own
+            if session is numbering.session() and collectives.process_set.rank() is not None
+        ]
+        while not all(end.ready() for end in ends) and time.monotonic() < begin + _LEAVE_SECONDS:
+            poll_all()
+            time.sleep(_POLL_SECONDS)
 
 
 def say(function: str, problem: str) -> None:

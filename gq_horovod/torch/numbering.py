@@ -131,6 +131,7 @@ class Library:
         self.session = object()  # between one hvd.shutdown() and the next
         self.joins = 0  # calls of hvd.join()
         self.explainers: weakref.WeakSet[Explainer] = weakref.WeakSet()
+        self.before_shutdown: Callable[[], None] | None = None  # called by hvd.shutdown()
         self.places: set[bool] = set()  # whether operations of a step are on a GPU; see join
         self._lock = threading.RLock()
         # Handles that were given out to others; None before our first operation, when Horovod's own
@@ -213,6 +214,8 @@ class Library:
 
     def _reset(self) -> Any:
         """Of hvd.shutdown(): Horovod begins to count again."""
+        if self.before_shutdown is not None:
+            self.before_shutdown()
         with self._lock:
             self.session = object()
             self._others = None
