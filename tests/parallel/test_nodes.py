@@ -318,8 +318,9 @@ def test_options_that_go_with_no_nodes(name: str) -> None:
     (group,) = compression._groups.values()
     assert group.nodes is None
     assert group.plan.world_size == 4
-    with pytest.raises(ValueError, match="hierarchical must be True, False or 'auto'"):
-        new(hierarchical=3)
+    for other in (3, 1, np.True_):
+        with pytest.raises(ValueError, match="hierarchical must be True, False or 'auto'"):
+            new(hierarchical=other)
 
 
 def test_replicas_are_compared() -> None:
