@@ -270,6 +270,19 @@ def test_what_xla_compiles(where: str, name: str) -> None:
     np.testing.assert_allclose(tf.function(reduce)(), expected, rtol=1e-2)
 
 
+@pytest.mark.parametrize("given", [True, 0])
+def test_hierarchical(given: Any) -> None:
+    """Only PyTorch's reduces by nodes; "auto" and False mean no nodes here."""
+    text = refused(ValueError, "eager", GlobalQSGD, hierarchical=given)
+    assert "hierarchical must be " in text
+    assert "'auto'" in text
+    assert f"got {given!r}; leave it out" in text
+    for own in ("auto", False):
+        compression = GlobalQSGD(hierarchical=own, min_elements=0)
+        mean = hvd.allreduce(tf.ones(2000), name=f"hierarchical.{own}", compression=compression)
+        np.testing.assert_allclose(mean, 1, rtol=1e-6)
+
+
 def test_transport_mpi() -> None:
     text = refused(ValueError, "eager", GlobalQSGD, transport="mpi")
     assert text == (
