@@ -120,15 +120,16 @@ def _in_turn(
     for one in rounds:
         flat = memory.take("flat", one.size, np.float32)
         codec.pack(task.x, one.packed(task.x), 1 / own.ranks_per_node, flat)
-        name = _inside(one.index)
-        sent = yield from memory.send(name, flat)
-        pieces = memory.receive(name, (yield inside.alltoall(sent, task.operation(name))))
+        name = task.operation(_inside(one.index))
+        sent = yield from memory.send("flat", flat)
+        pieces = memory.receive("pieces", (yield inside.alltoall(sent, name)))
         share = memory.take("share", one.share, np.float32)
         with memory.entered():
             codec.add(pieces.reshape(own.ranks_per_node, -1), share)
         yield from _reduce_share(task, own, one, share, memory, number)
         name = _whole(one.index)
-        sent = yield from memory.send(name, share)
+        sent = yield from memory.send("share", share)
+        # Not of the slot: it stays until the means are asked for.
         whole = memory.receive(name, (yield inside.allgather(sent, task.operation(name))))
         deliver(one, _Gathered(whole))
 
