@@ -86,7 +86,8 @@ class Config(Scheme):
             if self.check_replicas < 1:
                 expected = "1 or more steps"
                 self._fail("check_replicas", expected, self.check_replicas, "None never checks")
-        if not isinstance(self.hierarchical, bool) and self.hierarchical != "auto":  # 1 is no True
+        given: Any = self.hierarchical
+        if not isinstance(given, bool) and given != "auto":  # 1 equals True, and would pass for it
             expected = "True, False or 'auto'"
             self._fail("hierarchical", expected, self.hierarchical, "leave it out for 'auto'")
         object.__setattr__(self, "rules", self._pairs)  # as tuples, which have a hash

@@ -98,7 +98,8 @@ def leave() -> None:
     What a node does last it does by itself: when it is done, other nodes may still have to begin
     that, and when one rank shuts Horovod down their operations fail.
     """
-    own, _ = list(_reduced.values()), _reduced.clear()
+    own = list(_reduced.values())
+    _reduced.clear()
     if getattr(sys, "last_value", None) is not None:  # an error ends the program, and others wait
         return
     begin = time.monotonic()
