@@ -294,9 +294,11 @@ class Compression(Frontend):
                 PyTorch only; needs Horovod's MPI controller and MPI_THREAD_MULTIPLE).
             hierarchical: True adds gradients exactly inside each node, and quantizes what goes
                 between nodes, with levels for as many ranks as there are nodes (PyTorch only). With
-                Horovod's transport that takes process sets, which it adds where
-                HOROVOD_DYNAMIC_PROCESS_SETS=1. "auto" does so where codes stay on GPUs, and there
-                are several nodes with as many ranks each, more than one.
+                Horovod's transport that takes process sets, which it adds at the first gradient
+                where HOROVOD_DYNAMIC_PROCESS_SETS=1. Horovod has no two of the same ranks: add
+                yours of a node, or of a place in all nodes, before that, and keep them. "auto" does
+                so where codes stay on GPUs, and there are several nodes with as many ranks each,
+                more than one.
             timeout: seconds after which a reduction that does not move ends this rank with an error
                 (see gq_horovod.guards.watchdog), None for never.
             check_replicas: compare the optimizer's parameters (TensorFlow: the variables whose
