@@ -59,9 +59,12 @@ def plan_of(compression: GlobalQSGD, ranks: int) -> Plan:
 def ranks_per_node(compression: Any, ranks: int) -> int:
     """How many of so many ranks add their tensors exactly before codes are made."""
     config: Config = compression.config
+    # None with TensorFlow, in whose jobs the Horovod of PyTorch is not initialized.
+    if not PLACEMENT or not PLACEMENT[0].has_levels:
+        return 1
     if ranks < hvd.size() or not config.hierarchical or config.no_nodes:
         return 1
-    return PLACEMENT[0].ranks_per_node if PLACEMENT and PLACEMENT[0].has_levels else 1
+    return PLACEMENT[0].ranks_per_node
 
 
 def by_nodes(inputs: Tensors, compression: GlobalQSGD) -> list[torch.Tensor]:
