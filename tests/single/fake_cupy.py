@@ -77,7 +77,8 @@ def memory(size: int) -> np.ndarray:
 
 
 def is_device(pointer: int) -> bool:
-    return any(start <= pointer < start + size for start, size in _allocations.items())
+    known = _allocations.copy()  # another thread may allocate or free meanwhile
+    return any(start <= pointer < start + size for start, size in known.items())
 
 
 class ndarray:
