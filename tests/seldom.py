@@ -1,8 +1,12 @@
-"""Parameters of tests of which the default run has one case of each kind: `-m seldom` has more."""
+"""Which combinations of parameters the default run of a test has.
+
+Of kinds of faults it has one case each, and `-m seldom` has more. Of parameters that do not depend
+on each other it has those in which every two values meet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -24,4 +28,19 @@ def cases(often: set[tuple[str, ...]], all_of: list[tuple[str, ...]]) -> list[ob
     return [
         pytest.param(*case, id=" ".join(case), marks=() if case in often else (rarely,))
         for case in all_of
+    ]
+
+
+def in_pairs(
+    rows: Sequence[object], columns: Sequence[object], others: Sequence[object]
+) -> list[tuple[object, object, object]]:
+    """Values of three parameters, such that any two values of different ones meet once or more.
+
+    The three are handed over in the order of their lengths, the longest first.
+    """
+    assert len(rows) >= len(columns) >= len(others)
+    return [
+        (one, other, others[(row + column) % len(others)])
+        for row, one in enumerate(rows)
+        for column, other in enumerate(columns)
     ]

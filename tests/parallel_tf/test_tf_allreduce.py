@@ -31,6 +31,14 @@ EACH = pytest.mark.parametrize(
     ("levels", "bits"), [("standard", 8), ("exponential", 8), ("two-hop", 8)]
 )
 MODES = pytest.mark.parametrize("mode", ["eager", "graph"])
+# Graphs know nothing of widths.
+EVERY_AND_GRAPHS = pytest.mark.parametrize(
+    ("levels", "bits", "mode"),
+    [
+        *((*options, "eager") for options in CONFIGURATIONS),
+        *((levels, 8, "graph") for levels in ("standard", "exponential", "two-hop")),
+    ],
+)
 
 
 def run(mode: str, function: Any, *arguments: Any) -> Any:
@@ -38,8 +46,7 @@ def run(mode: str, function: Any, *arguments: Any) -> Any:
     return (tf.function(function) if mode == "graph" else function)(*arguments)
 
 
-@EVERY
-@MODES
+@EVERY_AND_GRAPHS
 def test_the_mean_is_unbiased_with_the_variance_of_its_closed_form(
     levels: str, bits: int | None, mode: str, name: str
 ) -> None:
@@ -308,8 +315,7 @@ def test_one_bad_element_on_one_rank_makes_its_block_nan_on_every_rank(
                 check_mean(result[fine], [x[fine] for x in inputs], compression)
 
 
-@EVERY
-@MODES
+@EVERY_AND_GRAPHS
 def test_the_largest_and_the_smallest_numbers(
     levels: str, bits: int | None, mode: str, name: str
 ) -> None:
@@ -391,8 +397,7 @@ def test_a_process_set_reduces_among_its_ranks(
 # --------------------------------------------------------------------------------------- randomness
 
 
-@EVERY
-@MODES
+@EVERY_AND_GRAPHS
 def test_repetitions_round_afresh(levels: str, bits: int | None, mode: str, name: str) -> None:
     """Their errors are independent, with the law's variance: no step is used twice."""
     compression = compressor(levels, bits)

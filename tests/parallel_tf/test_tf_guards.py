@@ -10,6 +10,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
+from seldom import in_pairs
 from tf_helpers import gradients, own, to_torch
 
 from gq_horovod.guards.stats import Sample, TensorStats
@@ -51,9 +52,11 @@ def changed_on_the_last_rank(variable: tf.Variable) -> None:
         variable.assign(variable + tf.ones_like(variable))
 
 
-@pytest.mark.parametrize("levels", ["standard", "two-hop"])
-@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"bucket_bytes": 0}], ids=str)
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("place", "options", "levels"),
+    in_pairs([0, 1, 2], [{}, {"groups": 2}, {"bucket_bytes": 0}], ["standard", "two-hop"]),
+    ids=str,
+)
 def test_a_replica_that_differs_is_named(place: int, options: dict[str, Any], levels: str) -> None:
     """On all ranks, at the next step whose turn it is, whatever is compressed."""
     ours = {key: own for key, own in options.items() if key == "bucket_bytes"}
@@ -256,8 +259,7 @@ def reduced(compression: GlobalQSGD, tag: int, **options: Any) -> bytes:
     return b"".join(np.array(x).tobytes() for x in step(own(tag)))
 
 
-@pytest.mark.parametrize("levels", ["standard", "two-hop"])
-@pytest.mark.parametrize("way", ["dictionary", "checkpoint"])
+@pytest.mark.parametrize(("way", "levels"), [("dictionary", "standard"), ("checkpoint", "two-hop")])
 def test_a_loaded_state_goes_on(way: str, levels: str, tmp_path: Any) -> None:
     """With the same dither."""
     first, second = (GlobalQSGD(levels=levels, bits=4, min_elements=0) for _ in range(2))

@@ -16,7 +16,6 @@ from tf_helpers import check_mean, check_replicas, gradients
 
 from gq_horovod.tensorflow import GlobalQSGD, allreduce, frontend
 
-LEVELS = pytest.mark.parametrize("levels", ["standard", "two-hop"])
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
@@ -25,8 +24,9 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", COPIES)
-@LEVELS
+@pytest.mark.parametrize(
+    ("way", "levels"), list(zip(COPIES, ["standard", "two-hop"] * 2, strict=True))
+)
 def test_a_copy_has_the_same_options(levels: str, way: str, name: str) -> None:
     original = GlobalQSGD(levels=levels, min_elements=0, seed=5)
     inputs = gradients(1000, tag=400)
@@ -43,8 +43,7 @@ def test_a_copy_has_the_same_options(levels: str, way: str, name: str) -> None:
         check_replicas(result)
 
 
-@LEVELS
-@pytest.mark.parametrize("shared", ["instance", "class"])
+@pytest.mark.parametrize(("shared", "levels"), [("instance", "standard"), ("class", "two-hop")])
 def test_threads_that_begin_at_once(levels: str, shared: str, name: str) -> None:
     """Each builds and runs a graph of its own; the first use of an instance is one of all."""
     compression: Any = GlobalQSGD(levels=levels, min_elements=0)

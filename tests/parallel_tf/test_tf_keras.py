@@ -43,6 +43,9 @@ OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
     "legacy": lambda: keras.optimizers.legacy.Adam(0.01),
 }
+KINDS = pytest.mark.parametrize(
+    ("optimizer", "levels"), [("adam", "standard"), ("legacy", "exponential")]
+)
 
 
 def callbacks() -> list[Any]:
@@ -57,8 +60,7 @@ def callbacks() -> list[Any]:
     return every
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@KINDS
 def test_fit_with_the_callbacks(levels: str, optimizer: str) -> None:
     compression = compressor(levels, min_elements=1024)
     model = model_of(seed=hvd.rank())  # the callback makes them equal
@@ -155,7 +157,7 @@ def test_backward_passes_per_step(average: bool) -> None:
 # ------------------------------------------------------------------------------------ loss scaling
 
 
-@pytest.fixture(params=["float32", "mixed_float16"])
+@pytest.fixture
 def policy(request: pytest.FixtureRequest) -> Iterator[str]:
     """What layers compute in; the variables are float32."""
     keras.mixed_precision.set_global_policy(request.param)
@@ -195,12 +197,11 @@ def check_skipped_steps(model: Any, scaling: Any, step: Callable[..., Any]) -> N
 
 
 # Every gradient is compressed: Horovod's own sums would bring the bad value to all ranks, too.
-KINDS = pytest.mark.parametrize(
-    ("optimizer", "levels"), [("adam", "standard"), ("legacy", "exponential")]
+@pytest.mark.parametrize(
+    ("optimizer", "levels", "policy"),
+    [("adam", "standard", "float32"), ("legacy", "exponential", "mixed_float16")],
+    indirect=["policy"],
 )
-
-
-@KINDS
 @pytest.mark.usefixtures("policy")
 def test_a_bad_value_of_one_rank_skips_the_step_on_all(optimizer: str, levels: str) -> None:
     compression = compressor(levels, min_elements=0)
