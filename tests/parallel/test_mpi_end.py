@@ -9,18 +9,13 @@ import horovod.torch as hvd
 import pytest
 
 
-class Exchange:
-    """One that is complete after some polls; or never, or fails."""
-
-    def __init__(self, polls: float, error: Exception | None = None) -> None:
-        self.polls, self.error = polls, error
-
-    def run(self) -> Iterator[None]:
-        while self.polls > 0:
-            self.polls -= 1
-            yield
-        if self.error is not None:
-            raise self.error
+def exchange(polls: float, error: Exception | None = None) -> Iterator[None]:
+    """The steps of one that is complete after some polls; or never, or fails."""
+    while polls > 0:
+        polls -= 1
+        yield
+    if error is not None:
+        raise error
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +35,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Any:
 def running(*arguments: Any) -> Any:
     from gq_horovod.path import mpi
 
-    return mpi.Running(Exchange(*arguments))  # type: ignore[arg-type]
+    return mpi.Running(exchange(*arguments))
 
 
 def test_what_others_have_sent_is_received_first(library: Any) -> None:
