@@ -1,11 +1,12 @@
 """What a training with TensorFlow leaves on disk, and other processes that load it.
 
-    saved_tf.py save DIRECTORY COMPRESSION          in every rank; COMPRESSION is "none" or levels
-    saved_tf.py load DIRECTORY MODULE               one process that has called no hvd.init()
+    saved_tf.py save DIRECTORY CHOICE ...           in every rank; CHOICE is "none" or levels, and a
+                                                    folder of DIRECTORY
+    saved_tf.py load DIRECTORY MODULE CHOICE ...    one process that has called no hvd.init()
     saved_tf.py train DIRECTORY                     in every rank: goes on with a loaded step
 
 `load` imports MODULE, or nothing for "nothing", before it loads. It prints a line for every
-artifact: "ok", or the type of the error and its text.
+choice and artifact: "ok", or the type of the error and its text.
 """
 
 from __future__ import annotations
@@ -121,12 +122,19 @@ def keras_3(directory: Path, compression: Any) -> Any:
     return model
 
 
-def save(directory: Path, choice: str) -> None:
+def save(directory: Path, *choices: str) -> None:
+    import horovod.tensorflow as hvd
+
+    hvd.init()
+    for choice in choices:
+        save_one(directory / choice, choice)
+
+
+def save_one(directory: Path, choice: str) -> None:
     import horovod.tensorflow as hvd
 
     from gq_horovod.tensorflow import GlobalQSGD
 
-    hvd.init()
     directory = directory / str(hvd.rank())
     directory.mkdir(parents=True)
     compression = hvd.Compression.none if choice == "none" else GlobalQSGD(levels=choice)
@@ -152,9 +160,14 @@ def outcome(function: Callable[[], Any]) -> str:
     return "ok"
 
 
-def load(directory: Path, module: str) -> None:
+def load(directory: Path, module: str, *choices: str) -> None:
     if module != "nothing":
         importlib.import_module(module)
+    for choice in choices:
+        load_one(directory / choice / "1", module, choice)
+
+
+def load_one(directory: Path, module: str, choice: str) -> None:
     found = np.load(directory / "expected.npz")
     x = found["x"]
 
@@ -186,10 +199,10 @@ def load(directory: Path, module: str) -> None:
     artifacts = {path.name for path in directory.iterdir()}
     artifacts = {"checkpoint" if "checkpoint." in name else name for name in artifacts}
     for artifact in sorted(artifacts - {"expected.npz"}):
-        say(f"{artifact}: {outcome(lambda: infer(artifact))}")  # noqa: B023
+        say(f"{choice}/{artifact}: {outcome(lambda: infer(artifact))}")  # noqa: B023
     if module != "nothing":
         trained = tf.saved_model.load(str(directory / "module"))
-        say(f"step: {outcome(lambda: trained.step(x, x))}")
+        say(f"{choice}/step: {outcome(lambda: trained.step(x, x))}")
 
 
 def train(directory: Path) -> None:

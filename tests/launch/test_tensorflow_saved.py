@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -31,10 +33,12 @@ def say(directory: Path, keras: int, *command: object, ranks: int) -> dict[int, 
     }
 
 
-def loaded(directory: Path, keras: int, module: str) -> dict[str, str]:
-    """The outcome of every artifact in a process that has imported `module` only."""
+def loaded(
+    directory: Path, keras: int, module: str, choices: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """The outcomes of every choice's artifacts, in a process that has imported `module` only."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, "load", directory, module],
+        [sys.executable, SCRIPT, "load", directory, module, *choices],
         cwd=ROOT,
         env={
             **os.environ,
@@ -47,7 +51,12 @@ def loaded(directory: Path, keras: int, module: str) -> dict[str, str]:
         timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    line = rf"^({'|'.join(choices)})/([^:\n]+): (.*)$"
+    found = re.findall(line, done.stdout, re.MULTILINE)
+    outcomes: dict[str, dict[str, str]] = {choice: {} for choice in choices}
+    for choice, artifact, outcome in found:
+        outcomes[choice][artifact] = outcome
+    return outcomes
 
 
 @pytest.mark.parametrize(
@@ -58,20 +67,18 @@ def test_what_loads_without_compression_loads_with_it(
     keras: int, levels: str, tmp_path: Path
 ) -> None:
     """Saved by two ranks; loaded and run where Horovod is not initialized, or not even imported."""
-    for choice in ("none", levels):
-        saved = tmp_path / choice
-        said = say(tmp_path / f"job {choice}", keras, "save", saved, choice, ranks=2)
-        assert said[0] == said[1]
-        assert said[0][-1].startswith("weights")
-    loads = list(product(("none", levels), MODULES))
+    said = say(tmp_path / "save", keras, "save", tmp_path, "none", levels, ranks=2)
+    assert said[0] == said[1]
+    assert [line.startswith("weights") for line in said[0]].count(True) == 2
+    # What was compressed goes first, into a process that has loaded nothing before.
+    choices = (levels, "none")
     with ThreadPoolExecutor(os.cpu_count()) as processes:
-        found_by = processes.map(
-            lambda load: loaded(tmp_path / load[0] / "1", keras, load[1]), loads
-        )
-        outcomes = dict(zip(loads, found_by, strict=True))
-    for (choice, module), found in outcomes.items():
+        found_by = processes.map(lambda module: loaded(tmp_path, keras, module, choices), MODULES)
+        outcomes = dict(zip(MODULES, found_by, strict=True))
+    for module, choice in product(MODULES, reversed(choices)):
+        found = outcomes[module][choice]
         step = found.pop("step", "")
-        plain = outcomes["none", module]
+        plain = outcomes[module]["none"]
         assert found == plain, (choice, module)
         assert list(found.values()).count("ok") >= (3 if module == "nothing" else len(found))
         if module == "gq_horovod.tensorflow" or (module != "nothing" and choice == "none"):
