@@ -1,6 +1,8 @@
 """A training in TensorFlow 1's way: a graph, a session, an optimizer of tf.compat.v1.
 
-sessions_tf.py MODE LEVELS                 MODE is "graph", "eager disabled" or "v1 behavior"
+sessions_tf.py MODE LEVELS ...             MODE is "graph", "eager disabled" or "v1 behavior"
+
+Prints what it says about each of the levels behind a line "levels <levels>".
 """
 
 from __future__ import annotations
@@ -35,12 +37,18 @@ def build(compression: Any, **options: Any) -> tuple[Any, ...]:
     return optimizer.minimize(loss), [kernel, scale], loss
 
 
-def main(mode: str, levels: str) -> None:
+def main(mode: str, *choices: str) -> None:
     if mode == "eager disabled":
         v1.disable_eager_execution()
     if mode == "v1 behavior":
         v1.disable_v2_behavior()
     hvd.init()
+    for levels in choices:
+        say("levels", levels)
+        sessions(levels)
+
+
+def sessions(levels: str) -> None:
     compression = GlobalQSGD(levels=levels)
     for options in ({}, {"groups": 1}, {"backward_passes_per_step": 2}):
         with tf.Graph().as_default():
