@@ -42,18 +42,19 @@ GLOO_WITH_THREE = [
 FILES = {("mpirun", 4): WITH_FOUR, ("horovodrun", 3): GLOO_WITH_THREE}
 # Some files take long for what another number of ranks would add to them.
 NOT_EVERYWHERE = {
-    "tests/parallel/test_baselines.py": [("mpirun", 3), ("horovodrun", 2)],
-    "tests/parallel/test_auto.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
-    "tests/parallel/test_check_replicas.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
-    "tests/parallel/test_gpu_tensors.py": [("mpirun", 2), ("mpirun", 3)],
-    "tests/parallel/test_refusals.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
-    "tests/parallel/test_rules.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
-    "tests/parallel/test_state.py": [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_baselines.py": [("mpirun", 3)],
+    "tests/parallel/test_auto.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_check_replicas.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_gpu_tensors.py": [("mpirun", 2)],
+    "tests/parallel/test_refusals.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_rules.py": [("mpirun", 3)],
+    "tests/parallel/test_state.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_stats.py": [("mpirun", 2), ("mpirun", 3)],
     "tests/parallel/test_join.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_modes.py": [("mpirun", 2)],
     "tests/parallel/test_nodes.py": [],
-    "tests/parallel/test_shared.py": [("mpirun", 2), ("horovodrun", 2)],
+    "tests/parallel/test_shared.py": [("mpirun", 2)],
+    "tests/parallel/test_training.py": [("mpirun", 2), ("horovodrun", 2)],
     "tests/parallel/test_unnamed.py": [("mpirun", 2), ("horovodrun", 2)],
     "tests/parallel/test_workload_models.py": [("mpirun", 2)],
     # Curves are compared bit for bit, which Horovod's own sums of more than two ranks are not.
@@ -84,15 +85,12 @@ def test_in_every_rank(
 
 
 # What depends on the option of that name. It has nothing to do with tests/launch's transports.
-OVER_MPI = [
-    f"tests/parallel/test_{part}.py"
-    for part in (
-        *("allreduce", "gpu_tensors", "optimizer", "training", "join"),
-        *("rules", "shared", "unnamed"),
-    )
-]
+OVER_MPI = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "optimizer", "join")]
 # Those for which two ranks are enough.
-OVER_MPI_WITH_TWO = OVER_MPI[-3:]
+OVER_MPI_WITH_TWO = [
+    f"tests/parallel/test_{part}.py"
+    for part in ("gpu_tensors", "training", "rules", "shared", "unnamed")
+]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -103,7 +101,7 @@ def test_with_transport_mpi(
     record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setenv("GQ_TEST_TRANSPORT", "mpi")
-    files = OVER_MPI if ranks == 2 else [own for own in OVER_MPI if own not in OVER_MPI_WITH_TWO]
+    files = [*OVER_MPI, *(OVER_MPI_WITH_TWO if ranks == 2 else ())]
     job = launch("mpirun", ranks, [*PYTEST, *files], LIMIT_SECONDS, tmp_path)
     check(job, ranks)
     record_property("job", f"transport='mpi', {ranks} ranks: {summary(job)}")
