@@ -3,11 +3,13 @@
     guarded_tf.py freeze MODE                  the last rank stops; MODE is "graph" or "eager"
     guarded_tf.py caught MODE                  a step fails on all ranks, and the program goes on
                                                without another reduction for some time
-    guarded_tf.py train DIRECTORY FROM WHAT    from a checkpoint, "" for none, to the last step;
-                                               WHAT is "kill" to end at once behind a checkpoint,
-                                               "forget" to restore all but the compression, or "go"
+    guarded_tf.py train DIRECTORY FROM WHAT... from a checkpoint, "" for none, to the last step,
+                                               once for each WHAT: "kill" to end at once behind a
+                                               checkpoint, "forget" to restore all but the
+                                               compression, or "go"
 
-Ranks print "FAULT <time>" before it happens, and "DONE <digest of the variables>" at the end.
+Ranks print "FAULT <time>" before it happens, and "DONE <digest of the variables>" at the end of
+each training.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from rank import digest, say
 from gq_horovod.path.config import ConfigMismatchError
 from gq_horovod.tensorflow import GlobalQSGD, allreduce
 
-TIMEOUT_SECONDS = 4.0
+TIMEOUT_SECONDS = 3.0
 STEPS = 6
 SAVED_AT = 3
 SHAPES = [(100, 60), (5000,), (10,)]
@@ -100,7 +102,7 @@ def guarded(event: str, mode: str) -> None:
                 differing(mode, training.compression)
             except (tf.errors.OpError, ConfigMismatchError) as error:
                 say("CAUGHT", "ismatched" in str(error) or "disagree" in str(error))
-            busy(3 * TIMEOUT_SECONDS)  # longer than a reduction may stand still
+            busy(2 * TIMEOUT_SECONDS)  # longer than a reduction may stand still
         if mode == "eager":
             eager(number, training.compression)
         else:
@@ -131,4 +133,8 @@ def train(directory: str, began: str, what: str) -> None:
 if __name__ == "__main__":
     tf.config.threading.set_intra_op_parallelism_threads(1)
     hvd.init()
-    train(*sys.argv[2:]) if sys.argv[1] == "train" else guarded(*sys.argv[1:])
+    if sys.argv[1] == "train":
+        for what in sys.argv[4:]:
+            train(*sys.argv[2:4], what)
+    else:
+        guarded(*sys.argv[1:])

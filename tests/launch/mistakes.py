@@ -24,11 +24,11 @@ from gq_horovod.torch import GlobalQSGD, allreduce
 
 # How long a rank that saw an error stays, so that the launcher does not end the others before they
 # have printed theirs.
-GRACE_SECONDS = 4.0
+GRACE_SECONDS = 2.0
 # In place of the ten minutes that a user waits for a rank that never uses compression.
-AGREEMENT_SECONDS = 4.0
+AGREEMENT_SECONDS = 2.0
 HANG_SECONDS = 60.0
-WATCHDOG_SECONDS = 4.0
+WATCHDOG_SECONDS = 3.0
 
 
 def is_last() -> bool:

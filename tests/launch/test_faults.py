@@ -100,7 +100,7 @@ def test_no_memory_for_codes(
     record_property("job", f"{launcher}, {transport}, no memory: {seconds:.1f} s to the end")
 
 
-TIMEOUT_SECONDS = 6
+TIMEOUT_SECONDS = 4
 
 
 @pytest.mark.parametrize(("launcher", "transport"), cases({("mpirun", "horovod")}, MPIRUN))
@@ -141,6 +141,6 @@ def test_a_rank_that_stays_stopped_under_gloo(tmp_path: Path, record_property: R
 def test_a_rank_stopped_for_seconds(
     launcher: str, transport: str, stage: str, tmp_path: Path, record_property: Record
 ) -> None:
-    job = run(launcher, transport, "stop", stage, tmp_path, f"timeout={TIMEOUT_SECONDS * 10}")
+    job = run(launcher, transport, "stop", stage, tmp_path, f"timeout={TIMEOUT_SECONDS * 15}")
     assert result(job) == undisturbed(launcher, transport)
     record_property("job", f"{launcher}, {transport}, stopped for 3 s in {stage}: same parameters")
