@@ -43,6 +43,6 @@ def names(launcher: str, ranks: int, *arguments: str) -> list[str]:
 def test_names_are_those_without_compression(
     launcher: str, ranks: int, arguments: tuple[str, ...]
 ) -> None:
-    plain = names(launcher, ranks, "none")
+    plain = names("mpirun", 2, "none")  # the same of all ranks and launchers
     assert len(plain) > 40, plain
     assert names(launcher, ranks, *arguments) == plain
