@@ -22,7 +22,37 @@ THE_PATH = {
 }
 
 
+# What takes longest, in seconds of a core, by the beginning of its place in tests/; the first that
+# fits counts. It comes first, so that workers that share the tests end at about the same time.
+LONGEST = {
+    "launch/test_tensorflow.py::test_in_every_rank[mpirun-2": 270,
+    "launch/test_parallel.py::test_in_every_rank[mpirun-2": 165,
+    "launch/test_parallel.py::test_in_every_rank[mpirun-3": 115,
+    "launch/test_parallel.py::test_in_every_rank[horovodrun-2": 100,
+    "launch/test_tensorflow.py::test_keras_3": 95,
+    "launch/test_tensorflow.py::test_in_every_rank[mpirun-3": 85,
+    "launch/test_parallel.py::test_with_transport_mpi": 70,
+    "launch/test_tensorflow.py::test_in_every_rank": 60,
+    "launch/test_parallel.py": 55,
+    "launch/test_tensorflow_saved.py": 50,
+    "launch/test_elastic.py": 50,
+    "launch/test_mpi_libraries.py::test_open_mpi": 45,
+    "launch/test_gpu_check.py::test_operations": 30,
+    "launch/test_tensorflow_join.py": 25,
+    "launch/test_workloads.py": 25,
+    # One worker builds the wheel, for all tests that want one.
+    "single/test_packaging.py": 60,
+}
+
+
+def seconds(item: pytest.Item) -> int:
+    """Of a core, as far as LONGEST knows them."""
+    place = item.nodeid.removeprefix("tests/")
+    return next((own for begin, own in LONGEST.items() if place.startswith(begin)), 0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=seconds, reverse=True)  # the others stay in their order
     for item in items:
         if item.path.parent.name == "single" and item.path.stem.removeprefix("test_") in THE_PATH:
             item.add_marker("check")
