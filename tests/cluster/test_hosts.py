@@ -35,30 +35,32 @@ def test_training_and_mpi_operation_over_the_network(hosts: testbed.Testbed) -> 
     assert len(passed) == HOSTS, output
 
 
-ONE_ALLREDUCE = """
+ALLREDUCES = """
 import sys
 import horovod.torch as hvd, torch
 from gq_horovod.torch import GlobalQSGD, allreduce
 from tools.testbed import interface_bytes
 hvd.init()
 torch.set_num_threads(1)
-compression = {"none": hvd.Compression.none}.get(sys.argv[1]) or GlobalQSGD(levels=sys.argv[1])
 x = torch.randn(4_000_000, generator=torch.Generator().manual_seed(hvd.rank()))
-allreduce(x, "warm", compression=compression)
-hvd.barrier()
-before = sum(interface_bytes())
-allreduce(x, "x", compression=compression)
-hvd.barrier()
-print(f"BYTES {sum(interface_bytes()) - before} SENT", flush=True)
+for method in sys.argv[1:]:
+    compression = {"none": hvd.Compression.none}.get(method) or GlobalQSGD(levels=method)
+    allreduce(x, "warm", compression=compression)
+    hvd.barrier()
+    before = sum(interface_bytes())
+    allreduce(x, "x", compression=compression)
+    hvd.barrier()
+    print(f"{method} BYTES {sum(interface_bytes()) - before} SENT", flush=True)
 """
 
 
 def test_bytes_on_the_wire(hosts: testbed.Testbed) -> None:
     """As the interfaces count them, protocol headers and Horovod's own messages included."""
+    methods = ("none", "standard", "exponential")
+    output = run_on(hosts, "-c", ALLREDUCES, *methods)
     total = {}
-    for method in ("none", "standard", "exponential"):
-        output = run_on(hosts, "-c", ONE_ALLREDUCE, method)
-        counts = [int(count) for count in re.findall(r"BYTES (\d+) SENT", output)]
+    for method in methods:
+        counts = [int(count) for count in re.findall(rf"{method} BYTES (\d+) SENT", output)]
         assert len(counts) == HOSTS, output
         total[method] = sum(counts)
     print(total)

@@ -23,6 +23,7 @@ MARK = "GQ_TESTBED_TEST"  # in the environment of everything that a test starts
 LIMIT_SECONDS = 120
 
 LAUNCHERS = ["{mpirun}", "{horovodrun}"]
+MOSTLY_MPIRUN = ["{mpirun}", rare("{horovodrun}")]
 # Each rank is as if on a machine of its own.
 NAME_AND_SUM = """
 import socket, torch, horovod.torch as hvd
@@ -150,7 +151,7 @@ def test_after_success(start, launcher: str) -> None:
 
 
 @needs_hosts
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", MOSTLY_MPIRUN)
 def test_after_failure(start, launcher: str) -> None:
     before = files()
     started = start("--hosts", "2", "--", launcher, sys.executable, "-c", FAIL)
@@ -219,7 +220,7 @@ def test_while_hosts_are_being_made(start) -> None:
 
 
 @needs_hosts
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", MOSTLY_MPIRUN)
 def test_the_next_one_removes_what_a_killed_one_left(start, launcher: str) -> None:
     before = files()
     killed = start("--hosts", "3", "--", launcher, sys.executable, "-c", SLEEP)
