@@ -36,9 +36,7 @@ WITH_FOUR = [
     for part in ("allreduce", "buckets", "mpi_ops", "process_sets", "simulation")
 ]
 # Three over Gloo: what depends on its own operations, of which three ranks have other rings.
-GLOO_WITH_THREE = [
-    f"tests/parallel/test_{part}.py" for part in ("allreduce", "buckets", "process_sets")
-]
+GLOO_WITH_THREE = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "process_sets")]
 FILES = {("mpirun", 4): WITH_FOUR, ("horovodrun", 3): GLOO_WITH_THREE}
 # Some files take long for what another number of ranks would add to them.
 NOT_EVERYWHERE = {

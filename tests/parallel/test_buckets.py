@@ -151,6 +151,8 @@ def test_one_norm_for_a_bucket(levels: str, name: str) -> None:
 @needs_ranks
 def test_the_mean_by_a_bucket_s_norm_is_unbiased(name: str) -> None:
     """Over many steps; a tensor far below its bucket's norm is where a bias would show."""
+    if hvd.size() != 2:
+        pytest.skip("two ranks are enough for what takes hundreds of steps")
     own = parameters({"large": (64,), "small": (64,)})
     compression = make("standard", bits=8, block_size="bucket", min_elements=0)
     optimizer = optimizer_of(own, compression, name)
