@@ -78,6 +78,8 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
             "a tensor yourself use gq_horovod.tensorflow.allreduce."
         )
     name, listed = variables["name"], None
+    if name is None:
+        name = _name_in_keras(frame)
     fused = function == "grouped_allreduce"
     if fused:
         listed = variables["tensors"]
@@ -133,6 +135,16 @@ def find_caller(tensor: Any, frame: FrameType | None) -> Caller:
         fused=fused,
         step=step,
     )
+
+
+def _name_in_keras(frame: FrameType | None) -> str | None:
+    """The name that a value was given in Horovod's Keras API, which does not pass it on."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "horovod._keras":
+            name: str | None = frame.f_locals.get("name")
+            return name if frame.f_code.co_name.removeprefix("tf__") == "allreduce" else None
+        frame = frame.f_back
+    return None
 
 
 _given = threading.local()  # labels of variables, by those who know better ones than their names

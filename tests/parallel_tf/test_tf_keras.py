@@ -19,8 +19,10 @@ from tf_helpers import (
     SHAPES,
     all_bytes,
     check_all,
+    check_mean,
     check_replicas,
     compressor,
+    gradients,
     locals_of,
     model_of,
     own,
@@ -97,6 +99,17 @@ def test_the_names_of_this_package_are_horovods() -> None:
     check_replicas(*model.get_weights(), np.array(losses))
     if hvd.size() > 1:
         assert [int(c.last()) + 1 for c in compression._counters.values()] == [4]
+
+
+def test_a_value_that_has_a_name(name: str) -> None:
+    """Horovod's function names a constant after it, and does not pass the name on."""
+    compression, inputs = compressor(), gradients(5000)
+    own = inputs[hvd.rank()].numpy()
+    result = hvd.allreduce(own, name=name, compression=compression)
+    check_mean(result, inputs, compression)
+    check_replicas(result)
+    with pytest.raises(ValueError, match="name must be a string"):
+        hvd.allreduce(own, compression=compression)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
