@@ -9,13 +9,14 @@ Horovod calls `compress` and `decompress` while the graph is built. What they in
 the gradients of a bucket:
 
 1. The norms of their blocks, reduced by a Max-allreduce; and a token for each gradient, which
-   Horovod reduces in place of it (see `token`).
+   Horovod has in place of it (see `token`). No result depends on a token's value, so TensorFlow
+   removes its operation when it optimizes the graph: only eagerly it is sent.
    The step travels with the norms: it is what the dither depends on, and a worker that joins an
    elastic job learns it from the others. So do checksums of the settings and of the tensors, and
    whether a rank has called hvd.join().
 2. The codes, reduced by a Sum-allreduce (standard levels), or by an alltoall, one rounding and an
    allgather (exponential and two-hop levels).
-3. The means, or what else the user's `op` and scaling make of them; each waits for its token.
+3. The means, or what else the user's `op` and scaling make of them.
 
 TensorFlow runs these as their inputs arrive, so many gradients are in flight at once. The kernels
 are ordinary functions of their inputs, the step among them, and are declared so: TensorFlow would

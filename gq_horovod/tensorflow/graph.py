@@ -140,6 +140,8 @@ class Reduction:
             self._reduce_now(place, reduced)
         assert self._results is not None
         own = self.tensors[place]
+        # In a graph TensorFlow removes the token's operation, since only this edge comes from it:
+        # what the ranks compare has travelled behind the norms.
         with aside(), tf.control_dependencies([reduced]):
             result = tf.reshape(self._results[place], tf.shape(own))
             result.set_shape(own.shape)

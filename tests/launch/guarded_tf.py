@@ -1,6 +1,8 @@
 """Training with TensorFlow to which something happens. Run by test_tensorflow_guards.py:
 
     guarded_tf.py freeze MODE                  the last rank stops; MODE is "graph" or "eager"
+    guarded_tf.py left                         in a graph, one rank compresses what the others leave
+                                               to Horovod
     guarded_tf.py caught MODE                  a step fails on all ranks, and the program goes on
                                                without another reduction for some time
     guarded_tf.py train DIRECTORY FROM WHAT... from a checkpoint, "" for none, to the last step,
@@ -76,6 +78,13 @@ def differing(mode: str, compression: GlobalQSGD) -> None:
     (reduce if mode == "eager" else tf.function(reduce))()
 
 
+def left() -> None:
+    """The last rank alone has a tensor that is large enough to be compressed."""
+    x = tf.ones([5000] if hvd.rank() == hvd.size() - 1 else [100])
+    compression = GlobalQSGD(timeout=TIMEOUT_SECONDS)
+    tf.function(lambda: allreduce(x, "left", compression=compression))()
+
+
 def busy(seconds: float) -> None:
     """Compute with TensorFlow, in many short calls."""
 
@@ -133,7 +142,9 @@ def train(directory: str, began: str, what: str) -> None:
 if __name__ == "__main__":
     tf.config.threading.set_intra_op_parallelism_threads(1)
     hvd.init()
-    if sys.argv[1] == "train":
+    if sys.argv[1] == "left":
+        left()
+    elif sys.argv[1] == "train":
         for what in sys.argv[4:]:
             train(*sys.argv[2:4], what)
     else:

@@ -43,6 +43,14 @@ def test_a_rank_that_stays_stopped(mode: str, tmp_path: Path, record_property: R
     record_property("job", f"{text}: {ended - float(began):.1f} s to the end")
 
 
+def test_a_graph_in_which_the_others_leave_the_tensor_to_horovod(tmp_path: Path) -> None:
+    """No token is sent there, of which Horovod could say that it is no such tensor."""
+    job = run("mpirun", tmp_path, "left")
+    assert job.status != 0, job.report()
+    expected = rf"the operation 'gq\.left\.norm' has not moved for {TIMEOUT_SECONDS:g} s"
+    assert re.search(expected, job.ranks[1]), job.report()
+
+
 @pytest.mark.parametrize("mode", ["graph", rare("eager")])
 def test_a_step_that_failed_is_not_waited_for(mode: str, tmp_path: Path) -> None:
     """The watchdog ends nobody who goes on with something else."""

@@ -173,7 +173,7 @@ def test_sizes_and_dtypes_that_differ(
 def test_a_rank_that_leaves_the_tensor_to_horovod(levels: str, name: str) -> None:
     """Horovod gets a token from one rank and a tensor from another, and says so on both.
 
-    Not in a graph: there the norms of the one are in flight as well, until the other one ends.
+    Not in a graph, which sends no token: there both wait (tests/launch/test_tensorflow_guards.py).
     """
     compression = GlobalQSGD(levels=levels)
     with pytest.raises(tf.errors.FailedPreconditionError, match="Mismatched"):
