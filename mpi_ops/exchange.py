@@ -13,7 +13,7 @@ MPI.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,8 @@ class Exchange:
     def run(self) -> Steps:
         """Do it; every parcel is delivered at the end. One is delivered after its x was read."""
         near = codec.near(self.norms, self.x)
-        window: deque[Steps] = deque()
-        for parcel in self.stages.layout.parcels:
-            if len(window) == CHUNKS_IN_FLIGHT:
-                yield from oldest(window)
-            window.append(self._reduce(parcel, near))
-        while window:
-            yield from oldest(window)
+        parcels = self.stages.layout.parcels
+        yield from in_window((self._reduce(own, near) for own in parcels), CHUNKS_IN_FLIGHT)
 
     def _reduce(self, parcel: Parcel, near: codec.Norms) -> Steps:
         """Quantize a parcel, reduce this rank's share of it, gather all shares.
@@ -129,7 +124,18 @@ def finish(requests: list[MPI.Request]) -> Steps:
         yield
 
 
-def oldest(window: deque[Steps]) -> Steps:
+def in_window(every: Iterable[Steps], size: int) -> Steps:
+    """Do all of them, `size` at a time; each next one begins when the oldest is complete."""
+    window: deque[Steps] = deque()
+    for own in every:
+        if len(window) == size:
+            yield from _oldest(window)
+        window.append(own)
+    while window:
+        yield from _oldest(window)
+
+
+def _oldest(window: deque[Steps]) -> Steps:
     """Advance the chunks of a window until its oldest is complete, and drop that one."""
     while True:
         for chunk in list(window):

@@ -173,7 +173,7 @@ class Parcel:
     def table(self, x: Tensors, random: NDArray[np.uint32]) -> NDArray[Any]:
         """The pieces of `x`, to be quantized with a row of `random` each."""
         own = self._pieces.copy()
-        own["x"] = _addresses(x, self._of_tensor, self._starts)
+        own["x"] = addresses(x, self._of_tensor, self._starts)
         own["random"] = random
         return own
 
@@ -185,11 +185,15 @@ class Parcel:
         else:
             tensor, starts, template = self._of_tensor, self._starts, self._pieces
         own = template.copy()
-        own["x"] = _addresses(out, tensor, starts)
+        own["x"] = addresses(out, tensor, starts)
         return own
 
 
-def _addresses(tensors: Tensors, tensor: Places, starts: Places) -> NDArray[np.uint64]:
+def addresses(tensors: Tensors, tensor: Places, starts: Places) -> NDArray[np.uint64]:
+    """Where parts of tensors begin, by the place of each one's tensor and its first element.
+
+    0 for a part of a tensor that is not there.
+    """
     base = tensors.pointers[tensor]
     offsets = (starts * ITEM_BYTES[tensors.dtype]).astype(np.uint64)
     return np.where(base != 0, base + offsets, base)

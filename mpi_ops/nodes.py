@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from . import lanes
 from .kernels.interface import ITEM_BYTES, SEGMENT, Tensors
-from .layout import layout
+from .layout import addresses, layout
 from .scheme import Plan
 from .stages import Stages
 
@@ -80,7 +80,7 @@ class Part(NamedTuple):
     flat: int  # place of the first one among the packed ones of the round
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `rounds` makes it once, and what caches it hashes no parts
 class Round:
     """What of a bucket is reduced at one time."""
 
@@ -107,14 +107,13 @@ class Round:
         """A segment for each part of `x`, with its place among the packed elements."""
         tensor, starts, template = self._all
         own = template.copy()
-        base = x.pointers[tensor]
-        own["x"] = np.where(base != 0, base + (starts * ITEM_BYTES[x.dtype]).astype(np.uint64), 0)
+        own["x"] = addresses(x, tensor, starts)
         return own
 
     def parts(self, place: int, share: int) -> NDArray[np.uint64]:
         """The addresses of the parts of a share, where that begins with the address `share`."""
         begin = place * self.share
-        offsets = [4 * (part.flat - begin) for part in self.shares[place]]
+        offsets = [ITEM_BYTES["float32"] * (part.flat - begin) for part in self.shares[place]]
         return np.array(offsets, dtype=np.uint64) + np.uint64(share)
 
     def norms(self, place: int, plan: Plan) -> tuple[int, int, int]:
@@ -177,7 +176,6 @@ def rounds(
     return tuple(
         Round(index, share * own, tuple(shares[index * ranks_per_node :][:ranks_per_node]))
         for index in range(number)
-        if any(shares[index * ranks_per_node :][:ranks_per_node])
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections import deque
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 
 from . import agreement, codec, lifetime, nodes
 from .chunks import chunk_elements
-from .exchange import TAGS, Exchange, Steps, allgather, alltoall, finish, largest, oldest
+from .exchange import TAGS, Exchange, Steps, allgather, alltoall, finish, in_window, largest
 from .kernels import host
 from .kernels.host import Buffer, Tensors
 from .kernels.interface import dtype_name
@@ -524,14 +523,14 @@ def _by_nodes(own: _Nodes, operation: int, prepared: _Prepared) -> Reduction:
         return error
     limit = chunk_elements(plan.world_size)
     rounds = nodes.rounds((prepared.x.size,), plan, own.inside.size, limit)
-    window: deque[Steps] = deque()
-    for one in rounds:
-        if len(window) == nodes.ROUNDS_IN_FLIGHT:
-            yield from oldest(window)
-        slot = operation * nodes.ROUNDS_IN_FLIGHT + one.index % nodes.ROUNDS_IN_FLIGHT
-        window.append(_round(own, one, slot % _TAG_SETS * TAGS, operation, prepared, plan))
-    while window:
-        yield from oldest(window)
+    slots = nodes.ROUNDS_IN_FLIGHT
+    first = operation * slots
+
+    def reduce(one: Round) -> Steps:
+        tag = (first + one.index % slots) % _TAG_SETS * TAGS
+        return _round(own, one, tag, operation, prepared, plan)
+
+    yield from in_window(map(reduce, rounds), slots)
     if not prepared.average:
         _scale(prepared.out, own.across.size * own.inside.size)
     return None

@@ -60,6 +60,20 @@ def joined(parcel: int) -> str:
     return f"joined.{parcel}"
 
 
+# Where ranks of a node add before codes are made (`nodes`).
+THERE = "there"  # who has the tensors, and whether all ranks are there
+
+
+def inside(index: int) -> str:
+    """The operation that brings the elements of a round to the ranks of the node that add them."""
+    return f"node.{index}"
+
+
+def whole(index: int) -> str:
+    """The operation that brings the means of a round to all ranks of the node."""
+    return f"whole.{index}"
+
+
 # -------------------------------------------------------------------------------------- arithmetic
 
 Steps = NDArray[np.uint32]  # for each tensor of a bucket, how often it was reduced before

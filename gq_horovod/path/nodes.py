@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops import codec, nodes
+from mpi_ops import codec, nodes, stages
 from mpi_ops.chunks import chunk_elements
 from mpi_ops.kernels.interface import Tensors
 from mpi_ops.layout import Parcel
@@ -36,17 +36,6 @@ from .pipeline import (
 )
 
 __all__ = ["METHOD", "Nodes"]
-
-# Operations of a bucket, and of a round.
-PRESENCE = "there"
-
-
-def _inside(index: int) -> str:
-    return f"node.{index}"
-
-
-def _whole(index: int) -> str:
-    return f"whole.{index}"
 
 
 class Inside(Protocol):
@@ -85,7 +74,7 @@ def _by_nodes(task: Task, deliver: Deliver) -> Reduction:
     there = task.there()
     numbers = [PRESENT] if own.exchanges is None else own.exchanges.proposals(own.rank, own.ranks)
     opening = np.array([*there, *numbers], dtype=np.int32)
-    found = yield task.collectives.allreduce_max(opening, task.operation(PRESENCE))
+    found = yield task.collectives.allreduce_max(opening, task.operation(stages.THERE))
     seen, agreed = np.split(found, [len(there)])
     if there and task.seen is not None:
         task.seen(seen)
@@ -120,14 +109,14 @@ def _in_turn(
     for one in rounds:
         flat = memory.take("flat", one.size, np.float32)
         codec.pack(task.x, one.packed(task.x), 1 / own.ranks_per_node, flat)
-        name = task.operation(_inside(one.index))
+        name = task.operation(stages.inside(one.index))
         sent = yield from memory.send("flat", flat)
         pieces = memory.receive("pieces", (yield inside.alltoall(sent, name)))
         share = memory.take("share", one.share, np.float32)
         with memory.entered():
             codec.add(pieces.reshape(own.ranks_per_node, -1), share)
         yield from _reduce_share(task, own, one, share, memory, number)
-        name = _whole(one.index)
+        name = stages.whole(one.index)
         sent = yield from memory.send("share", share)
         # Not of the slot: it stays until the means are asked for.
         whole = memory.receive(name, (yield inside.allgather(sent, task.operation(name))))
