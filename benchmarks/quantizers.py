@@ -131,9 +131,13 @@ def codec_mean(x: NDArray[np.float32], config: Config, step: int) -> Array:
 
 
 EXISTING = [
-    *(Config(bits=bits, block_size=size) for bits in WIDTHS for size in (256, 128, 512)),
-    *(Config(bits=bits, block_size=None) for bits in WIDTHS),
-    *(Config(bits=bits, block_size=256, norm="l2") for bits in WIDTHS),
+    *(
+        Config(levels="standard", bits=bits, block_size=size)
+        for bits in WIDTHS
+        for size in (256, 128, 512)
+    ),
+    *(Config(levels="standard", bits=bits, block_size=None) for bits in WIDTHS),
+    *(Config(levels="standard", bits=bits, block_size=256, norm="l2") for bits in WIDTHS),
     Config(levels="exponential", bits=8, block_size=None),
     Config(levels="exponential", bits=8, block_size=256),
     Config(levels="exponential", bits=4, block_size=256),

@@ -251,7 +251,7 @@ class Compression(Frontend):
     def __init__(
         self,
         *,
-        levels: Literal["standard", "exponential", "two-hop", "auto"] = "standard",
+        levels: Literal["standard", "exponential", "two-hop", "auto"] = "two-hop",
         bits: int | None = None,
         block_size: int | Literal["auto", "bucket"] | None = "auto",
         norm: Literal["max", "l2"] = "max",
@@ -270,13 +270,13 @@ class Compression(Frontend):
         """Configure it.
 
         Arguments:
-            levels: "standard" (evenly spaced levels, summed by Allreduce), "exponential" (powers of
-                two, an error that does not grow with the number of ranks) or "two-hop" (squares of
-                evenly spaced numbers, by Alltoall and Allgather; the most accurate at its width for
-                any number of ranks. From 9 bits on levels are evenly spaced, and with 9 no better
-                than with 8). "auto" tries standard and two-hop levels, standard ones of 16 bits and
-                no compression on the first 99 steps (TensorFlow: 75), and then stays with what was
-                fastest (see gq_horovod.path.auto).
+            levels: "two-hop" (squares of evenly spaced numbers, by Alltoall and Allgather; the most
+                accurate at its width for any number of ranks. From 9 bits on levels are evenly
+                spaced, and with 9 no better than with 8), "standard" (evenly spaced levels, summed
+                by Allreduce) or "exponential" (powers of two, an error that does not grow with the
+                number of ranks). "auto" tries standard and two-hop levels, standard ones of 16 bits
+                and no compression on the first 99 steps (TensorFlow: 75), and then stays with what
+                was fastest (see gq_horovod.path.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;

@@ -36,7 +36,9 @@ class Scheme:
     # "two-hop": reduced in the same way: each rank decodes one share of all ranks' codes and rounds
     # its mean again, by norms of its own, so all levels of a code are used. Up to 8 bits they are
     # the squares of evenly spaced ones, finer where most elements are; beyond, evenly spaced.
-    levels: str = "standard"
+    # The default: a training ends where it would uncompressed, whatever the number of ranks
+    # (docs/quality.md), in as many bytes as the others and in as much time over MPI.
+    levels: str = "two-hop"
     # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
     bits: int | None = None
     # Elements that share a norm, a multiple of 32. "auto": 256; one norm per tensor for 8-bit
@@ -109,7 +111,7 @@ class Scheme:
             remedy = (
                 f"use bits={needed} or more, or leave bits out"
                 if needed in lanes.STANDARD_BITS
-                else "use levels='exponential', whose width does not depend on the world size"
+                else "use levels='two-hop', whose codes are not added in their lanes"
             )
             self._fail(
                 "bits",

@@ -402,23 +402,27 @@ def global_qsgd(
 
 NONE = Method("none", "compression=hvd.Compression.none")
 FP16 = Method("fp16", "compression=hvd.Compression.fp16", element_bytes=FLOAT16_BYTES)
-STANDARD = global_qsgd("standard", Config())
+STANDARD = global_qsgd("standard", Config(levels="standard"))
 EXPONENTIAL = global_qsgd("exponential", Config(levels="exponential"))
-TWO_HOP = global_qsgd("two-hop", Config(levels="two-hop"))
-TWO_HOP_MPI = global_qsgd("two-hop, mpi", Config(levels="two-hop", transport="mpi"))
-STANDARD_MPI = global_qsgd("standard, mpi", Config(transport="mpi"))
+TWO_HOP = global_qsgd("two-hop", Config())
+TWO_HOP_MPI = global_qsgd("two-hop, mpi", Config(transport="mpi"))
+STANDARD_MPI = global_qsgd("standard, mpi", Config(levels="standard", transport="mpi"))
 EXPONENTIAL_MPI = global_qsgd("exponential, mpi", Config(levels="exponential", transport="mpi"))
 METHODS = (
     NONE,
     FP16,
     STANDARD,
-    global_qsgd("standard 4 bit", Config(bits=4), recommended=False),
+    global_qsgd("standard 4 bit", Config(levels="standard", bits=4), recommended=False),
     EXPONENTIAL,
     global_qsgd("exponential 4 bit", Config(levels="exponential", bits=4), recommended=False),
     TWO_HOP,
-    global_qsgd("two-hop 4 bit", Config(levels="two-hop", bits=4), recommended=False),
+    global_qsgd("two-hop 4 bit", Config(bits=4), recommended=False),
     STANDARD_MPI,
-    global_qsgd("standard 4 bit, mpi", Config(bits=4, transport="mpi"), recommended=False),
+    global_qsgd(
+        "standard 4 bit, mpi",
+        Config(levels="standard", bits=4, transport="mpi"),
+        recommended=False,
+    ),
     EXPONENTIAL_MPI,
     global_qsgd(
         "exponential 4 bit, mpi",
@@ -426,11 +430,7 @@ METHODS = (
         recommended=False,
     ),
     TWO_HOP_MPI,
-    global_qsgd(
-        "two-hop 4 bit, mpi",
-        Config(levels="two-hop", bits=4, transport="mpi"),
-        recommended=False,
-    ),
+    global_qsgd("two-hop 4 bit, mpi", Config(bits=4, transport="mpi"), recommended=False),
 )
 
 

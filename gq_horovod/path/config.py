@@ -183,7 +183,7 @@ class Config(Scheme):
         if self.levels not in ("standard", "exponential"):
             # A share of two-hop levels has a norm of its own, and "auto" tries other buckets.
             choices = one_of(("standard", "exponential"))
-            self._fail("levels", f"{choices} with block_size='bucket'", self.levels, "take 'auto'")
+            self._fail("levels", f"{choices} with block_size='bucket'", self.levels, "name one")
         if self.norm != "max":
             remedy = "the norm of a bucket is the largest of its tensors'"
             self._fail("norm", "'max' with block_size='bucket'", self.norm, remedy)

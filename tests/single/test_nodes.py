@@ -17,8 +17,8 @@ from gq_horovod.path.config import Config
 from mpi_ops.nodes import ROUNDS_IN_FLIGHT, Placement, placement, rounds, unit
 
 CONFIGS = {
-    "standard": Config(),
-    "standard of 10 bits": Config(bits=10, block_size=96),
+    "standard": Config(levels="standard"),
+    "standard of 10 bits": Config(levels="standard", bits=10, block_size=96),
     "exponential of 4 bits": Config(levels="exponential", bits=4, block_size=96),
     "two-hop": Config(levels="two-hop"),
     "two-hop of 4 bits": Config(levels="two-hop", bits=4),
@@ -108,7 +108,9 @@ def test_rounds_have_every_element_once(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "config", [Config(), Config(levels="exponential")], ids=["standard", "exponential"]
+    "config",
+    [Config(levels="standard"), Config(levels="exponential")],
+    ids=["standard", "exponential"],
 )
 def test_ranks_get_the_same_whatever_the_dtype(config: Config, dtype: str) -> None:
     """And nobody's tensors are modified."""

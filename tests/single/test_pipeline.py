@@ -24,8 +24,8 @@ from mpi_ops.kernels.host import Tensors
 from mpi_ops.layout import Parcel
 
 CONFIGS = {
-    "standard": Config(),
-    "standard of 5 bits": Config(bits=5, block_size=64),
+    "standard": Config(levels="standard"),
+    "standard of 5 bits": Config(levels="standard", bits=5, block_size=64),
     "standard of the paper": PAPER_STANDARD,
     "standard with l2 norms": Config(norm="l2", bits=16),
     "exponential": PAPER_EXPONENTIAL,
@@ -359,7 +359,7 @@ def test_reductions_are_reproducible_and_keyed() -> None:
 
 def test_ranks_quantize_with_different_dither() -> None:
     """Equal gradients half way between two levels: of four ranks always two round up."""
-    job = Job(4, Config(bits=5))
+    job = Job(4, Config(levels="standard", bits=5))
     x = np.full(10000, 0.5 / job.plan.level_count, dtype=np.float32)
     x[::256] = 1
     sums = np.unique(np.round(job.mean([x] * 4) * job.plan.level_count * 4))
