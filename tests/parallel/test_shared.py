@@ -144,7 +144,7 @@ class Renamed(GlobalQSGD):
 
 
 ORIGINALS: dict[str, Callable[[], Any]] = {
-    "standard": lambda: GlobalQSGD(bits=10, min_elements=5, stats=7),
+    "standard": lambda: GlobalQSGD(levels="standard", bits=10, min_elements=5, stats=7),
     "two-hop": lambda: GlobalQSGD(levels="two-hop", bits=4, transport=TRANSPORT),
     "auto": lambda: GlobalQSGD(levels="auto"),
     "preset": lambda: GlobalQSGD.paper_exponential,
