@@ -29,7 +29,7 @@ CLEAN = (
     *("docs/troubleshooting.md", "docs/how-to/index.md", "docs/explanation/index.md"),
     *(f"docs/reference/{name}.md" for name in ("index", "torch", "tensorflow", "mpi", "common")),
     "docs/reference/commands.md",
-    *("docs/reliability.md", "docs/cloud.md", "docs/tensorflow.md"),
+    *("docs/reliability.md", "docs/cloud.md", "docs/tensorflow.md", "docs/workloads.md"),
 )
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
