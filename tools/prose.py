@@ -30,7 +30,7 @@ CLEAN = (
     *(f"docs/reference/{name}.md" for name in ("index", "torch", "tensorflow", "mpi", "common")),
     "docs/reference/commands.md",
     *("docs/reliability.md", "docs/cloud.md", "docs/tensorflow.md", "docs/workloads.md"),
-    "docs/mpi.md",
+    *("docs/mpi.md", "docs/baselines.md"),
 )
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
