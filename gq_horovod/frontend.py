@@ -18,7 +18,7 @@ from mpi_ops.scheme import Scheme, one_of
 
 from . import __version__, log
 from .guards import stats as statistics
-from .path.buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
+from .path.buckets import DEFAULT_FIRST_BUCKET_BYTES
 from .path.config import (
     AUTO,
     DEFAULT_MIN_ELEMENTS,
@@ -258,7 +258,7 @@ class Compression(Frontend):
         min_elements: int = DEFAULT_MIN_ELEMENTS,
         seed: int = 0,
         process_set: Any = None,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES,
         transport: Literal["horovod", "mpi"] = "horovod",
         hierarchical: bool | Literal["auto"] = "auto",
@@ -287,7 +287,8 @@ class Compression(Frontend):
             seed: key of the dither; runs that share it (and everything else) are reproducible.
             process_set: the process set whose ranks reduce; by default that of the caller.
             bucket_bytes: gradients of an optimizer that are reduced together, in bytes; 0 for each
-                by itself. Results do not depend on it, unless block_size is "bucket".
+                by itself. Results do not depend on it, unless block_size is "bucket". None takes 8
+                MiB, and for two-hop and exponential levels 0.5 MiB for each rank if that is more.
             first_bucket_bytes: the same of those that come first.
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;

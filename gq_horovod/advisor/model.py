@@ -544,7 +544,7 @@ def _quantized(sizes: Sequence[int], method: Method, cluster: Cluster) -> Cost:
     parties, kernels = method.parties(cluster), cluster.kernels
     n = parties.ranks
     plan = config.plan(n)
-    together = in_buckets(sizes, config)
+    together = in_buckets(sizes, config, n)
     inner, floats = 0.0, 0.0
     shares = together
     if method.hierarchical:
@@ -615,15 +615,15 @@ def _inside(sizes: Sequence[int], cluster: Cluster) -> float:
     return seconds + 3 * (h - 1) / h * total / cluster.kernels.sum
 
 
-def in_buckets(sizes: Sequence[int], config: Config) -> list[tuple[int, ...]]:
+def in_buckets(sizes: Sequence[int], config: Config, parties: int) -> list[tuple[int, ...]]:
     """Elements of the tensors of each bucket of an optimizer, in the order in which they go.
 
-    `sizes` are those of the tensors in the order of model.parameters().
+    `sizes` are those of the tensors in the order of model.parameters(), `parties` is the number of
+    those that exchange codes.
     """
     own = sizes[::-1]
-    places = cut(
-        [FLOAT32_BYTES * size for size in own], config.first_bucket_bytes, config.bucket_bytes
-    )
+    limit = config.bucket_limit(config.plan(parties))
+    places = cut([FLOAT32_BYTES * size for size in own], config.first_bucket_bytes, limit)
     return [tuple(own[place] for place in chosen) for chosen in places]
 
 
@@ -685,7 +685,8 @@ def step_time(
         return compute
     last = [sizes[0] if len(sizes) > 1 else min(sizes[0], chunk_elements(cluster.ranks))]
     if method.config is not None and len(sizes) > 1:
-        last = list(in_buckets(sizes, method.config)[-1][::-1])
+        parties = method.parties(cluster).ranks
+        last = list(in_buckets(sizes, method.config, parties)[-1][::-1])
     reduction = cost(method, sizes, cluster)
     tail = min(cost(method, last, cluster).seconds, reduction.seconds)
     hidden = overlap * compute

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
-from .buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
+from .buckets import DEFAULT_FIRST_BUCKET_BYTES, default_limit
 
 __all__ = ["Config", "ConfigMismatchError", "Plan", "Rules"]
 
@@ -38,8 +38,9 @@ class Config(Scheme):
     block_size: int | Literal["auto", "bucket"] | None = "auto"  # type: ignore[assignment]
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
-    # Bytes of gradients that are reduced together, and of those that come first. 0: each by itself.
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    # Bytes of gradients that are reduced together, and of those that come first. 0: each by itself;
+    # None: `buckets.default_limit`.
+    bucket_bytes: int | None = None
     first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
@@ -66,6 +67,8 @@ class Config(Scheme):
             ("first_bucket_bytes", "0 begins with a bucket of one tensor"),
         ):
             value = getattr(self, name)
+            if value is None and name == "bucket_bytes":
+                continue
             self._require_integer(name, value)
             if value < 0:
                 self._fail(name, "0 or more", value, remedy)
@@ -209,6 +212,10 @@ class Config(Scheme):
             expected = f"{one_of(Scheme.LEVELS)} for a plan"
             self._fail("levels", expected, "auto", "replace them by one of those")
         return replace(super().plan(world_size), one_norm=self.block_size == "bucket")
+
+    def bucket_limit(self, plan: Plan) -> int:
+        """Bytes of gradients with this plan that are reduced together; 0: each by itself."""
+        return default_limit(plan) if self.bucket_bytes is None else self.bucket_bytes
 
     def require_plans(self, world_size: int) -> None:
         """Raise ValueError unless the tensors of all rules can be reduced over so many ranks."""

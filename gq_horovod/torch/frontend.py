@@ -232,7 +232,7 @@ class TorchFrontend(Frontend):
             kind = (id(group_of) if group_of else None, own.dtype, own.device, plan)
             alike.setdefault(kind, []).append(own)
         for (group_of, *_, plan), members in alike.items():
-            limit = 0 if self._alone(plan) else self.config.bucket_bytes
+            limit = 0 if self._alone(plan) else self.config.bucket_limit(plan)
             sizes = [own.numel() * own.element_size() for own in members]
             if group_of is not None and limit:
                 places = [range(len(members))]

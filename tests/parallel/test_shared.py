@@ -70,7 +70,7 @@ def in_threads(work: Callable[[int], None], count: int = 2) -> None:
 @pytest.mark.parametrize("one", ["instance", "class", "an instance for each"])
 def test_threads_that_reduce(levels: str, one: str, name: str) -> None:
     """Also their first use, which compares options, is at the same time."""
-    if one == "class" and (levels != "standard" or TRANSPORT != "horovod"):
+    if one == "class" and (levels != "two-hop" or TRANSPORT != "horovod"):
         pytest.skip("the class has the default options")
     options = {"levels": levels, "transport": TRANSPORT}
     shared = GlobalQSGD if one == "class" else GlobalQSGD(**options)

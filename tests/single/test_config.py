@@ -340,6 +340,25 @@ def test_one_norm_for_a_bucket() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "ranks", "mebibytes"),
+    [
+        ({}, 16, 8),
+        ({}, 64, 32),
+        ({"levels": "exponential"}, 1024, 512),
+        ({"levels": "standard"}, 1024, 8),  # Horovod fuses Allreduces
+        ({"bucket_bytes": 25 << 20}, 64, 25),
+        ({"bucket_bytes": 0}, 64, 0),
+    ],
+    ids=str,
+)
+def test_buckets_grow_where_ranks_have_messages_for_each_other(
+    options: dict[str, Any], ranks: int, mebibytes: int
+) -> None:
+    config = Config(**options)
+    assert config.bucket_limit(config.plan(ranks)) == mebibytes << 20
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         *(

@@ -126,7 +126,7 @@ def test_bytes_of_hosts_with_several_ranks() -> None:
         plan = flat.config.plan(8)
         payload = sum(
             sum(wire.parcel_bytes((-(-sum(own) // 8),), plan, flat.config.transport))
-            for own in model.in_buckets(sizes, flat.config)
+            for own in model.in_buckets(sizes, flat.config, 8)
         )
         norms = 4 * sum(wire.norm_count(size, plan) for size in sizes)
         found = model.cost(method, sizes, cluster)
