@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradient
+from seldom import in_pairs
 from test_optimizer import backward, make_optimizer, make_parameters
 
 from gq_horovod.research.simulation import SimulatedRanks
@@ -31,12 +32,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "two-hop": {"levels": "two-hop"},
     "two-hop of 4 bits": {"levels": "two-hop", "bits": 4},
 }
-EVERY = pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 PLACES: dict[str, Callable[[], int]] = {
     "by slot": lambda: hvd.rank() // 2,
     "by node": lambda: hvd.rank() % 2,
     "crosswise": lambda: int(hvd.rank() in (1, 2)),
 }
+DTYPES = (torch.float32, torch.float64)
 
 
 def new(**options: Any) -> GlobalQSGD:
@@ -100,12 +101,16 @@ def train(compression: Any, steps: int, dtype: torch.dtype = torch.float32) -> l
     return found
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("config", "where", "dtype"),
+    in_pairs(tuple(CONFIGS), tuple(PLACES), DTYPES),
+    indirect=["where"],
+    ids=str,
+)
 def test_an_optimizer_gets_what_a_flat_reduction_of_the_nodes_would_give(
-    where: list[list[int]], options: dict[str, Any], dtype: torch.dtype
+    config: str, where: list[list[int]], dtype: torch.dtype
 ) -> None:
-    compression = new(**options)
+    compression = new(**CONFIGS[config])
     flat = SimulatedRanks(compression.config, len(where))
     found = train(compression, 3, dtype)
     for step, means in enumerate(found):
