@@ -7,8 +7,8 @@ among the ranks of the same place in their nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +58,8 @@ class Nodes:
     inside: Callable[[int], Inside]
     across: Collectives | None  # among those of this place; None where codes go as messages
     exchanges: Exchanges | None = None  # those
+    # The process sets of all nodes and places, by their numbers, where gradients go by such.
+    sets: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 class _Gathered(NamedTuple):

@@ -314,6 +314,7 @@ class TorchFrontend(Frontend):
             number = group.collectives.process_set.process_set_id
             current = library.session is group.session and library.joins == group.joins
             current = current and number == process_set.process_set_id is not None
+            current = current and group.pipeline.closed is None
         known = self._groups.get(group.key_of_ranks) is group
         return current and known and settled.joins == group.joins
 
@@ -428,6 +429,17 @@ class TorchFrontend(Frontend):
                 "Every rank has to reduce a tensor of the same name, shape and dtype.)"
             )
         return None
+
+    def after_removal(self) -> None:
+        """Horovod has removed a process set: where gradients went by it, the ranks settle anew."""
+        for group in list(self._groups.values()):
+            if group.session is not numbering.session() or group.nodes is None:
+                continue
+            if (ranks := nodes.lost(group.nodes)) is not None:
+                group.pipeline.close(
+                    f"gradients go by the process set of ranks {list(ranks)}, which was removed "
+                    "meanwhile; remove process sets between two steps only"
+                )
 
     # --------------------------------------------------------------------------------------- guards
 
@@ -563,10 +575,10 @@ class TorchFrontend(Frontend):
         log.identify(hvd.rank(), hvd.size())
         numbering.install(speaks=hvd.rank() == 0)
         if (library := numbering.library()) is not None:
-            library.explainers.add(self)
+            library.frontends.add(self)
         joins = _joins()
         group = before
-        if group is None or group.session is not numbering.session():
+        if group is None or group.session is not numbering.session() or group.pipeline.closed:
             group = self._new_group(key, process_set, 0 if before is None else before.end_step)
         elif group.collectives.process_set.process_set_id != process_set.process_set_id:
             group.pipeline.give_up()  # what a process set that was removed has begun
@@ -733,6 +745,7 @@ def _current(group: Group, process_set: Any) -> bool:
         group.session is numbering.session()
         and group.collectives.process_set.process_set_id == process_set.process_set_id
         and group.joins == _joins()
+        and group.pipeline.closed is None
     )
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -81,6 +81,16 @@ def reached(
     if transport == "mpi":
         return _by_messages(found, rank, members)
     return _by_process_sets(found, rank, members, dynamic=not agreed[0])
+
+
+def lost(own: Nodes) -> Sequence[int] | None:
+    """The ranks of a process set that was removed, of those that gradients go by; None: none was.
+
+    All ranks see the same, whatever nodes they are on.
+    """
+    known = _known() if own.sets else {}
+    gone = (ranks for number, ranks in own.sets.items() if known.get(number) != ranks)
+    return next(gone, None)
 
 
 def stay(collectives: Collectives, members: Sequence[int]) -> None:
@@ -176,7 +186,8 @@ def _by_process_sets(
         for ranks in (found.inside(rank), found.across(found.place(rank)))
         for own in [sorted(members[one] for one in ranks)]
     )
-    return _nodes(found, rank, lambda _: inside, across)
+    sets = {known[tuple(own)]: own for own in lists}
+    return _nodes(found, rank, lambda _: inside, across, sets=sets)
 
 
 def _by_messages(found: Placement, rank: int, members: Sequence[int]) -> Nodes:
@@ -195,6 +206,7 @@ def _nodes(
     inside: Callable[[int], Any],
     across: Collectives | None,
     exchanges: Any = None,
+    sets: Mapping[int, Sequence[int]] | None = None,
 ) -> Nodes:
     place = found.place(rank)
     return Nodes(
@@ -206,6 +218,7 @@ def _nodes(
         inside=inside,
         across=across,
         exchanges=exchanges,
+        sets=sets or {},
     )
 
 

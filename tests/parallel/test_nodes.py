@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradient
+from rendezvous import restart
 from seldom import in_pairs
 from test_optimizer import backward, make_optimizer, make_parameters
 
@@ -112,7 +114,7 @@ def test_an_optimizer_gets_what_a_flat_reduction_of_the_nodes_would_give(
 ) -> None:
     compression = new(**CONFIGS[config])
     flat = SimulatedRanks(compression.config, len(where))
-    found = train(compression, 3, dtype)
+    found = train(compression, 2, dtype)
     for step, means in enumerate(found):
         check_replicas(*means.values())
         for name, mean in means.items():
@@ -341,3 +343,127 @@ def test_replicas_are_compared() -> None:
 
 def test_placements_are_of_this_job() -> None:
     assert placement([0, 0, 1, 1]) == helpers.PLACEMENT[0] or hvd.cross_size() == 2
+
+
+# --------------------------------------------------------- process sets that go, and Horovod itself
+
+
+def expected_of(compression: GlobalQSGD) -> Callable[[str, int], Any]:
+    """What an instance makes of `exact` gradients, step by step: those of nodes, reduced flat."""
+    flat = SimulatedRanks(compression.config, 2)
+
+    def average(name: str, step: int) -> Any:
+        own = [exact(rank, name, step).numpy() for rank in range(4)]
+        places = helpers.PLACEMENT[0].nodes
+        return flat.average(name, [np.mean([own[rank] for rank in ranks], 0) for ranks in places])
+
+    return average
+
+
+def remove(ranks: list[int]) -> None:
+    """As a program would that has added the set itself."""
+    (number,) = (number for number, own in nodes._known().items() if own == ranks)
+    assert hvd.remove_process_set(nodes._process_set(number, ranks))
+
+
+by_process_sets = pytest.mark.skipif(TRANSPORT == "mpi", reason="messages need no process sets")
+
+
+@by_process_sets
+@pytest.mark.parametrize("ranks", [[2, 3], [0, 2]], ids=["a node", "a place"])
+def test_a_process_set_that_is_removed_is_added_again(ranks: list[int], name: str) -> None:
+    """Though Horovod has given its number to another one."""
+    compression = new(levels="standard")
+    average = expected_of(compression)
+    other = None
+    for step in range(4):
+        if step == 2:
+            remove(ranks)
+            other = hvd.add_process_set([0, 1, 2])
+        result = allreduce(exact(hvd.rank(), "wide", step), "wide", compression=compression)
+        np.testing.assert_array_equal(result, average("wide", step), err_msg=f"step {step}")
+    hvd.remove_process_set(other)
+    # What none of them needs may come and go.
+    (group,) = compression._groups.values()
+    allreduce(torch.ones(5000), name, compression=compression)
+    assert compression._groups == {(): group}
+
+
+@by_process_sets
+def test_an_optimizer_whose_process_set_is_removed() -> None:
+    compression = new(levels="standard")
+    average = expected_of(compression)
+    parameter = torch.nn.Parameter(torch.zeros(SHAPES["wide"]))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=0.0), [("wide", parameter)], compression
+    )
+    for step in range(4):
+        if step == 2:
+            remove([0, 1])
+        optimizer.zero_grad()
+        (parameter * exact(hvd.rank(), "wide", step)).sum().backward()
+        optimizer.step()
+        np.testing.assert_array_equal(parameter.grad, average("wide", step), f"step {step}")
+
+
+@by_process_sets
+def test_a_process_set_that_cannot_be_added_again(
+    said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error where nodes were asked for, as often as somebody tries; else without nodes."""
+    x = exact(hvd.rank(), "wide", 0)
+    asked, may = new(levels="standard", hierarchical=True), new(levels="standard")
+    for compression in (asked, may):
+        allreduce(x, name, compression=compression)
+    remove([1, 3])
+    monkeypatch.setattr(nodes, "_can_add", lambda: False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="set HOROVOD_DYNAMIC_PROCESS_SETS=1"):
+            allreduce(x, name, compression=asked)
+    result = allreduce(x, name, compression=may)
+    check_replicas(result)
+    assert ("set HOROVOD_DYNAMIC_PROCESS_SETS=1" in said("nodes")) is (hvd.rank() == 0)
+    flat = SimulatedRanks(may.config, 4)
+    for _ in range(2):
+        expected = flat.average(name, [exact(rank, "wide", 0).numpy() for rank in range(4)])
+    np.testing.assert_array_equal(result, expected)
+
+
+@by_process_sets
+def test_a_process_set_that_is_removed_amid_a_step(name: str) -> None:
+    """Gradients that are on their way are an error on every rank; the next step is sound."""
+    compression = new(levels="two-hop")
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, compression)
+    backward(parameters, 0)
+    remove([0, 2])
+    with pytest.raises(RuntimeError, match=r"process set of ranks \[0, 2\], which was removed"):
+        optimizer.synchronize()
+    x = exact(hvd.rank(), "wide", 0)
+    result = allreduce(x, name, compression=compression)
+    check_replicas(result)
+    mean = sum(exact(rank, "wide", 0) for rank in range(4)) / 4
+    assert 0 < (result - mean).abs().max() < 0.1
+
+
+@pytest.mark.skipif(
+    os.environ.get("HOROVOD_CONTROLLER") != "gloo", reason="MPI can be started only once"
+)
+def test_horovod_begins_again_with_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    compression = new(levels="standard")
+    average = expected_of(compression)
+    for step, place in enumerate(("by slot", "crosswise", "by slot")):
+        if step:
+            restart(hvd)
+        monkeypatch.setattr(nodes, "_node", PLACES[place])
+        helpers.place(nodes._node)
+        result = allreduce(exact(hvd.rank(), "wide", step), "wide", compression=compression)
+        check_replicas(result)
+        expected = average("wide", step)
+        if place == "by slot":
+            np.testing.assert_array_equal(result, expected)
+        (group,) = compression._groups.values()
+        assert group.nodes is not None
+        placement = helpers.PLACEMENT[0]
+        wanted = {*placement.nodes, placement.across(0), placement.across(1)}
+        assert set(map(tuple, group.nodes.sets.values())) == wanted

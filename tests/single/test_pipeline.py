@@ -665,6 +665,21 @@ def test_what_was_given_up_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
         job.pipelines[0].finish(other)
 
 
+def test_a_pipeline_that_is_closed_takes_nothing_more() -> None:
+    """What is done already can be had; all others name the reason."""
+    job = Job(1)
+    x = np.ones(100, dtype=np.float32)
+    done, other = job.submit(0, x, "done"), job.submit(0, x, "other")
+    job.network.slow.add("other.norm")
+    job.poll_until(lambda: done.done)
+    job.pipelines[0].close("the set was removed")
+    np.testing.assert_array_equal(job.pipelines[0].finish(done).owner, 1)
+    with pytest.raises(RuntimeError, match=r"other.*because the set was removed"):
+        job.pipelines[0].finish(other)
+    with pytest.raises(RuntimeError, match=r"next.*because the set was removed"):
+        job.submit(0, x, "next")
+
+
 def test_an_output_that_cannot_be_allocated_is_an_error() -> None:
     """What is in flight with it is given up."""
     job = Job(1)
