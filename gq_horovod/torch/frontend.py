@@ -625,15 +625,12 @@ class TorchFrontend(Frontend):
 
         Raises ValueError where options ask for it and it cannot be, or cannot be left out.
         """
-        wanted = self.config.hierarchical is True or (
-            self.config.hierarchical == "auto" and nodes.pays(group.resident)
-        )
-        possible = self._method() is None and not self.config.no_nodes
-        found = nodes.where(places) if wanted and possible else None
+        found = nodes.where(places) if self._wants_nodes(group.resident) else None
         own: Any = None
         if isinstance(found, Placement):
             # One node is no reason to leave out what was asked for.
             if found.has_levels or (self.config.hierarchical is True and found.ranks_per_node > 1):
+                plan = self._plan(len(found.nodes), "nodes")  # before anything is begun for it
                 own = nodes.reached(found, group.rank, members, places, self.config.transport)
         else:
             own = found
@@ -646,17 +643,29 @@ class TorchFrontend(Frontend):
             if group.rank == 0:
                 nodes.say(self.config.FUNCTION, own)
         elif own is not None:
-            group.reduce_by(own, self._plan(group.ranks // own.ranks_per_node))
+            group.reduce_by(own, plan)
             if own.exchanges is None:
                 nodes.stay(group.collectives, members)
         if group.nodes is None and group.plan.world_size != group.ranks:
             group.reduce_by(None, self._plan(group.ranks))
         group.placed = True
 
-    def _plan(self, parties: int) -> Plan:
+    def _wants_nodes(self, resident: bool) -> bool:
+        """Whether options say to reduce by nodes; `resident`: whether codes stay on GPUs."""
+        wanted = self.config.hierarchical is True or (
+            self.config.hierarchical == "auto" and nodes.pays(resident)
+        )
+        return wanted and self._method() is None and not self.config.no_nodes
+
+    def _plan(self, parties: int, what: str = "ranks") -> Plan:
         """The settings for so many ranks, or nodes. Raises ValueError if there are none."""
-        self.config.require_plans(parties)
-        return any_plan(self.config, parties)
+        try:
+            self.config.require_plans(parties)
+            return any_plan(self.config, parties)
+        except ValueError as error:
+            # Whose codes are added; the options know of ranks alone.
+            text = str(error).replace(f"{parties} ranks", f"{parties} {what}")
+            raise ValueError(text) from None
 
     def _new_group(self, key: tuple[int, ...], process_set: Any, before: int) -> Group:
         """A group that begins with what was loaded, or else after the step `before`."""
@@ -665,7 +674,8 @@ class TorchFrontend(Frontend):
             plan = self._plan(ranks)
         except ValueError:
             # Among nodes codes of fewer parties are added, and where those are is not known yet.
-            if not self.config.hierarchical or self.config.no_nodes:
+            # Where no rank can have codes on a GPU, "auto" takes none: every rank knows by itself.
+            if not self._wants_nodes(gpus.may_be_resident()):
                 raise
             plan = self._plan(1)
         loaded = self._loaded.get(key)

@@ -21,6 +21,7 @@ from rendezvous import restart
 from seldom import in_pairs
 from test_optimizer import backward, make_optimizer, make_parameters
 
+from gq_horovod.path import agreement
 from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.torch import GlobalQSGD, allreduce, nodes
 from mpi_ops.nodes import placement
@@ -171,6 +172,29 @@ def test_fewer_parties_leave_levels_for_fewer_bits(name: str) -> None:
     torch.testing.assert_close(result, torch.full((2000,), 1.5), rtol=0, atol=1.5)
     with pytest.raises(ValueError, match="bits must be at least 4"):
         allreduce(x, name, compression=new(bits=3, hierarchical=False))
+
+
+@pytest.mark.parametrize(
+    ("hierarchical", "bits", "expected"),
+    [("auto", 3, "at least 4 .* on 4 ranks"), (True, 2, "at least 3 .* on 2 nodes")],
+)
+def test_too_few_bits_are_refused_before_anything_is_begun(
+    hierarchical: Any, bits: int, expected: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without nodes each rank sees it by itself; with nodes, no set is added for them."""
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("something was begun")
+
+    if hierarchical == "auto":
+        monkeypatch.setattr(nodes, "pays", lambda resident: resident)
+        monkeypatch.setattr(agreement, "agree", never)
+    else:
+        monkeypatch.setattr(nodes, "reached", never)
+    compression = new(levels="standard", bits=bits, hierarchical=hierarchical)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=expected):
+            allreduce(torch.ones(5000), name, compression=compression)
 
 
 def test_too_few_bits_for_all_ranks_while_one_is_away(
