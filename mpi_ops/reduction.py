@@ -560,10 +560,10 @@ def _round(
     place, ranks = own.inside.rank, own.inside.size
     flat = np.empty(one.size, np.float32)
     codec.pack(x, one.packed(x), 1 / ranks, flat)
-    pieces = np.empty_like(flat)
-    yield from alltoall(own.inside, tag, flat, pieces)
-    share = np.empty(one.share, np.float32)
-    codec.add(pieces.reshape(ranks, -1), share)
+    pieces = np.empty((ranks, one.sizes[place]), np.float32)
+    yield from alltoall(own.inside, tag, flat, pieces, one.sizes)
+    share = np.empty(one.sizes[place], np.float32)
+    codec.add(pieces, share)
     del pieces
     names, counts, seed = (_NAME,), (prepared.x.size,), prepared.scheme.seed
     stages = nodes.stages_of(one, place, names, counts, plan, None, seed, own.across.rank)
@@ -582,7 +582,7 @@ def _round(
     if norms.size:
         numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
         yield from Exchange(own.across, tag, parts, numbers, norms, stages, decode).run()
-    yield from allgather(own.inside, tag, share, flat)
+    yield from allgather(own.inside, tag, share, flat, one.sizes)
     codec.unpack(flat, one.packed(target), target)
 
 

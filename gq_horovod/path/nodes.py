@@ -39,10 +39,10 @@ __all__ = ["METHOD", "Nodes"]
 
 
 class Inside(Protocol):
-    """Part of `Collectives`."""
+    """Part of `Collectives`, for arrays whose pieces have some sizes, the same on every rank."""
 
-    def alltoall(self, array: Array, name: str) -> Handle: ...
-    def allgather(self, array: Array, name: str) -> Handle: ...
+    def alltoall(self, array: Array, name: str, sizes: Sequence[int]) -> Handle: ...
+    def allgather(self, array: Array, name: str, sizes: Sequence[int]) -> Handle: ...
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,16 @@ def _in_turn(
         codec.pack(task.x, one.packed(task.x), 1 / own.ranks_per_node, flat)
         name = task.operation(stages.inside(one.index))
         sent = yield from memory.send("flat", flat)
-        pieces = memory.receive("pieces", (yield inside.alltoall(sent, name)))
-        share = memory.take("share", one.share, np.float32)
+        pieces = memory.receive("pieces", (yield inside.alltoall(sent, name, one.sizes)))
+        share = memory.take("share", one.sizes[own.place], np.float32)
         with memory.entered():
             codec.add(pieces.reshape(own.ranks_per_node, -1), share)
         yield from _reduce_share(task, own, one, share, memory, number)
         name = stages.whole(one.index)
         sent = yield from memory.send("share", share)
         # Not of the slot: it stays until the means are asked for.
-        whole = memory.receive(name, (yield inside.allgather(sent, task.operation(name))))
+        gathered = yield inside.allgather(sent, task.operation(name), one.sizes)
+        whole = memory.receive(name, gathered)
         deliver(one, _Gathered(whole))
 
 

@@ -313,7 +313,7 @@ def test_messages_of_a_process_set_with_the_ranks_of_a_place() -> None:
     begun = {}
     for value, own in ((1.0, by_nodes), (2.0, flat))[:: 1 if rank < 2 else -1]:
         collectives = mpi.Inside(own._comm, 0)
-        begun[value] = collectives.alltoall(np.full(2, value, np.float32), "x")
+        begun[value] = collectives.alltoall(np.full(2, value, np.float32), "x", [1, 1])
     for value, handle in begun.items():
         np.testing.assert_array_equal(handle.wait(), value)
 

@@ -92,16 +92,19 @@ def test_rounds_have_every_element_once(
         assert own.index == index
         assert len(own.shares) == per_node
         packed = np.zeros(own.size, dtype=int)
-        for place, parts in enumerate(own.shares):
+        ends = np.cumsum(own.sizes)
+        for end, size, parts in zip(ends, own.sizes, own.shares, strict=True):
+            assert size == max(sum(part.stop - part.start for part in parts), 1)
             for part in parts:
                 assert part.start % unit(plan) == 0
-                assert place * own.share <= part.flat
-                assert part.flat + part.stop - part.start <= (place + 1) * own.share
+                assert end - size <= part.flat
+                assert part.flat + part.stop - part.start <= end
                 seen[part.tensor][part.start : part.stop] += 1
                 packed[part.flat : part.flat + part.stop - part.start] += 1
         assert packed.max() == 1
         # Shares are about as large as each other, and none much larger than asked for.
-        assert own.share <= max(limit, unit(plan))
+        assert max(own.sizes) <= max(limit, unit(plan)) + unit(plan)
+        assert max(own.sizes) - min(own.sizes) <= 2 * unit(plan)
     for one in seen:
         np.testing.assert_array_equal(one, 1)
 
