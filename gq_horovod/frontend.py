@@ -307,7 +307,8 @@ class Compression(Frontend):
                 ReplicaMismatchError where they differ; None for never.
             stats: whether to measure what quantization does to each tensor, every 100th step or
                 every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
-                and gq_horovod.stats.write() hands them to TensorBoard. Ranks may differ.
+                and gq_horovod.stats.write() hands them to TensorBoard. Ranks may differ. There are
+                none where gradients are reduced by nodes, which the log says.
             rules: options by layer, {pattern: options}. Of the patterns that the name of a tensor
                 matches (as file names: "*.bias", "embedding?.*"), the first counts. Options are a
                 dictionary of levels (but for "auto"), bits, block_size, norm and min_elements, in

@@ -228,10 +228,12 @@ def test_what_was_refused_is_refused_again(name: str, monkeypatch: pytest.Monkey
 def test_what_the_log_says(
     said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allreduce(torch.ones(5000), name, compression=new(stats=1))
+    compression = new(stats=1)
+    allreduce(torch.ones(5000), name, compression=compression)
     first = hvd.rank() == 0
     assert ("4 ranks on 2 nodes" in said("plan")) is first
     assert ("stats has no figures" in said("stats")) is first
+    assert compression.stats == {}
     monkeypatch.setattr(nodes.hvd_ops, "is_homogeneous", lambda: False)
     allreduce(torch.ones(5000), name, compression=new())
     assert ("nodes have different numbers of ranks" in said("nodes")) is first
@@ -411,6 +413,29 @@ def test_a_process_set_that_is_removed_is_added_again(ranks: list[int], name: st
     (group,) = compression._groups.values()
     allreduce(torch.ones(5000), name, compression=compression)
     assert compression._groups == {(): group}
+
+
+@by_process_sets
+@pytest.mark.parametrize("first", [True, False])
+def test_a_process_set_of_the_program_with_the_ranks_of_a_node(first: bool, name: str) -> None:
+    """One that was added before the first gradient is taken; after it Horovod refuses another."""
+    for number, own in nodes._known().items():  # as at the begin of a program
+        if number:
+            hvd.remove_process_set(nodes._process_set(number, own))
+    own_set = hvd.add_process_set([0, 1]) if first else None
+    compression = new(levels="standard")
+    x = exact(hvd.rank(), "wide", 0)
+    allreduce(x, name, compression=compression)
+    if own_set is None:
+        with pytest.raises(ValueError, match="Attempted to add a duplicate process set"):
+            hvd.add_process_set([0, 1])
+        return
+    (group,) = compression._groups.values()
+    assert group.nodes is not None
+    assert group.nodes.sets[own_set.process_set_id] == [0, 1]
+    if own_set.included():  # it serves both
+        mean = allreduce(x, f"{name}.own", compression=compression, process_set=own_set)
+        check_replicas(mean, process_set=own_set)
 
 
 @by_process_sets
