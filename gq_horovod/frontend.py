@@ -299,7 +299,8 @@ class Compression(Frontend):
                 where HOROVOD_DYNAMIC_PROCESS_SETS=1. Horovod has no two of the same ranks: add
                 yours of a node, or of a place in all nodes, before that, and keep them. "auto" does
                 so where codes stay on GPUs, and there are several nodes with as many ranks each,
-                more than one.
+                more than one; not in elastic jobs, of which Horovod ends all workers when one is
+                lost and there are process sets.
             timeout: seconds after which a reduction that does not move ends this rank with an error
                 (see gq_horovod.guards.watchdog), None for never.
             check_replicas: compare the optimizer's parameters (TensorFlow: the variables whose

@@ -66,6 +66,15 @@ def pays(resident: bool) -> bool:
     return resident
 
 
+def elastic() -> bool:
+    """Whether workers of this job may be lost, as Horovod's launcher says.
+
+    Horovod 0.28.1 then ends all others, where there are process sets: it catches no error when it
+    removes these from a job that is broken.
+    """
+    return os.environ.get("HOROVOD_ELASTIC", "") not in ("", "0")
+
+
 def reached(
     found: Placement, rank: int, members: Sequence[int], agreed: Sequence[int], transport: str
 ) -> Nodes | str:
@@ -132,6 +141,17 @@ def say(function: str, problem: str) -> None:
         f"{function}: gradients are reduced among all ranks, and not by nodes, because {problem}",
         function=function,
         problem=problem,
+    )
+
+
+def say_that_none_may_be_lost(function: str) -> None:
+    """Log what an elastic job loses by process sets."""
+    _log.say(
+        logging.WARNING,
+        "nodes",
+        f"{function}: hierarchical=True in an elastic job adds process sets, and Horovod then ends "
+        "all workers when one is lost; leave hierarchical out if others are to go on",
+        function=function,
     )
 
 

@@ -239,6 +239,20 @@ def test_what_the_log_says(
     assert ("nodes have different numbers of ranks" in said("nodes")) is first
 
 
+def test_an_elastic_job(
+    said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process sets cost it what it is for, so they are for who asks."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    may, asked = new(levels="standard"), new(levels="standard", hierarchical=True)
+    for compression, parties in ((may, 4), (asked, 2)):
+        allreduce(torch.ones(5000), name, compression=compression)
+        (group,) = compression._groups.values()
+        assert group.plan.world_size == parties
+    warned = hvd.rank() == 0 and TRANSPORT == "horovod"
+    assert ("in an elastic job" in said("nodes")) is warned
+
+
 @pytest.mark.parametrize("reason", ["uneven", "numbers", "sets"])
 def test_where_it_cannot_be(
     reason: str, said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
