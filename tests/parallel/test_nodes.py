@@ -23,6 +23,7 @@ from test_optimizer import backward, make_optimizer, make_parameters
 
 from gq_horovod.path import agreement
 from gq_horovod.research.simulation import SimulatedRanks
+from gq_horovod.research.torch_baselines import QSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce, nodes
 from mpi_ops.nodes import placement
 
@@ -368,6 +369,36 @@ def test_options_that_go_with_no_nodes(name: str) -> None:
     for other in (3, 1, np.True_):
         with pytest.raises(ValueError, match="hierarchical must be True, False or 'auto'"):
             new(hierarchical=other)
+
+
+@pytest.mark.parametrize("other", [PowerSGD(rank=2), QSGD()], ids=["PowerSGD", "QSGD"])
+def test_other_methods_beside_it_go_among_all_ranks(other: Any) -> None:
+    """Two optimizers whose gradients are on their way together; each is as it would be alone."""
+    found = []
+    for together in (True, False):
+        kept = []
+        for number, compression in enumerate((new(levels="two-hop"), copy.copy(other))):
+            parameters = make_parameters()
+            named = {f"{number}.{name}": own for name, own in parameters.items()}
+            kept.append((named, make_optimizer(named, compression), compression))
+        results: list[torch.Tensor] = []
+        for step in range(2):
+            for number, (named, optimizer, _) in enumerate(kept):
+                backward(named, 10 * number + step)
+                if not together:
+                    optimizer.synchronize()
+            for named, optimizer, _ in kept:
+                if together:
+                    optimizer.synchronize()
+                check_replicas(*(own.grad for own in named.values() if own.grad is not None))
+                results += [own.grad.clone() for own in named.values() if own.grad is not None]
+                optimizer.zero_grad()
+        found.append(results)
+        groups = [next(iter(compression._groups.values())) for *_, compression in kept]
+        assert [group.nodes is None for group in groups] == [False, True]
+        assert groups[1].plan.world_size == 4
+    for one, alone in zip(*found, strict=True):
+        assert torch.equal(one, alone)
 
 
 def test_replicas_are_compared() -> None:
