@@ -126,16 +126,17 @@ class Scheme:
         """The plan of two-hop levels, which are added as integers of 32 bits."""
 
         def fits(bits: int) -> bool:
-            units = lanes.units(lanes.levels(bits, 1), bits <= lanes.SQUARE_BITS)
+            units = lanes.units(lanes.two_hop_levels(bits), bits <= lanes.SQUARE_BITS)
             return units * world_size < 2**31
 
         wanted = 8 if self.bits is None else self.bits
-        bits = next(filter(fits, range(wanted, 1, -1)))
-        if self.bits is not None and bits != wanted:
+        # Wider lanes cost nothing where a word has as many of them.
+        bits = next(filter(fits, range(lanes.widest(wanted), 1, -1)))
+        if self.bits is not None and bits < wanted:
             expected = f"one whose levels of {world_size} ranks add up in 32 bits"
             self._fail("bits", expected, wanted, f"pass bits={bits}")
         return Plan(
-            *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
+            *(self.levels, bits, lanes.two_hop_levels(bits), self._block_size(bits), self.norm),
             *(world_size, bits <= lanes.SQUARE_BITS),
         )
 

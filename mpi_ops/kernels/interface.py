@@ -335,7 +335,7 @@ class Kernels(ABC):
         self._check_tensor(name, "x", x)
         self._check_norms(name, norms, x.size, block_size)
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
-        top = 2 ** (bits - 1) - 1
+        top = lanes.two_hop_levels(bits) if square else lanes.levels(bits, 1)
         require(name, "levels", 1 <= levels <= top, f"between 1 and {top} with {bits} bits", levels)
         check_square(name, square, bits)
         _check_dither(name, dither)

@@ -297,7 +297,20 @@ def test_two_hop_levels_of_many_ranks_still_add_up_in_32_bits() -> None:
         Config(levels="two-hop", bits=8).plan(133_145)
     assert Config(levels="two-hop").plan(133_145).bits == 7
     assert Config(levels="two-hop").plan(10**6).bits == 6
-    assert Config(levels="two-hop", bits=6).plan(2 * 10**6).units == 31**2
+    assert Config(levels="two-hop", bits=6).plan(10**6).units == 41**2
+
+
+@pytest.mark.parametrize(
+    ("bits", "width", "levels"),
+    [
+        *((2, 2, 1), (3, 3, 4), (4, 4, 7), (5, 5, 19), (6, 6, 41), (7, 8, 127), (8, 8, 127)),
+        *((9, 10, 511), (10, 10, 511), (11, 16, 2**15 - 1), (16, 16, 2**15 - 1)),
+    ],
+)
+def test_two_hop_levels_are_all_that_a_word_can_hold(bits: int, width: int, levels: int) -> None:
+    for world_size in (1, 4, 1000):
+        plan = Config(levels="two-hop", bits=bits).plan(world_size)
+        assert (plan.bits, plan.level_count, plan.square) == (width, levels, width <= 8)
 
 
 @pytest.mark.parametrize("world_size", [1, 7, 64, 10**6])
