@@ -161,8 +161,9 @@ def test_standard_variance_is_exact(bits: int, ranks: int) -> None:
         check_quantization(kernels, vectors(kind, ranks), plan)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 10])
+@pytest.mark.parametrize(
+    ("bits", "ranks"), [*itertools.product((2, 4, 8, 10), RANKS), (3, 2), (5, 16), (6, 4)]
+)
 def test_two_hop_variance_is_exact(bits: int, ranks: int) -> None:
     for kind, plan in itertools.product(KINDS, plans("two-hop", bits, ranks)):
         check_quantization(kernels, vectors(kind, ranks), plan)
