@@ -39,7 +39,8 @@ class Scheme:
     # The default: a training ends where it would uncompressed, whatever the number of ranks
     # (docs/quality.md), in as many bytes as the others and in as much time over MPI.
     levels: str = "two-hop"
-    # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
+    # Bits per code on the wire. None: 8, and for standard levels more with more ranks. Two-hop
+    # codes take the widest lanes of which a word has as many: `lanes.widest`.
     bits: int | None = None
     # Elements that share a norm, a multiple of 32. "auto": 256; one norm per tensor for 8-bit
     # exponential levels, whose relative error does not depend on the norm. None: one per tensor.
