@@ -271,11 +271,12 @@ class Compression(Frontend):
 
         Arguments:
             levels: "two-hop" (squares of evenly spaced numbers, by Alltoall and Allgather; the most
-                accurate at its width for any number of ranks; from 9 bits on evenly spaced ones), "standard" (evenly spaced levels, summed
-                by Allreduce) or "exponential" (powers of two, an error that does not grow with the
-                number of ranks). "auto" tries standard and two-hop levels, standard ones of 16 bits
-                and no compression on the first 99 steps (TensorFlow: 75), and then stays with what
-                was fastest (see gq_horovod.path.auto).
+                accurate at its width for any number of ranks; from 9 bits on evenly spaced ones),
+                "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers of
+                two, an error that does not grow with the number of ranks). "auto" tries standard
+                and two-hop levels, standard ones of 16 bits and no compression on the first 99
+                steps (TensorFlow: 75), and then stays with what was fastest (see
+                gq_horovod.path.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
                 8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on. Two-hop levels
                 of 3, 5 and 6 bits send 3.2, 5.3 and 6.4; 7 are 8, 9 are 10, and 11 to 15 are 16.
