@@ -563,6 +563,10 @@ class Pipeline:
                     return started
             self.settle(abandoned)  # nobody asked for its error either
 
+    def has_abandoned(self, name: str) -> bool:
+        """Whether a reduction of that name was started and never asked for."""
+        return name in self._in_flight
+
     def _await(self, reduction: InFlight) -> None:
         """Keep a reduction where it is found when what it waits for may be complete."""
         if not reduction.begun:

@@ -197,6 +197,14 @@ class Bucket:
         self.run = None
         self._renew()
 
+    def drop_residuals(self) -> None:
+        """Begin with zeros, after a step that was abandoned: who knows what it has quantized.
+
+        Its gradients may have changed meanwhile. What is still under way writes to the old ones.
+        """
+        for own in self.members:
+            self.group.residuals.pop(own.key, None)
+
     def open(self, owner: Owner) -> Run:
         """The reduction that tensors arrive for now."""
         last = self.run
@@ -204,6 +212,7 @@ class Bucket:
             return last
         if last is not None:  # nobody has asked for all of it
             self._renew()
+            self.drop_residuals()
         self._tokens.copy_(self._marks)
         self.run = Run(self, owner)
         return self.run
@@ -282,6 +291,8 @@ class Run:
     def _add_residuals(self) -> Residuals:
         """Add what earlier steps have left out to what has arrived. Not before all ranks begin."""
         bucket, kept = self.bucket, self.bucket.group.residuals
+        if bucket.group.pipeline.has_abandoned(bucket.name):
+            bucket.drop_residuals()
         residuals: list[torch.Tensor | None] = [None] * len(self.values)
         for place, own in enumerate(self.values):
             if own is None:

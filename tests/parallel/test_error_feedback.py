@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import horovod.torch as hvd
@@ -74,7 +75,7 @@ def test_what_is_sent_is_all_but_the_residuals(dtype: torch.dtype, name: str) ->
 
 @both_levels
 def test_an_optimizer(levels: str, bits: int) -> None:
-    """Two passes a step, an abandoned step, and a parameter that one rank does not use."""
+    """Two passes a step, and a parameter that a step uses on some ranks alone."""
     compression = make(levels, bits)
     shapes = {"used": (40, 50), "sometimes": (2000,)}
     parameters = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in shapes.items()}
@@ -107,6 +108,47 @@ def test_an_optimizer(levels: str, bits: int) -> None:
         norm = 3 * float(gradient(0, shapes[key]).abs().max())
         off = 1e-4 if levels == "standard" else 3 * norm
         torch.testing.assert_close(-parameter.detach().double(), expected, rtol=0, atol=off)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_an_abandoned_step_leaves_nothing() -> None:
+    compression = make()
+    parameter = torch.nn.Parameter(torch.zeros(COUNT))
+    parameter.grad = torch.zeros(COUNT)  # where it stays
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        named_parameters=[("weight", parameter)],
+        compression=compression,
+    )
+    for step in range(3):
+        own = gradient(hvd.rank(), COUNT, tag=step)
+        (parameter * own).sum().backward()
+        if step == 1:
+            optimizer.load_state_dict(optimizer.state_dict())  # Horovod forgets its handles
+            hvd.barrier()  # Horovod itself refuses a name that is still being reduced
+            time.sleep(0.1)
+        else:
+            optimizer.synchronize()
+        if step < 2:
+            parameter.grad.zero_()
+    expected = allreduce(own, "test.fresh", compression=make())  # nothing of it is random
+    assert torch.equal(parameter.grad, expected)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_a_rank_that_has_joined(name: str) -> None:
+    """It keeps its residuals, and the others go on with theirs."""
+    compression, last = make(), hvd.rank() == hvd.size() - 1
+    x = gradient(hvd.rank(), COUNT)
+    allreduce(x, name, compression=compression)
+    before = residuals(compression)[name].clone()
+    if not last:
+        allreduce(x, name, compression=compression)
+    hvd.join()
+    after = residuals(compression)[name]
+    assert torch.equal(before, after) == last
+    assert bool(after.isfinite().all())
+    check_replicas(allreduce(x, name, compression=compression))
 
 
 @pytest.mark.usefixtures("several_ranks")
