@@ -21,7 +21,7 @@ Rules = Mapping[str, Mapping[str, Any] | None]
 # Below this the latency of the extra operations costs more than the bytes that they save.
 DEFAULT_MIN_ELEMENTS = 4096
 
-# With error_feedback. Powers of two lose at most a third of an element, and need none.
+# With error_feedback: those whose kernels round to the nearest level as well.
 FEEDBACK_LEVELS = ("standard", "two-hop")
 
 # As long as PyTorch's own process groups wait over Gloo: longer than validating on one rank takes
