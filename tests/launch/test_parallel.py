@@ -43,6 +43,7 @@ NOT_EVERYWHERE = {
     "tests/parallel/test_baselines.py": [("mpirun", 3)],
     "tests/parallel/test_auto.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_check_replicas.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_error_feedback.py": [("mpirun", 2), ("horovodrun", 2)],
     "tests/parallel/test_gpu_tensors.py": [("mpirun", 2)],
     "tests/parallel/test_refusals.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_rules.py": [("mpirun", 3)],

@@ -183,6 +183,17 @@ def test_one_rank_may_save_it_for_all(name: str) -> None:
     torch.testing.assert_close(result.double(), sent, rtol=0, atol=1e-5)
 
 
+def test_statistics_are_of_what_is_quantized(name: str) -> None:
+    compression = make(stats=1)
+    left = torch.zeros(COUNT)
+    for step in range(2):
+        own = gradient(hvd.rank(), COUNT, tag=step)
+        allreduce(own, name, compression=compression)
+        quantized, left = own + left, residuals(compression)[name]
+        expected = float(left.square().sum() / quantized.square().sum())
+        assert compression.stats[name].relative_error == pytest.approx(expected, rel=1e-4)
+
+
 def test_another_shape_begins_with_zeros(name: str) -> None:
     compression = make()
     for count in (COUNT, COUNT + 1):
