@@ -88,7 +88,7 @@ OVER_MPI = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "optimize
 # Those for which two ranks are enough.
 OVER_MPI_WITH_TWO = [
     f"tests/parallel/test_{part}.py"
-    for part in ("gpu_tensors", "training", "rules", "shared", "unnamed")
+    for part in ("error_feedback", "gpu_tensors", "training", "rules", "shared", "unnamed")
 ]
 
 
