@@ -304,6 +304,7 @@ class Compression(Frontend):
                 more than one.
             error_feedback: add what this rank's codes leave out of a gradient to the next gradient
                 of that name, and round codes to the nearest level. For 2 to 4 bits; not unbiased.
+                It did not help in the runs of docs/quality.md.
                 Takes memory of the gradients' size. For "standard" and "two-hop" levels, without
                 nodes (PyTorch only).
             timeout: seconds after which a reduction that does not move ends this rank with an error
