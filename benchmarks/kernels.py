@@ -91,8 +91,8 @@ def cases(count: int) -> list[Case]:
         Case("absmax", x.nbytes, lambda: host.absmax(source, BLOCK_SIZE, scratch)),
         Case("l2 norm", x.nbytes, lambda: host.l2norm(source, BLOCK_SIZE, scratch)),
     ]
-    plans = [Scheme(bits=bits).plan(1) for bits in (8, 4, 10, 16)]
-    plans += [Scheme(levels="two-hop", bits=bits).plan(1) for bits in (8, 4)]
+    plans = [Scheme(levels="standard", bits=bits).plan(1) for bits in (8, 4, 10, 16)]
+    plans += [Scheme(levels="two-hop", bits=bits).plan(1) for bits in (8, 6, 5, 4)]
     for plan in plans:
         payload = aligned(lanes.standard_words(count, plan.bits), np.int32)
         shared = {"block_size": BLOCK_SIZE, "bits": plan.bits, "square": plan.square}

@@ -111,7 +111,7 @@ def plot(documents: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--levels", default="standard", choices=GlobalQSGD.LEVELS)
+    parser.add_argument("--levels", default="two-hop", choices=GlobalQSGD.LEVELS)
     parser.add_argument("--transport", default="horovod", choices=GlobalQSGD.TRANSPORTS)
     parser.add_argument("--output", type=Path, default=Path("build/long_run"))
     parser.add_argument(

@@ -97,10 +97,10 @@ WORKLOADS: dict[str, Any] = {
 # for rounding.
 METHODS: dict[str, Callable[[], TorchFrontend] | None] = {
     "none": None,
-    "standard": GlobalQSGD,
+    "standard": lambda: GlobalQSGD(levels="standard"),
     "exponential": lambda: GlobalQSGD(levels="exponential"),
-    "two-hop": lambda: GlobalQSGD(levels="two-hop"),
-    "standard-4": lambda: GlobalQSGD(bits=4),
+    "two-hop": GlobalQSGD,
+    "standard-4": lambda: GlobalQSGD(levels="standard", bits=4),
     "exponential-4": lambda: GlobalQSGD(levels="exponential", bits=4),
     "two-hop-4": lambda: GlobalQSGD(levels="two-hop", bits=4),
     "two-hop-4-block-64": lambda: GlobalQSGD(levels="two-hop", bits=4, block_size=64),

@@ -3,9 +3,9 @@
     python benchmarks/quantizers.py            # 4 and 64 ranks, about two minutes on one core
 
 What exists runs through the project's own codec, n ranks in one process. Candidates are simulated
-in NumPy, in the same lanes and with the same levels; one of them, with stratified dithers, has to
-give what the codec gives, and the run stops if it does not. Prints a table for each number of
-ranks, writes quantizers.json and quantizers.png.
+in NumPy, in the same lanes and with the same levels; two of them, standard and two-hop levels with
+stratified dithers, have to give what the codec gives, or the run stops. Prints a table for each
+number of ranks, writes quantizers.json and quantizers.png.
 
 Error: ‖result - mean‖² / ‖mean‖². Bits: codes, norms and whatever else a candidate sends, for each
 element, as what one Allreduce of that size would move.
@@ -43,6 +43,7 @@ NORM_BITS = 32
 OUTLIER_BITS = 32 + 8
 TRIALS = 3
 WIDTHS = (4, 8, 10, 16)
+TWO_HOP_WIDTHS = (3, 4, 5, 6, 8)
 
 
 @dataclass
@@ -131,14 +132,18 @@ def codec_mean(x: NDArray[np.float32], config: Config, step: int) -> Array:
 
 
 EXISTING = [
-    *(Config(bits=bits, block_size=size) for bits in WIDTHS for size in (256, 128, 512)),
-    *(Config(bits=bits, block_size=None) for bits in WIDTHS),
-    *(Config(bits=bits, block_size=256, norm="l2") for bits in WIDTHS),
+    *(
+        Config(levels="standard", bits=bits, block_size=size)
+        for bits in WIDTHS
+        for size in (256, 128, 512)
+    ),
+    *(Config(levels="standard", bits=bits, block_size=None) for bits in WIDTHS),
+    *(Config(levels="standard", bits=bits, block_size=256, norm="l2") for bits in WIDTHS),
     Config(levels="exponential", bits=8, block_size=None),
     Config(levels="exponential", bits=8, block_size=256),
     Config(levels="exponential", bits=4, block_size=256),
     Config(levels="exponential", bits=4, block_size=None),
-    *(Config(levels="two-hop", bits=bits, block_size=256) for bits in (4, 8)),
+    *(Config(levels="two-hop", bits=bits, block_size=256) for bits in TWO_HOP_WIDTHS),
 ]
 
 
@@ -250,7 +255,7 @@ EVEN, SQUARE, TRIANGULAR = "even", "square", "triangular"
 
 def levels_of(bits: int, spacing: str | int) -> Array:
     """The magnitudes that codes of `bits` bits stand for, from 0 to 1."""
-    top = 2 ** (bits - 1) - 1
+    top = lanes.two_hop_levels(bits)
     number = np.arange(top + 1.0)
     if spacing == EVEN:
         return number / top
@@ -336,10 +341,9 @@ def hops(
     method: Callable[..., Array] = two_hop,
     **options: Any,
 ) -> Candidate:
-    """A candidate of two hops. The second norms travel once, half of an Allreduce of them."""
-    extra = NORM_BITS / BLOCK / 2
+    """A candidate of two hops, of the bytes of two-hop levels."""
     return Candidate(
-        lambda x, bits, rng: (method(x, bits, draw, rng, **options), extra), widths, summed=False
+        lambda x, bits, rng: (method(x, bits, draw, rng, **options), 0.0), widths, summed=False
     )
 
 
@@ -347,7 +351,12 @@ def exact(keep: float) -> Candidate:
     return Candidate(lambda x, bits, rng: clipped(x, bits, independent, rng, keep), WIDTHS)
 
 
+# Candidates that exist, and what they are called there.
 CHECK = "stratified"  # the dithers of the codec
+CHECKS = {
+    CHECK: f"standard, B={BLOCK}",
+    "two-hop, square levels, stratified": f"two-hop, B={BLOCK}",
+}
 CANDIDATES = {
     "independent": lane_sum(standard, independent),
     CHECK: lane_sum(standard, stratified),
@@ -360,10 +369,10 @@ CANDIDATES = {
     "1/256 exact": exact(1 / 256),
     "4/256 exact": exact(4 / 256),
     "two-hop, even levels": hops(independent),
-    "two-hop, even levels, stratified": hops(stratified),
+    "two-hop, even levels, stratified": hops(stratified, TWO_HOP_WIDTHS),
     "two-hop, even levels, rotated 256": hops(independent, method=rotated, inner=two_hop),
-    "two-hop, square levels, stratified": hops(stratified, spacing=SQUARE),
-    "two-hop, triangular levels, stratified": hops(stratified, spacing=TRIANGULAR),
+    "two-hop, square levels, stratified": hops(stratified, TWO_HOP_WIDTHS, spacing=SQUARE),
+    "two-hop, triangular levels, stratified": hops(stratified, TWO_HOP_WIDTHS, spacing=TRIANGULAR),
     **{
         f"two-hop, {2**m} an octave": hops(independent, (4, 8) if m < 2 else (8,), spacing=m)
         for m in range(6)
@@ -417,13 +426,11 @@ def measure(x: NDArray[np.float32], kind: str) -> list[Result]:
             Result(name, n, kind, config.bits, bits, float(np.mean(errors)), formula, False)
         )
     own = blocked(x.astype(np.float64))
-    for bits in WIDTHS:
+    for bits in sorted({*WIDTHS, *TWO_HOP_WIDTHS}):
         for name, candidate in CANDIDATES.items():
             if not candidate.runs(bits, n):
                 continue
-            levels: Literal["standard", "exponential"] = (
-                "standard" if candidate.summed else "exponential"
-            )
+            levels: Literal["standard", "two-hop"] = "standard" if candidate.summed else "two-hop"
             plan = Config(levels=levels, bits=bits, block_size=BLOCK).plan(n)
             base = wire.wire(count, plan).bits_per_element(count)
             errors, extra = [], 0.0
@@ -442,18 +449,18 @@ def measure(x: NDArray[np.float32], kind: str) -> list[Result]:
 def check(results: list[Result]) -> None:
     """Stop unless the simulation gives what the codec gives, where trials can tell: Gaussians."""
     for result in results:
-        if result.name == CHECK and result.gradients == "Gaussian":
+        if result.name in CHECKS and result.gradients == "Gaussian":
             twin = next(
                 r
                 for r in results
-                if r.name == f"standard, B={BLOCK}"
+                if r.name == CHECKS[result.name]
                 and (r.ranks, r.gradients, r.lane_bits)
                 == (result.ranks, result.gradients, result.lane_bits)
             )
             off = abs(result.error / twin.error - 1)
             if off > 0.05:
                 raise SystemExit(
-                    f"The simulation is {off:.0%} off the codec: {result.error} and {twin.error} "
+                    f"{result.name}: {off:.0%} off the codec: {result.error} and {twin.error} "
                     f"with {result.lane_bits} bits on {result.ranks} ranks."
                 )
 

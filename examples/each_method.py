@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from common import methods
+
 from gq_horovod.research import report
 
 ALL = "all"
@@ -50,9 +52,7 @@ def command_for(method: str, command: Sequence[str]) -> list[str]:
             if not _ALL.search(value):
                 raise ValueError(f"{option}: expected the word {ALL} in its name, got {value!r}.")
             if option == "--compression":
-                name, _, bits = method.rpartition("-")
-                own = [f"{option}={name}", f"--bits={bits}"] if bits.isdecimal() else []
-                made += own or [f"{option}={method}"]
+                made += methods.options_of(method)
                 continue
             word = f"{option}={_ALL.sub(method, value)}"
         made.append(word)

@@ -18,7 +18,7 @@ from mpi_ops.scheme import Scheme, one_of
 
 from . import __version__, log
 from .guards import stats as statistics
-from .path.buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
+from .path.buckets import DEFAULT_FIRST_BUCKET_BYTES
 from .path.config import (
     AUTO,
     DEFAULT_MIN_ELEMENTS,
@@ -253,14 +253,14 @@ class Compression(Frontend):
     def __init__(
         self,
         *,
-        levels: Literal["standard", "exponential", "two-hop", "auto"] = "standard",
+        levels: Literal["standard", "exponential", "two-hop", "auto"] = "two-hop",
         bits: int | None = None,
         block_size: int | Literal["auto", "bucket"] | None = "auto",
         norm: Literal["max", "l2"] = "max",
         min_elements: int = DEFAULT_MIN_ELEMENTS,
         seed: int = 0,
         process_set: Any = None,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES,
         transport: Literal["horovod", "mpi"] = "horovod",
         hierarchical: bool | Literal["auto"] = "auto",
@@ -273,15 +273,16 @@ class Compression(Frontend):
         """Configure it.
 
         Arguments:
-            levels: "standard" (evenly spaced levels, summed by Allreduce), "exponential" (powers of
-                two, an error that does not grow with the number of ranks) or "two-hop" (squares of
-                evenly spaced numbers, by Alltoall and Allgather; the most accurate at its width for
-                any number of ranks. From 9 bits on levels are evenly spaced, and with 9 no better
-                than with 8). "auto" tries standard and two-hop levels, standard ones of 16 bits and
-                no compression on the first 99 steps (TensorFlow: 75), and then stays with what was
-                fastest (see gq_horovod.path.auto).
+            levels: "two-hop" (squares of evenly spaced numbers, by Alltoall and Allgather; the most
+                accurate at its width for any number of ranks; from 9 bits on evenly spaced ones),
+                "standard" (evenly spaced levels, summed by Allreduce) or "exponential" (powers of
+                two, an error that does not grow with the number of ranks). "auto" tries standard
+                and two-hop levels, standard ones of 16 bits and no compression on the first 99
+                steps (TensorFlow: 75), and then stays with what was fastest (see
+                gq_horovod.path.auto).
             bits: bits per element on the wire, 2 to 16, 4 or 8 for exponential levels. None takes
-                8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on.
+                8, and for standard levels 10 from 19 ranks and 16 from 74 ranks on. Two-hop levels
+                of 3, 5 and 6 bits send 3.2, 5.3 and 6.4; 7 are 8, 9 are 10, and 11 to 15 are 16.
             block_size: elements that share a norm, a multiple of 32; None for one norm per tensor;
                 "auto" takes 256, and None for 8-bit exponential levels; "bucket" has one norm for
                 all tensors of a bucket, as the paper's runs had.
@@ -290,7 +291,8 @@ class Compression(Frontend):
             seed: key of the dither; runs that share it (and everything else) are reproducible.
             process_set: the process set whose ranks reduce; by default that of the caller.
             bucket_bytes: gradients of an optimizer that are reduced together, in bytes; 0 for each
-                by itself. Results do not depend on it, unless block_size is "bucket".
+                by itself. Results do not depend on it, unless block_size is "bucket". None takes 8
+                MiB, and for two-hop and exponential levels 0.5 MiB for each rank if that is more.
             first_bucket_bytes: the same of those that come first.
             transport: "horovod" (its Allreduce, Alltoall and Allgather, over MPI, Gloo or NCCL) or
                 "mpi" (messages between ranks through mpi4py beside Horovod, in chunks that overlap;
@@ -301,7 +303,8 @@ class Compression(Frontend):
                 where HOROVOD_DYNAMIC_PROCESS_SETS=1. Horovod has no two of the same ranks: add
                 yours of a node, or of a place in all nodes, before that, and keep them. "auto" does
                 so where codes stay on GPUs, and there are several nodes with as many ranks each,
-                more than one.
+                more than one; not in elastic jobs, of which Horovod ends all workers when one is
+                lost and there are process sets.
             error_feedback: add what this rank's codes leave out of a gradient to the next gradient
                 of that name, and round codes to the nearest level. For 2 to 4 bits; not unbiased.
                 It did not help in the runs of docs/quality.md.
@@ -314,7 +317,8 @@ class Compression(Frontend):
                 ReplicaMismatchError where they differ; None for never.
             stats: whether to measure what quantization does to each tensor, every 100th step or
                 every `stats`-th one; the attribute `stats` has the newest figures by tensor name,
-                and gq_horovod.stats.write() hands them to TensorBoard. Ranks may differ.
+                and gq_horovod.stats.write() hands them to TensorBoard. Ranks may differ. There are
+                none where gradients are reduced by nodes, which the log says.
             rules: options by layer, {pattern: options}. Of the patterns that the name of a tensor
                 matches (as file names: "*.bias", "embedding?.*"), the first counts. Options are a
                 dictionary of levels (but for "auto"), bits, block_size, norm and min_elements, in

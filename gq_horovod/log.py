@@ -16,10 +16,13 @@ It knows no framework.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import socket
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -155,8 +158,12 @@ class Rarely:
 class Census:
     """The tensors of the first step: one line for each at DEBUG, one for all of them at INFO.
 
-    The step is over where a tensor comes by again, or where all of it have been seen.
+    The step is over where a tensor comes by again, or where all of it have been seen. Some steps
+    later a line at INFO says how long they took, if the same tensors have come by until then.
     """
+
+    # Steps that are timed; before them connections and caches are made.
+    WARM_UP, TIMED = 3, 10
 
     def __init__(self, log: Log, function: str, patterns: Sequence[str] = ()) -> None:
         """Begin.
@@ -171,6 +178,8 @@ class Census:
         self._function = function
         self._seen: set[str] = set()
         self._summed_up = False
+        self._begins: list[float] | None = []  # when steps began, in seconds; None: no more
+        self._later = 0  # tensors seen since the first step
         self._compressed: list[int] = []  # elements
         self._left: dict[str, list[tuple[str, int]]] = {}  # names and elements, by reason
         # Bytes that a rank sends for all tensors, as they are and without compression; None where
@@ -182,7 +191,8 @@ class Census:
     def wanted(self) -> bool:
         """Whether to call see(); all that a step costs where nobody asks."""
         if self._summed_up:
-            return self._log.on(logging.DEBUG)
+            timing = self._begins is not None and self._log.on(logging.INFO)
+            return timing or self._log.on(logging.DEBUG)
         return self._log.on(logging.WARNING if self._patterns else logging.INFO)
 
     def see(
@@ -207,8 +217,11 @@ class Census:
             expected: tensors of the whole step, if that is known.
             label: what rules know it by, if that is another name.
         """
+        self._time(name)
         if name in self._seen:
             self._sum_up()
+            return
+        if self._summed_up and not self._log.on(logging.DEBUG):
             return
         self._seen.add(name)
         way = f"left to Horovod, because it has {reason}" if reason else "compressed"
@@ -240,6 +253,38 @@ class Census:
             self._left.setdefault(reason, []).append((name, elements or 0))
         if expected is not None and len(self._seen) >= expected:
             self._sum_up()
+
+    def _time(self, name: str) -> None:
+        """Count the steps by their first tensor, and say how long they took."""
+        if self._begins is None:
+            return
+        if not self._seen:
+            self._leader = name
+        if self._summed_up:
+            self._later += 1
+        if name == self._leader:
+            self._begins.append(time.perf_counter())
+        steps = len(self._begins) - 1
+        if steps < self.WARM_UP + self.TIMED:
+            # A program whose tensors always have new names has no steps that could be told apart.
+            if self._later > 2 * (self.WARM_UP + self.TIMED) * len(self._seen):
+                self._begins = None
+            return
+        taken = [after - before for before, after in itertools.pairwise(self._begins)]
+        taken = sorted(taken[self.WARM_UP :])
+        self._begins = None
+        middle = statistics.median(taken)
+        self._log.say(
+            logging.INFO,
+            "steps",
+            f"{self._function}: a step takes {1e3 * middle:.3g} ms, the median of {self.TIMED} "
+            f"after the first {self.WARM_UP} ({1e3 * taken[0]:.3g} to {1e3 * taken[-1]:.3g} ms)",
+            function=self._function,
+            seconds=middle,
+            fastest=taken[0],
+            slowest=taken[-1],
+            steps=self.TIMED,
+        )
 
     def _sum_up(self) -> None:
         if self._summed_up:

@@ -13,10 +13,12 @@ from . import lanes, sizes
 from .kernels.host import ITEM_BYTES, Buffer
 from .scheme import Plan
 
-# Elements of a chunk that one operation of Horovod carries. It still fills the network; with many
-# ranks chunks grow, so that what goes to each of them does too.
+# Elements of a chunk that one operation of Horovod carries. It still fills the network. Operations
+# wait for as many messages, one after the other, as there are ranks: so chunks grow with them.
+# Beyond MANY_RANKS they grow as the root, because fewer chunks overlap less (docs/advisor.md).
 CHUNK_ELEMENTS = 1 << 21
-CHUNK_ELEMENTS_PER_RANK = 1 << 16
+CHUNK_ELEMENTS_PER_RANK = 1 << 18
+MANY_RANKS = 256
 
 # Chunks that travel as messages between ranks (`mpi_ops.exchange`). A chunk's buffers hold twice
 # its compressed size. Four of at least eight chunks in flight keep that below the compressed size
@@ -53,7 +55,8 @@ class Chunk:
 
 def chunk_elements(ranks: int) -> int:
     """Elements of a chunk that one operation of Horovod carries, among so many ranks."""
-    return max(CHUNK_ELEMENTS, CHUNK_ELEMENTS_PER_RANK * ranks)
+    growth = min(ranks, math.isqrt(MANY_RANKS * ranks))
+    return max(CHUNK_ELEMENTS, CHUNK_ELEMENTS_PER_RANK * growth)
 
 
 def message_elements(count: int, ranks: int) -> int:

@@ -13,7 +13,7 @@ MPI.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +81,18 @@ class Exchange:
         self.deliver(parcel, reduced.reshape(-1))
 
 
-def alltoall(comm: MPI.Intracomm, tag: int, array: NDArray[Any], out: NDArray[Any]) -> Steps:
-    """Piece i of rank j becomes piece j of rank i, in `out`; pieces are equal parts of `array`."""
-    own, pieces = array.reshape(comm.size, -1), out.reshape(comm.size, -1)
+def alltoall(
+    comm: MPI.Intracomm,
+    tag: int,
+    array: NDArray[Any],
+    out: NDArray[Any],
+    sizes: Sequence[int] | None = None,
+) -> Steps:
+    """Piece i of rank j becomes piece j of rank i, in `out`.
+
+    Pieces of `array` have so many elements, or are equal parts; the same on every rank.
+    """
+    own, pieces = _pieces(array, comm.size, sizes), out.reshape(comm.size, -1)
     others = _others(comm)
     requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
     requests += [comm.Isend(own[rank], rank, tag) for rank in others]
@@ -91,12 +100,18 @@ def alltoall(comm: MPI.Intracomm, tag: int, array: NDArray[Any], out: NDArray[An
     yield from finish(requests)
 
 
-def allgather(comm: MPI.Intracomm, tag: int, array: NDArray[Any], out: NDArray[Any]) -> Steps:
-    """The arrays of all ranks, in `out`."""
-    rows, others = out.reshape(comm.size, -1), _others(comm)
+def allgather(
+    comm: MPI.Intracomm,
+    tag: int,
+    array: NDArray[Any],
+    out: NDArray[Any],
+    sizes: Sequence[int] | None = None,
+) -> Steps:
+    """The arrays of all ranks, in `out`; they have so many elements each, or are equally large."""
+    rows, others = _pieces(out, comm.size, sizes), _others(comm)
     requests = [comm.Irecv(rows[rank], rank, tag) for rank in reversed(others)]
     requests += [comm.Isend(array, rank, tag) for rank in others]
-    rows[comm.rank] = array
+    rows[comm.rank][:] = array
     yield from finish(requests)
 
 
@@ -111,6 +126,13 @@ def largest(
     yield from alltoall(comm, tag, padded, pieces)
     yield from allgather(comm, tag + 1, pieces.max(axis=0), found)
     return found.reshape(-1)[: array.size]
+
+
+def _pieces(array: NDArray[Any], ranks: int, sizes: Sequence[int] | None) -> Sequence[NDArray[Any]]:
+    """One for each rank, of so many elements, or equal parts."""
+    if sizes is None:
+        return list(array.reshape(ranks, -1))
+    return np.split(array.reshape(-1), np.cumsum(sizes)[:-1])
 
 
 def _others(comm: MPI.Intracomm) -> list[int]:

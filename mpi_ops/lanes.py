@@ -2,7 +2,8 @@
 
 A *code* is the integer that stands for one element. Standard codes are summed inside *lanes* of
 `bits` bits, several to an int32 word (balanced radix: word = sum of lane_k * 2**(bits*k), lanes
-signed). A *block* is the run of elements that share one norm. Elements are handled in rows of
+signed). Two-hop codes of 3, 5 and 6 bits have *dense* lanes, of the largest radix that fits a word.
+A *block* is the run of elements that share one norm. Elements are handled in rows of
 `ROW`, the width of a GPU warp; payloads are padded to whole rows.
 """
 
@@ -41,6 +42,32 @@ def levels(bits: int, world_size: int) -> int:
     world_size * s <= 2**(bits-1) - 1. Zero means that `bits` is too small for `world_size`.
     """
     return (2 ** (bits - 1) - 1) // world_size
+
+
+def two_hop_levels(bits: int) -> int:
+    """Levels s on each side of zero of two-hop codes, whose words are not added.
+
+    All that a lane of `bits` bits can hold. Up to SQUARE_BITS all that a word can: the largest s
+    with (2s+1)**lanes <= 2**32, which is more than 2**(bits-1) - 1 for 3, 5 and 6 bits (see
+    `dense`). 7 bits have lanes of their own width, which `widest` leaves to world sizes that 8 bits
+    are too many for.
+    """
+    count = WORD_BITS // bits
+    found = levels(bits, 1)
+    if bits <= SQUARE_BITS and bits == widest(bits):
+        while (2 * found + 3) ** count <= 2**WORD_BITS:
+            found += 1
+    return found
+
+
+def widest(bits: int) -> int:
+    """The largest width of which a word has as many lanes as of `bits` bits: 8 for 7, 16 for 11."""
+    return WORD_BITS // (WORD_BITS // bits)
+
+
+def dense(bits: int, square: bool) -> bool:
+    """Whether the radix of lanes is 2s+1 in place of a power of two (Dense in elements.h)."""
+    return square and two_hop_levels(bits) > levels(bits, 1)
 
 
 def units(levels: int, square: bool) -> int:

@@ -239,7 +239,7 @@ def layout(
             in chunks of their own size.
         norms_for: the plan of the layout by which norms are there already, if that is another.
         parts_of: where these are parts of tensors, the first element of each, and the elements of
-            its whole tensor. Parts begin with whole blocks and whole lanes.GROUP, and have the
+            its whole tensor. Parts begin with whole units of shares (`nodes.unit`), and have the
             chunks and the dithers of the whole: their codes are those that it would have there.
     """
     messages = limit is None

@@ -8,22 +8,25 @@ For each *round* of a bucket, among nodes of as many ranks each:
    with levels, norms and dithers for as many parties as there are nodes (`Round.parts`).
 3. The node's ranks gather the shares, and unpack them.
 
-A share is of whole blocks and whole groups of random numbers. So, where a block has a size, the
-codes are those of a flat reduction of the nodes' means.
+A share has whole blocks and whole groups of random numbers of each tensor. So, where a block has a
+size, the codes are those of a flat reduction of the nodes' means. Shares differ in size by up to
+two of these, and nothing is packed between them.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import lanes
+from . import lanes, sizes
 from .kernels.interface import ITEM_BYTES, SEGMENT, Tensors
 from .layout import addresses, layout
 from .scheme import Plan
@@ -85,13 +88,13 @@ class Round:
     """What of a bucket is reduced at one time."""
 
     index: int
-    share: int  # elements of each share; the last ones may stand for nothing
+    sizes: tuple[int, ...]  # elements of each share; a share without parts has one
     shares: tuple[tuple[Part, ...], ...]  # by the place of the rank that reduces them
 
     @property
     def size(self) -> int:
         """Packed elements."""
-        return self.share * len(self.shares)
+        return sum(self.sizes)
 
     @cached_property
     def _all(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
@@ -112,7 +115,7 @@ class Round:
 
     def parts(self, place: int, share: int) -> NDArray[np.uint64]:
         """The addresses of the parts of a share, where that begins with the address `share`."""
-        begin = place * self.share
+        begin = sum(self.sizes[:place])
         offsets = [ITEM_BYTES["float32"] * (part.flat - begin) for part in self.shares[place]]
         return np.array(offsets, dtype=np.uint64) + np.uint64(share)
 
@@ -135,8 +138,13 @@ class Round:
 
 
 def unit(plan: Plan) -> int:
-    """Elements that shares are made of: whole blocks, and whole groups of random numbers."""
-    return math.lcm(plan.block_size or lanes.GROUP, lanes.GROUP)
+    """Elements that shares are made of: whole blocks, and whole groups of random numbers.
+
+    Where ranks reduce shares of their codes, these are whole as well: a share may have the end of a
+    chunk, and the chunk behind it begins with another one.
+    """
+    own = math.lcm(plan.block_size or lanes.GROUP, lanes.GROUP)
+    return own if plan.in_flight else math.lcm(own, sizes.share_unit(plan))
 
 
 @lru_cache(maxsize=1024)
@@ -149,34 +157,46 @@ def rounds(
         counts: of elements, one for each tensor.
         plan: of what is reduced between nodes.
         ranks_per_node: as many shares each round has.
-        limit: elements of a share, about.
+        limit: elements of a share, at least one `unit`; it may have one more.
     """
-    own = unit(plan)
-    ends = np.cumsum([-(-count // own) for count in counts]).tolist()  # in units, of all tensors
-    total = ends[-1] if ends else 0
+    own, total = unit(plan), sum(counts)
     if total == 0:
         return ()
-    number = -(-total // (max(limit // own, 1) * ranks_per_node))
-    share = -(-total // (number * ranks_per_node))  # in units
+    number = -(-total // (max(limit, own) * ranks_per_node))
+    ends = list(accumulate(counts))
 
-    def parts(begin: int) -> tuple[Part, ...]:
-        """Those of a share that begins with a unit."""
-        found = []
-        for tensor, (count, end) in enumerate(zip(counts, ends, strict=True)):
-            first = end - -(-count // own)  # the tensor's first unit
-            start, stop = max(begin, first), min(begin + share, end)
+    def edge(wanted: int) -> int:
+        """The place next to one among all elements where a share may begin."""
+        tensor = bisect_right(ends, wanted)
+        if tensor == len(counts):
+            return total
+        begin = ends[tensor] - counts[tensor]
+        return min(begin + (wanted - begin + own // 2) // own * own, ends[tensor])
+
+    shares = number * ranks_per_node
+    edges = [edge(share * total // shares) for share in range(shares + 1)]
+    each = [edges[begin:][: ranks_per_node + 1] for begin in range(0, shares, ranks_per_node)]
+    # Where units are large, one may be empty.
+    each = [places for places in each if places[0] < places[-1]]
+    return tuple(_round(index, places, counts, ends) for index, places in enumerate(each))
+
+
+def _round(index: int, edges: list[int], counts: tuple[int, ...], ends: list[int]) -> Round:
+    """One whose shares begin and end at places among the elements of all tensors."""
+    shares: list[tuple[Part, ...]] = []
+    elements: list[int] = []
+    for begin, end in pairwise(edges):
+        parts, at = [], sum(elements)
+        for tensor in range(bisect_right(ends, begin), len(counts)):
+            first = ends[tensor] - counts[tensor]
+            if first >= end:
+                break
+            start, stop = max(begin, first), min(end, ends[tensor])
             if start < stop:
-                at = (start - begin + begin % (share * ranks_per_node)) * own
-                part = (start - first) * own, min((stop - first) * own, count)
-                found.append(Part(tensor, *part, at))
-        return tuple(found)
-
-    begins = range(0, number * ranks_per_node * share, share)
-    shares = [parts(begin) for begin in begins]
-    return tuple(
-        Round(index, share * own, tuple(shares[index * ranks_per_node :][:ranks_per_node]))
-        for index in range(number)
-    )
+                parts.append(Part(tensor, start - first, stop - first, at + start - begin))
+        shares.append(tuple(parts))
+        elements.append(max(end - begin, 1))
+    return Round(index, tuple(elements), tuple(shares))
 
 
 @lru_cache(maxsize=4096)  # what is worked out for a bucket serves all of its steps

@@ -38,7 +38,10 @@ Bytes = NDArray[np.uint8]
 # Yields whenever there is nothing to do but wait; returns the error that every rank gets, if any.
 Reduction = Generator[None, None, Exception | None]
 
-# Exchanges in flight on one communicator have tags of their own. MPI guarantees tags to 32767.
+# Exchanges in flight on one communicator have tags of their own. MPI guarantees tags to 32767. What
+# finds no tags free waits for the oldest operation: this many may be in flight, and a third of that
+# by nodes. On the other ranks the oldest may still go on: MPI delivers messages of one tag in the
+# order in which they were sent.
 _TAG_SETS = 32768 // TAGS
 
 _DESCRIPTION_BYTES = 1024
@@ -58,7 +61,7 @@ class _Channel:
     comm: MPI.Intracomm
     operations: int = 0  # started so far, the same on every rank
     turn: int = 0  # the operation that may start its next collective
-    in_flight: list[Request] = field(default_factory=list)
+    in_flight: list[Request] = field(default_factory=list)  # in the order of their operations
     # Threads may wait for different requests. Reentrant, since a signal may come at any time.
     lock: threading.RLock = field(default_factory=threading.RLock)
     # What stopped an operation on this rank alone; its traceback keeps the buffers that MPI uses.
@@ -69,6 +72,13 @@ class _Channel:
     def next_operation(self) -> int:
         self.operations += 1
         return self.operations - 1
+
+    def tags_of(self, operation: int, sets: int) -> Generator[None, None, int]:
+        """The first of an operation's tags, in so many sets, once no other one here has them."""
+        at_once = _TAG_SETS // sets
+        while self.in_flight[0].operation <= operation - at_once:
+            yield
+        return operation % at_once * sets * TAGS
 
     def require_whole(self) -> None:
         """Raise RuntimeError where an operation stopped halfway: no other would be complete."""
@@ -200,7 +210,7 @@ def allreduce(
     array: Any,
     comm: MPI.Comm = MPI.COMM_WORLD,
     *,
-    levels: Literal["standard", "exponential", "two-hop"] = "exponential",
+    levels: Literal["standard", "exponential", "two-hop"] = "two-hop",
     bits: int | None = None,
     block_size: int | Literal["auto"] | None = "auto",
     norm: Literal["max", "l2"] = "max",
@@ -258,7 +268,7 @@ def iallreduce(
     array: Any,
     comm: MPI.Comm = MPI.COMM_WORLD,
     *,
-    levels: Literal["standard", "exponential", "two-hop"] = "exponential",
+    levels: Literal["standard", "exponential", "two-hop"] = "two-hop",
     bits: int | None = None,
     block_size: int | Literal["auto"] | None = "auto",
     norm: Literal["max", "l2"] = "max",
@@ -270,8 +280,14 @@ def iallreduce(
     """Start an `allreduce`; the result is that of the request's wait().
 
     `array` and `out` must be left alone until then. Several may be in flight on one communicator,
-    if every rank starts them in the same order. Errors are raised by test() and wait(), which any
-    thread may call. `comm` may be freed before.
+    if every rank starts them in the same order. Of more than 4,096 (by nodes 1,365) the later ones
+    exchange nothing before the oldest are complete. Errors are raised by test() and wait(), which
+    any thread may call. `comm` may be freed before.
+
+    Making communicators blocks until all ranks do the same. The first call on `comm` duplicates it.
+    The first hierarchical one splits the duplicate when all that was started before is complete on
+    this rank: in the call, or in the test() or wait() of any request, which other ranks then have
+    to call as well.
     """
     channel = _channel(comm)
     problem: Exception | None = None
@@ -455,7 +471,8 @@ def _reduction(
                 yield
             channel.nodes = _Nodes.of(channel.comm)
         channel.turn += 1
-        return (yield from _by_nodes(channel.nodes, operation, prepared))
+        first_tag = yield from channel.tags_of(operation, nodes.ROUNDS_IN_FLIGHT)
+        return (yield from _by_nodes(channel.nodes, operation, first_tag, prepared))
     assert local is not None
     norms = np.empty_like(local)
     exchange = channel.comm.Iallreduce(local, norms, op=MPI.MAX)
@@ -464,7 +481,7 @@ def _reduction(
     del local
     own = layout((prepared.x.size,), prepared.plan, None)
     stages = Stages(own, (_NAME,), prepared.scheme.seed, channel.comm.rank)
-    first_tag = operation % _TAG_SETS * TAGS
+    first_tag = yield from channel.tags_of(operation, 1)
     numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
     x, target = Tensors.of(prepared.x), Tensors.of(prepared.target)
 
@@ -510,7 +527,7 @@ def _node(comm: MPI.Intracomm) -> MPI.Intracomm:
     return own
 
 
-def _by_nodes(own: _Nodes, operation: int, prepared: _Prepared) -> Reduction:
+def _by_nodes(own: _Nodes, operation: int, first_tag: int, prepared: _Prepared) -> Reduction:
     """Exact sums inside nodes, codes between them (`mpi_ops.nodes`)."""
     if own.problem is not None:
         return ValueError(
@@ -524,10 +541,9 @@ def _by_nodes(own: _Nodes, operation: int, prepared: _Prepared) -> Reduction:
     limit = chunk_elements(plan.world_size)
     rounds = nodes.rounds((prepared.x.size,), plan, own.inside.size, limit)
     slots = nodes.ROUNDS_IN_FLIGHT
-    first = operation * slots
 
     def reduce(one: Round) -> Steps:
-        tag = (first + one.index % slots) % _TAG_SETS * TAGS
+        tag = first_tag + one.index % slots * TAGS
         return _round(own, one, tag, operation, prepared, plan)
 
     yield from in_window(map(reduce, rounds), slots)
@@ -544,10 +560,10 @@ def _round(
     place, ranks = own.inside.rank, own.inside.size
     flat = np.empty(one.size, np.float32)
     codec.pack(x, one.packed(x), 1 / ranks, flat)
-    pieces = np.empty_like(flat)
-    yield from alltoall(own.inside, tag, flat, pieces)
-    share = np.empty(one.share, np.float32)
-    codec.add(pieces.reshape(ranks, -1), share)
+    pieces = np.empty((ranks, one.sizes[place]), np.float32)
+    yield from alltoall(own.inside, tag, flat, pieces, one.sizes)
+    share = np.empty(one.sizes[place], np.float32)
+    codec.add(pieces, share)
     del pieces
     names, counts, seed = (_NAME,), (prepared.x.size,), prepared.scheme.seed
     stages = nodes.stages_of(one, place, names, counts, plan, None, seed, own.across.rank)
@@ -566,7 +582,7 @@ def _round(
     if norms.size:
         numbers = np.array([operation & 0xFFFFFFFF], dtype=np.uint32)
         yield from Exchange(own.across, tag, parts, numbers, norms, stages, decode).run()
-    yield from allgather(own.inside, tag, share, flat)
+    yield from allgather(own.inside, tag, share, flat, one.sizes)
     codec.unpack(flat, one.packed(target), target)
 
 

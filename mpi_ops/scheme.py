@@ -36,8 +36,11 @@ class Scheme:
     # "two-hop": reduced in the same way: each rank decodes one share of all ranks' codes and rounds
     # its mean again, by norms of its own, so all levels of a code are used. Up to 8 bits they are
     # the squares of evenly spaced ones, finer where most elements are; beyond, evenly spaced.
-    levels: str = "standard"
-    # Bits per code on the wire. None: 8, and for standard levels more with more ranks.
+    # The default: a training ends where it would uncompressed, whatever the number of ranks
+    # (docs/quality.md), in as many bytes as the others and in as much time over MPI.
+    levels: str = "two-hop"
+    # Bits per code on the wire. None: 8, and for standard levels more with more ranks. Two-hop
+    # codes take the widest lanes of which a word has as many: `lanes.widest`.
     bits: int | None = None
     # Elements that share a norm, a multiple of 32. "auto": 256; one norm per tensor for 8-bit
     # exponential levels, whose relative error does not depend on the norm. None: one per tensor.
@@ -109,7 +112,7 @@ class Scheme:
             remedy = (
                 f"use bits={needed} or more, or leave bits out"
                 if needed in lanes.STANDARD_BITS
-                else "use levels='exponential', whose width does not depend on the world size"
+                else "use levels='two-hop', whose codes are not added in their lanes"
             )
             self._fail(
                 "bits",
@@ -124,16 +127,17 @@ class Scheme:
         """The plan of two-hop levels, which are added as integers of 32 bits."""
 
         def fits(bits: int) -> bool:
-            units = lanes.units(lanes.levels(bits, 1), bits <= lanes.SQUARE_BITS)
+            units = lanes.units(lanes.two_hop_levels(bits), bits <= lanes.SQUARE_BITS)
             return units * world_size < 2**31
 
         wanted = 8 if self.bits is None else self.bits
-        bits = next(filter(fits, range(wanted, 1, -1)))
-        if self.bits is not None and bits != wanted:
+        # Wider lanes cost nothing where a word has as many of them.
+        bits = next(filter(fits, range(lanes.widest(wanted), 1, -1)))
+        if self.bits is not None and bits < wanted:
             expected = f"one whose levels of {world_size} ranks add up in 32 bits"
             self._fail("bits", expected, wanted, f"pass bits={bits}")
         return Plan(
-            *(self.levels, bits, lanes.levels(bits, 1), self._block_size(bits), self.norm),
+            *(self.levels, bits, lanes.two_hop_levels(bits), self._block_size(bits), self.norm),
             *(world_size, bits <= lanes.SQUARE_BITS),
         )
 

@@ -28,7 +28,9 @@ CLEAN = (
     *("README.md", "SECURITY.md", "docs/install.md", "docs/tune.md", "docs/tutorial.md"),
     *("docs/troubleshooting.md", "docs/how-to/index.md", "docs/explanation/index.md"),
     *(f"docs/reference/{name}.md" for name in ("index", "torch", "tensorflow", "mpi", "common")),
-    "docs/reference/commands.md",
+    *("docs/reference/commands.md", "docs/advisor.md", "docs/benchmarks.md", "CONTRIBUTING.md"),
+    *("docs/reliability.md", "docs/cloud.md", "docs/tensorflow.md", "docs/workloads.md"),
+    *("docs/mpi.md", "docs/baselines.md"),
 )
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
@@ -60,6 +62,7 @@ def paragraphs(text: str) -> Iterator[tuple[int, list[str]]]:
         if fence:
             fenced = not fenced
         if other:
+            in_item = in_item and not line.startswith("#")  # a heading ends a list
             continue
         if not lines:  # the first of a paragraph
             in_item = bool(item) or (in_item and line.startswith(" "))

@@ -648,6 +648,8 @@ def train(workload: Workload) -> None:
         "final",
         steps=step,
         step_seconds=statistics.median(times),
+        step_seconds_mean=statistics.fmean(times),
+        step_seconds_deviation=statistics.pstdev(times),
         bytes_per_step=measured.bytes_per_rank() / step,
         seconds=measured.seconds(),
         replicas_equal=replicas_equal(model),

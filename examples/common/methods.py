@@ -74,6 +74,16 @@ METHODS = {
 }
 
 
+def options_of(label: str) -> list[str]:
+    """The options of a training script for a method's name, and -BITS behind it if it has some."""
+    name, _, bits = label.rpartition("-")
+    return (
+        [f"--compression={name}", f"--bits={bits}"]
+        if bits.isdecimal()
+        else [f"--compression={label}"]
+    )
+
+
 def make(name: str, **options: Any) -> Any:
     """Return the `compression=` argument of DistributedOptimizer for a method's name.
 

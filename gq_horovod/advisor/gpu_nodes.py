@@ -120,7 +120,7 @@ METHODS = (
     model.NONE,
     model.FP16,
     model.STANDARD,
-    model.global_qsgd("standard 8 bit", Config(bits=8)),
+    model.global_qsgd("standard 8 bit", Config(levels="standard", bits=8)),
     *(
         method
         for method in model.METHODS

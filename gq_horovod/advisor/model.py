@@ -402,23 +402,27 @@ def global_qsgd(
 
 NONE = Method("none", "compression=hvd.Compression.none")
 FP16 = Method("fp16", "compression=hvd.Compression.fp16", element_bytes=FLOAT16_BYTES)
-STANDARD = global_qsgd("standard", Config())
+STANDARD = global_qsgd("standard", Config(levels="standard"))
 EXPONENTIAL = global_qsgd("exponential", Config(levels="exponential"))
-TWO_HOP = global_qsgd("two-hop", Config(levels="two-hop"))
-TWO_HOP_MPI = global_qsgd("two-hop, mpi", Config(levels="two-hop", transport="mpi"))
-STANDARD_MPI = global_qsgd("standard, mpi", Config(transport="mpi"))
+TWO_HOP = global_qsgd("two-hop", Config())
+TWO_HOP_MPI = global_qsgd("two-hop, mpi", Config(transport="mpi"))
+STANDARD_MPI = global_qsgd("standard, mpi", Config(levels="standard", transport="mpi"))
 EXPONENTIAL_MPI = global_qsgd("exponential, mpi", Config(levels="exponential", transport="mpi"))
 METHODS = (
     NONE,
     FP16,
     STANDARD,
-    global_qsgd("standard 4 bit", Config(bits=4), recommended=False),
+    global_qsgd("standard 4 bit", Config(levels="standard", bits=4), recommended=False),
     EXPONENTIAL,
     global_qsgd("exponential 4 bit", Config(levels="exponential", bits=4), recommended=False),
     TWO_HOP,
-    global_qsgd("two-hop 4 bit", Config(levels="two-hop", bits=4), recommended=False),
+    global_qsgd("two-hop 4 bit", Config(bits=4), recommended=False),
     STANDARD_MPI,
-    global_qsgd("standard 4 bit, mpi", Config(bits=4, transport="mpi"), recommended=False),
+    global_qsgd(
+        "standard 4 bit, mpi",
+        Config(levels="standard", bits=4, transport="mpi"),
+        recommended=False,
+    ),
     EXPONENTIAL_MPI,
     global_qsgd(
         "exponential 4 bit, mpi",
@@ -426,11 +430,7 @@ METHODS = (
         recommended=False,
     ),
     TWO_HOP_MPI,
-    global_qsgd(
-        "two-hop 4 bit, mpi",
-        Config(levels="two-hop", bits=4, transport="mpi"),
-        recommended=False,
-    ),
+    global_qsgd("two-hop 4 bit, mpi", Config(bits=4, transport="mpi"), recommended=False),
 )
 
 
@@ -544,7 +544,7 @@ def _quantized(sizes: Sequence[int], method: Method, cluster: Cluster) -> Cost:
     parties, kernels = method.parties(cluster), cluster.kernels
     n = parties.ranks
     plan = config.plan(n)
-    together = in_buckets(sizes, config)
+    together = in_buckets(sizes, config, n)
     inner, floats = 0.0, 0.0
     shares = together
     if method.hierarchical:
@@ -615,15 +615,15 @@ def _inside(sizes: Sequence[int], cluster: Cluster) -> float:
     return seconds + 3 * (h - 1) / h * total / cluster.kernels.sum
 
 
-def in_buckets(sizes: Sequence[int], config: Config) -> list[tuple[int, ...]]:
+def in_buckets(sizes: Sequence[int], config: Config, parties: int) -> list[tuple[int, ...]]:
     """Elements of the tensors of each bucket of an optimizer, in the order in which they go.
 
-    `sizes` are those of the tensors in the order of model.parameters().
+    `sizes` are those of the tensors in the order of model.parameters(), `parties` is the number of
+    those that exchange codes.
     """
     own = sizes[::-1]
-    places = cut(
-        [FLOAT32_BYTES * size for size in own], config.first_bucket_bytes, config.bucket_bytes
-    )
+    limit = config.bucket_limit(config.plan(parties))
+    places = cut([FLOAT32_BYTES * size for size in own], config.first_bucket_bytes, limit)
     return [tuple(own[place] for place in chosen) for chosen in places]
 
 
@@ -685,7 +685,8 @@ def step_time(
         return compute
     last = [sizes[0] if len(sizes) > 1 else min(sizes[0], chunk_elements(cluster.ranks))]
     if method.config is not None and len(sizes) > 1:
-        last = list(in_buckets(sizes, method.config)[-1][::-1])
+        parties = method.parties(cluster).ranks
+        last = list(in_buckets(sizes, method.config, parties)[-1][::-1])
     reduction = cost(method, sizes, cluster)
     tail = min(cost(method, last, cluster).seconds, reduction.seconds)
     hidden = overlap * compute

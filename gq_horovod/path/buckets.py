@@ -8,15 +8,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from mpi_ops.scheme import Plan
+
 # Bytes of gradients that are reduced together. Smaller ones cost more operations, larger ones wait
-# longer for their last gradient (benchmarks/many_tensors.py).
-DEFAULT_BUCKET_BYTES = 8 << 20
+# longer for their last gradient (benchmarks/many_tensors.py). With many ranks they grow where each
+# rank has messages with every other one, whose number no larger operation of Horovod's saves: it
+# fuses Allreduces only.
+SMALLEST_LIMIT = 8 << 20
+LIMIT_PER_RANK = 512 << 10
 # Of the first one, which fills first: communication begins early.
 DEFAULT_FIRST_BUCKET_BYTES = 1 << 20
 
 # HOROVOD_CACHE_CAPACITY that is enough for the names of all but the largest models: one for each
 # parameter, three for each bucket, and what else a program calls.
 REMEDY_CAPACITY = 8192
+
+
+def default_limit(plan: Plan) -> int:
+    """Bytes of tensors with this plan that are reduced together, unless the options say so."""
+    return max(SMALLEST_LIMIT, 0 if plan.in_flight else LIMIT_PER_RANK * plan.world_size)
 
 
 def cut(sizes: Sequence[int], first: int, limit: int) -> list[range]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
-from .buckets import DEFAULT_BUCKET_BYTES, DEFAULT_FIRST_BUCKET_BYTES
+from .buckets import DEFAULT_FIRST_BUCKET_BYTES, default_limit
 
 __all__ = ["Config", "ConfigMismatchError", "Plan", "Rules"]
 
@@ -41,8 +41,9 @@ class Config(Scheme):
     block_size: int | Literal["auto", "bucket"] | None = "auto"  # type: ignore[assignment]
     # Smaller tensors go through Horovod's own Allreduce, uncompressed.
     min_elements: int = DEFAULT_MIN_ELEMENTS
-    # Bytes of gradients that are reduced together, and of those that come first. 0: each by itself.
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    # Bytes of gradients that are reduced together, and of those that come first. 0: each by itself;
+    # None: `buckets.default_limit`.
+    bucket_bytes: int | None = None
     first_bucket_bytes: int = DEFAULT_FIRST_BUCKET_BYTES
     # What carries the codes: Horovod's own operations, or MPI messages beside them.
     transport: Literal["horovod", "mpi"] = "horovod"
@@ -72,6 +73,8 @@ class Config(Scheme):
             ("first_bucket_bytes", "0 begins with a bucket of one tensor"),
         ):
             value = getattr(self, name)
+            if value is None and name == "bucket_bytes":
+                continue
             self._require_integer(name, value)
             if value < 0:
                 self._fail(name, "0 or more", value, remedy)
@@ -205,7 +208,7 @@ class Config(Scheme):
         if self.levels not in ("standard", "exponential"):
             # A share of two-hop levels has a norm of its own, and "auto" tries other buckets.
             choices = one_of(("standard", "exponential"))
-            self._fail("levels", f"{choices} with block_size='bucket'", self.levels, "take 'auto'")
+            self._fail("levels", f"{choices} with block_size='bucket'", self.levels, "name one")
         if self.norm != "max":
             remedy = "the norm of a bucket is the largest of its tensors'"
             self._fail("norm", "'max' with block_size='bucket'", self.norm, remedy)
@@ -235,6 +238,10 @@ class Config(Scheme):
             one_norm=self.block_size == "bucket",
             nearest=self.error_feedback,
         )
+
+    def bucket_limit(self, plan: Plan) -> int:
+        """Bytes of gradients with this plan that are reduced together; 0: each by itself."""
+        return default_limit(plan) if self.bucket_bytes is None else self.bucket_bytes
 
     def require_plans(self, world_size: int) -> None:
         """Raise ValueError unless the tensors of all rules can be reduced over so many ranks."""

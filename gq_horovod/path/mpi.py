@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -207,15 +207,15 @@ class Inside(NamedTuple):
     comm: MPI.Intracomm
     first_tag: int
 
-    def alltoall(self, array: Array, name: str) -> Running:
-        """Piece i of rank j becomes piece j of rank i; pieces are equal parts of `array`."""
-        out = np.empty_like(array)
-        return Running(messages.alltoall(self.comm, self.first_tag, array, out), out)
+    def alltoall(self, array: Array, name: str, sizes: Sequence[int]) -> Running:
+        """Piece i of rank j becomes piece j of rank i; pieces of `array` have these sizes."""
+        out = np.empty(sizes[self.comm.rank] * self.comm.size, array.dtype)
+        return Running(messages.alltoall(self.comm, self.first_tag, array, out, sizes), out)
 
-    def allgather(self, array: Array, name: str) -> Running:
-        """The arrays of all ranks, one after the other."""
-        out = np.empty(array.size * self.comm.size, array.dtype)
-        return Running(messages.allgather(self.comm, self.first_tag + 1, array, out), out)
+    def allgather(self, array: Array, name: str, sizes: Sequence[int]) -> Running:
+        """The arrays of all ranks, which have these sizes, one after the other."""
+        out = np.empty(sum(sizes), array.dtype)
+        return Running(messages.allgather(self.comm, self.first_tag + 1, array, out, sizes), out)
 
 
 @cache

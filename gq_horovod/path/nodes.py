@@ -7,8 +7,8 @@ among the ranks of the same place in their nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,10 +39,10 @@ __all__ = ["METHOD", "Nodes"]
 
 
 class Inside(Protocol):
-    """Part of `Collectives`."""
+    """Part of `Collectives`, for arrays whose pieces have some sizes, the same on every rank."""
 
-    def alltoall(self, array: Array, name: str) -> Handle: ...
-    def allgather(self, array: Array, name: str) -> Handle: ...
+    def alltoall(self, array: Array, name: str, sizes: Sequence[int]) -> Handle: ...
+    def allgather(self, array: Array, name: str, sizes: Sequence[int]) -> Handle: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Nodes:
     inside: Callable[[int], Inside]
     across: Collectives | None  # among those of this place; None where codes go as messages
     exchanges: Exchanges | None = None  # those
+    # The process sets of all nodes and places, by their numbers, where gradients go by such.
+    sets: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 class _Gathered(NamedTuple):
@@ -111,15 +113,16 @@ def _in_turn(
         codec.pack(task.x, one.packed(task.x), 1 / own.ranks_per_node, flat)
         name = task.operation(stages.inside(one.index))
         sent = yield from memory.send("flat", flat)
-        pieces = memory.receive("pieces", (yield inside.alltoall(sent, name)))
-        share = memory.take("share", one.share, np.float32)
+        pieces = memory.receive("pieces", (yield inside.alltoall(sent, name, one.sizes)))
+        share = memory.take("share", one.sizes[own.place], np.float32)
         with memory.entered():
             codec.add(pieces.reshape(own.ranks_per_node, -1), share)
         yield from _reduce_share(task, own, one, share, memory, number)
         name = stages.whole(one.index)
         sent = yield from memory.send("share", share)
         # Not of the slot: it stays until the means are asked for.
-        whole = memory.receive(name, (yield inside.allgather(sent, task.operation(name))))
+        gathered = yield inside.allgather(sent, task.operation(name), one.sizes)
+        whole = memory.receive(name, gathered)
         deliver(one, _Gathered(whole))
 
 

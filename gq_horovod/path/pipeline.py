@@ -541,6 +541,7 @@ class Pipeline:
         self._unwritten: dict[str, InFlight] = {}  # not begun, in the order of their hooks
         self._waiting: dict[str, InFlight] = {}  # not done, by when they last advanced
         self._advances = 0
+        self.closed: str | None = None  # why it takes nothing more
         # By thread that waits: for which tensor, and what changes with every progress.
         self.idle: dict[int, tuple[str, int]] = {}
         with _making:
@@ -554,6 +555,10 @@ class Pipeline:
         """
         while True:
             with self._lock:
+                if self.closed is not None:
+                    raise RuntimeError(
+                        f"{self._function}: {task.name!r} cannot be reduced, because {self.closed}."
+                    )
                 abandoned = self._in_flight.get(task.name)
                 if abandoned is None:
                     self.poll(_PATIENCE)
@@ -632,6 +637,12 @@ class Pipeline:
             self._waiting.clear()
             self._hold()
 
+    def close(self, reason: str) -> None:
+        """Give up what is in flight, and take nothing more; errors name the reason."""
+        with self._lock:
+            self.closed = reason
+            self.give_up()
+
     def drain(self) -> None:
         """Block until nothing is under way, whether or not somebody asks for it later."""
         for reduction in list(self._in_flight.values()):
@@ -676,10 +687,12 @@ class Pipeline:
                 rounds += 1
                 with self._lock:
                     if not self.has(reduction):
+                        reason = self.closed or (
+                            "an operation that was in flight with it failed; see the first error"
+                        )
                         raise RuntimeError(
                             f"{self._function}: the reduction of {reduction.name!r} was given up, "
-                            "because an operation that was in flight with it failed; see the first "
-                            "error."
+                            f"because {reason}."
                         )
                     moved = self.poll(_PATIENCE) or self._advance(reduction)
                 if rounds % _ROUNDS_TO_EVERYTHING == 0:

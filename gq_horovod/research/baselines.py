@@ -39,6 +39,8 @@ class BaselineConfig(Config):
 
     OPTIONS: ClassVar[tuple[str, ...]]  # those that users choose
 
+    levels: str = "standard"  # evenly spaced, as most of them are described
+
     def describe(self) -> dict[str, Any]:
         """The options that users choose, as plain data."""
         return {key: value for key, value in asdict(self).items() if key in self.OPTIONS}

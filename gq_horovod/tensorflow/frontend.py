@@ -205,7 +205,7 @@ class GlobalQSGD(Compression):
             ]
             dtype, _ = kind
             sizes = [siblings[place].shape.num_elements() * dtype.size for place in known]
-            cuts = cut(sizes, self.config.first_bucket_bytes, self.config.bucket_bytes)
+            cuts = cut(sizes, self.config.first_bucket_bytes, self._limit(caller, known, plan))
             buckets += [[known[place] for place in own] for own in cuts]
         buckets.sort(reverse=True)  # by their last gradients, which no two of them share
         described = [
@@ -220,6 +220,12 @@ class GlobalQSGD(Compression):
             call.members.update(members)
             firsts.setdefault(trials, members[places[0]].reduction)
         return call
+
+    def _limit(self, caller: Caller, places: Sequence[int], plan: Plan) -> int:
+        """Bytes of a bucket of tensors of one kind."""
+        return self.config.bucket_limit(
+            self.plan_for(caller.labels[places[0]], plan) if places else plan
+        )
 
     def _config(self, caller: Caller, place: int) -> Config:
         """The options for a tensor that is compressed."""

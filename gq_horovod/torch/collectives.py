@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..path.pipeline import Array
 from . import gpus, numbering
 
+_HOST = torch.device("cpu")
 _NO_STREAM: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
@@ -92,10 +93,13 @@ class Collectives:
     def allreduce_sum(self, array: Array, name: str) -> Operation:
         return self._start(hvd.allreduce_async_, array, name, op=hvd.Sum)
 
-    def alltoall(self, array: Array, name: str) -> Operation:
-        return self._start(hvd.alltoall_async, array, name)
+    def alltoall(self, array: Array, name: str, sizes: Sequence[int] | None = None) -> Operation:
+        """Of equal pieces, or of pieces of these sizes."""
+        splits = None if sizes is None else torch.tensor(sizes, dtype=torch.int32, device=_HOST)
+        return self._start(hvd.alltoall_async, array, name, splits=splits)
 
-    def allgather(self, array: Array, name: str) -> Operation:
+    def allgather(self, array: Array, name: str, sizes: Sequence[int] | None = None) -> Operation:
+        """Horovod finds out the sizes by itself."""
         return self._start(hvd.allgather_async, array, name)
 
     def _start(

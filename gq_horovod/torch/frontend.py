@@ -232,7 +232,7 @@ class TorchFrontend(Frontend):
             kind = (id(group_of) if group_of else None, own.dtype, own.device, plan)
             alike.setdefault(kind, []).append(own)
         for (group_of, *_, plan), members in alike.items():
-            limit = 0 if self._alone(plan) else self.config.bucket_bytes
+            limit = 0 if self._alone(plan) else self.config.bucket_limit(plan)
             sizes = [own.numel() * own.element_size() for own in members]
             if group_of is not None and limit:
                 places = [range(len(members))]
@@ -314,6 +314,7 @@ class TorchFrontend(Frontend):
             number = group.collectives.process_set.process_set_id
             current = library.session is group.session and library.joins == group.joins
             current = current and number == process_set.process_set_id is not None
+            current = current and group.pipeline.closed is None
         known = self._groups.get(group.key_of_ranks) is group
         return current and known and settled.joins == group.joins
 
@@ -428,6 +429,17 @@ class TorchFrontend(Frontend):
                 "Every rank has to reduce a tensor of the same name, shape and dtype.)"
             )
         return None
+
+    def after_removal(self) -> None:
+        """Horovod has removed a process set: where gradients went by it, the ranks settle anew."""
+        for group in list(self._groups.values()):
+            if group.session is not numbering.session() or group.nodes is None:
+                continue
+            if (ranks := nodes.lost(group.nodes)) is not None:
+                group.pipeline.close(
+                    f"gradients go by the process set of ranks {list(ranks)}, which was removed "
+                    "meanwhile; remove process sets between two steps only"
+                )
 
     # --------------------------------------------------------------------------------------- guards
 
@@ -566,10 +578,10 @@ class TorchFrontend(Frontend):
         log.identify(hvd.rank(), hvd.size())
         numbering.install(speaks=hvd.rank() == 0)
         if (library := numbering.library()) is not None:
-            library.explainers.add(self)
+            library.frontends.add(self)
         joins = _joins()
         group = before
-        if group is None or group.session is not numbering.session():
+        if group is None or group.session is not numbering.session() or group.pipeline.closed:
             group = self._new_group(key, process_set, 0 if before is None else before.end_step)
         elif group.collectives.process_set.process_set_id != process_set.process_set_id:
             group.pipeline.give_up()  # what a process set that was removed has begun
@@ -616,15 +628,12 @@ class TorchFrontend(Frontend):
 
         Raises ValueError where options ask for it and it cannot be, or cannot be left out.
         """
-        wanted = self.config.hierarchical is True or (
-            self.config.hierarchical == "auto" and nodes.pays(group.resident)
-        )
-        possible = self._method() is None and not self.config.no_nodes
-        found = nodes.where(places) if wanted and possible else None
+        found = nodes.where(places) if self._wants_nodes(group.resident) else None
         own: Any = None
         if isinstance(found, Placement):
             # One node is no reason to leave out what was asked for.
             if found.has_levels or (self.config.hierarchical is True and found.ranks_per_node > 1):
+                plan = self._plan(len(found.nodes), "nodes")  # before anything is begun for it
                 own = nodes.reached(found, group.rank, members, places, self.config.transport)
         else:
             own = found
@@ -637,17 +646,31 @@ class TorchFrontend(Frontend):
             if group.rank == 0:
                 nodes.say(self.config.FUNCTION, own)
         elif own is not None:
-            group.reduce_by(own, self._plan(group.ranks // own.ranks_per_node))
+            group.reduce_by(own, plan)
             if own.exchanges is None:
                 nodes.stay(group.collectives, members)
+                if group.rank == 0 and nodes.elastic():
+                    nodes.say_that_none_may_be_lost(self.config.FUNCTION)
         if group.nodes is None and group.plan.world_size != group.ranks:
             group.reduce_by(None, self._plan(group.ranks))
         group.placed = True
 
-    def _plan(self, parties: int) -> Plan:
+    def _wants_nodes(self, resident: bool) -> bool:
+        """Whether options say to reduce by nodes; `resident`: whether codes stay on GPUs."""
+        wanted = self.config.hierarchical is True or (
+            self.config.hierarchical == "auto" and nodes.pays(resident) and not nodes.elastic()
+        )
+        return wanted and self._method() is None and not self.config.no_nodes
+
+    def _plan(self, parties: int, what: str = "ranks") -> Plan:
         """The settings for so many ranks, or nodes. Raises ValueError if there are none."""
-        self.config.require_plans(parties)
-        return any_plan(self.config, parties)
+        try:
+            self.config.require_plans(parties)
+            return any_plan(self.config, parties)
+        except ValueError as error:
+            # Whose codes are added; the options know of ranks alone.
+            text = str(error).replace(f"{parties} ranks", f"{parties} {what}")
+            raise ValueError(text) from None
 
     def _new_group(self, key: tuple[int, ...], process_set: Any, before: int) -> Group:
         """A group that begins with what was loaded, or else after the step `before`."""
@@ -656,7 +679,8 @@ class TorchFrontend(Frontend):
             plan = self._plan(ranks)
         except ValueError:
             # Among nodes codes of fewer parties are added, and where those are is not known yet.
-            if not self.config.hierarchical or self.config.no_nodes:
+            # Where no rank can have codes on a GPU, "auto" takes none: every rank knows by itself.
+            if not self._wants_nodes(gpus.may_be_resident()):
                 raise
             plan = self._plan(1)
         loaded = self._loaded.get(key)
@@ -741,6 +765,7 @@ def _current(group: Group, process_set: Any) -> bool:
         group.session is numbering.session()
         and group.collectives.process_set.process_set_id == process_set.process_set_id
         and group.joins == _joins()
+        and group.pipeline.closed is None
     )
 
 

@@ -50,6 +50,11 @@ def resident() -> bool:
     return bool(hvd.nccl_built()) and kernels_problem(torch.cuda.current_device()) is None
 
 
+def may_be_resident() -> bool:
+    """Whether codes can stay on any rank's GPU: that of Horovod's build, the same on all."""
+    return bool(hvd.nccl_built())
+
+
 @cache
 def say_once(index: int) -> None:
     """Log, on the first rank, what keeps gradients on the GPU of this index from its kernels."""

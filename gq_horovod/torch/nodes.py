@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -66,6 +66,15 @@ def pays(resident: bool) -> bool:
     return resident
 
 
+def elastic() -> bool:
+    """Whether workers of this job may be lost, as Horovod's launcher says.
+
+    Horovod 0.28.1 then ends all others, where there are process sets: it catches no error when it
+    removes these from a job that is broken.
+    """
+    return os.environ.get("HOROVOD_ELASTIC", "") not in ("", "0")
+
+
 def reached(
     found: Placement, rank: int, members: Sequence[int], agreed: Sequence[int], transport: str
 ) -> Nodes | str:
@@ -81,6 +90,16 @@ def reached(
     if transport == "mpi":
         return _by_messages(found, rank, members)
     return _by_process_sets(found, rank, members, dynamic=not agreed[0])
+
+
+def lost(own: Nodes) -> Sequence[int] | None:
+    """The ranks of a process set that was removed, of those that gradients go by; None: none was.
+
+    All ranks see the same, whatever nodes they are on.
+    """
+    known = _known() if own.sets else {}
+    gone = (ranks for number, ranks in own.sets.items() if known.get(number) != ranks)
+    return next(gone, None)
 
 
 def stay(collectives: Collectives, members: Sequence[int]) -> None:
@@ -122,6 +141,17 @@ def say(function: str, problem: str) -> None:
         f"{function}: gradients are reduced among all ranks, and not by nodes, because {problem}",
         function=function,
         problem=problem,
+    )
+
+
+def say_that_none_may_be_lost(function: str) -> None:
+    """Log what an elastic job loses by process sets."""
+    _log.say(
+        logging.WARNING,
+        "nodes",
+        f"{function}: hierarchical=True in an elastic job adds process sets, and Horovod then ends "
+        "all workers when one is lost; leave hierarchical out if others are to go on",
+        function=function,
     )
 
 
@@ -176,7 +206,8 @@ def _by_process_sets(
         for ranks in (found.inside(rank), found.across(found.place(rank)))
         for own in [sorted(members[one] for one in ranks)]
     )
-    return _nodes(found, rank, lambda _: inside, across)
+    sets = {known[tuple(own)]: own for own in lists}
+    return _nodes(found, rank, lambda _: inside, across, sets=sets)
 
 
 def _by_messages(found: Placement, rank: int, members: Sequence[int]) -> Nodes:
@@ -195,6 +226,7 @@ def _nodes(
     inside: Callable[[int], Any],
     across: Collectives | None,
     exchanges: Any = None,
+    sets: Mapping[int, Sequence[int]] | None = None,
 ) -> Nodes:
     place = found.place(rank)
     return Nodes(
@@ -206,6 +238,7 @@ def _nodes(
         inside=inside,
         across=across,
         exchanges=exchanges,
+        sets=sets or {},
     )
 
 

@@ -11,7 +11,8 @@ give it: `noname.<handles of others so far>`. Ranks that do not use this package
 with those that do.
 
 This replaces one attribute of Horovod at run time, `horovod.torch.mpi_ops.mpi_lib`, by an object
-that passes all calls on. `uninstall()` puts the original back.
+that passes all calls on, and one method, to hear of process sets that are removed. `uninstall()`
+puts the originals back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import horovod.torch as hvd
+from horovod.common.basics import HorovodBasics
 from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
@@ -116,11 +118,14 @@ class _Ours(threading.local):
 OURS = _Ours()
 
 
-class Explainer(Protocol):
-    """Who knows more about a tensor than Horovod does."""
+class Frontend(Protocol):
+    """Who reduces tensors: knows more about one than Horovod does, and goes by process sets."""
 
     def explain(self, tensor: object) -> str | None:
         """What Horovod's error about an operation on `tensor` does not say; None: not ours."""
+
+    def after_removal(self) -> None:
+        """Horovod has removed a process set."""
 
 
 class Library:
@@ -130,7 +135,7 @@ class Library:
         self.original = original
         self.session = object()  # between one hvd.shutdown() and the next
         self.joins = 0  # calls of hvd.join()
-        self.explainers: weakref.WeakSet[Explainer] = weakref.WeakSet()
+        self.frontends: weakref.WeakSet[Frontend] = weakref.WeakSet()
         self.before_shutdown: Callable[[], None] | None = None  # called by hvd.shutdown()
         self.places: set[bool] = set()  # whether operations of a step are on a GPU; see join
         self._lock = threading.RLock()
@@ -146,6 +151,7 @@ class Library:
                 setattr(self, name, function)
         self.horovod_torch_wait_and_clear = never_traced(self._wait_and_clear)
         self.horovod_torch_reset = self._reset
+        self.remove_process_set = HorovodBasics._remove_process_set_impl
 
     def name(self, handle: int) -> str:
         """What an operation in flight is called in messages."""
@@ -209,7 +215,7 @@ class Library:
             return _JOINED
         of, *_ = hvd_ops._handle_map.get(handle, (None,))
         members = of if isinstance(of, (tuple, list)) else (of,)
-        explained = (own.explain(member) for own in self.explainers for member in members)
+        explained = (own.explain(member) for own in self.frontends for member in members)
         return " ".join(dict.fromkeys(text for text in explained if text))
 
     def _reset(self) -> Any:
@@ -222,6 +228,18 @@ class Library:
             self._names.clear()
             self.places.clear()
             return self.original.horovod_torch_reset()
+
+
+def _removing(own: Library) -> Callable[..., int | None]:
+    """What stands in the place of the method that removes a process set, of every framework."""
+
+    def remove(basics: Any, number: int) -> int | None:
+        removed: int | None = own.remove_process_set(basics, number)
+        for frontend in list(own.frontends):
+            frontend.after_removal()
+        return removed
+
+    return remove
 
 
 def _named(arguments: tuple[Any, ...], number: int | None) -> tuple[tuple[Any, ...], str | None]:
@@ -263,6 +281,7 @@ def install(speaks: bool = False) -> None:
     if library() is not None or not _wanted:
         return
     own = hvd_ops.mpi_lib = Library(hvd_ops.mpi_lib)
+    HorovodBasics._remove_process_set_impl = _removing(own)
     if speaks:
         own.recurring = _Recurring()
         _log.say(
@@ -277,9 +296,11 @@ def uninstall() -> None:
     """Put Horovod's library back, for good.
 
     From then on an operation without a name may hang between backward() and step(), and what
-    follows an hvd.join() that ranks called at different steps is not agreed on again.
+    follows an hvd.join() that ranks called at different steps is not agreed on again. A process set
+    by which gradients go inside or between nodes must not be removed any more.
     """
     global _wanted
     _wanted = False
     if (own := library()) is not None:
         hvd_ops.mpi_lib = own.original
+        HorovodBasics._remove_process_set_impl = own.remove_process_set

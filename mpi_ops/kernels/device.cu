@@ -252,14 +252,15 @@ GQ_HD int left_of(const Segment& s, int64_t codes, int64_t from) {
   return few(maximum(codes, s.stop - s.payload) - from - column());
 }
 
-// A task is a walk. kLanes is the number of lanes where it divides the eight rows of a group, 0
-// elsewhere.
-template <int kLanes, bool kSquare, typename T>
+// A task is a walk. kLanes is the number of lanes where it divides the eight rows of a group, or
+// where lanes are dense, 0 elsewhere.
+template <int kLanes, bool kSquare, bool kDense, typename T>
 GQ_HD void quantize_standard_rows(const Segment& s, int64_t number, int64_t block,
                                   const int32_t* norms, int bits, int levels, uint32_t step,
                                   int32_t* payload) {
   const int lanes = kLanes > 0 ? kLanes : 32 / bits;
-  const int walk = kLanes > 0 ? kGroupRows : walk_rows(lanes);
+  constexpr bool kWhole = kLanes > 0 && kGroupRows % (kLanes > 0 ? kLanes : 1) == 0;
+  const int walk = kWhole ? kGroupRows : walk_rows(lanes);
   const float limit = limit_of<kSquare>(levels);
   const int64_t count = present(s), first = number * walk;
   const int64_t place = number * (walk / lanes) * kRow;
@@ -285,19 +286,22 @@ GQ_HD void quantize_standard_rows(const Segment& s, int64_t number, int64_t bloc
     }
 #pragma unroll
     for (int h = 0; h < kGroupRows; ++h) {
-      if (kLanes > 0) lane = h % lanes;
+      if (kWhole) lane = h % lanes;
       // Beyond the last row values are zero, and zero under any scale gives the code zero.
       if (h * kRow < elements && row_norms.advance()) scale = scale_down(row_norms.current, limit);
       const int32_t code =
           quantize_level<kSquare>(values[h], scale, limit, random_bits(words[h / 2], h));
-      word += static_cast<uint32_t>(code) << (bits * lane);
+      if constexpr (kDense)
+        word = word * dense_of(32 / lanes).radix + words_of(code);
+      else
+        word += words_of(code) << (bits * lane);
       if (lane == lanes - 1) {
         if (left > 0) *to = static_cast<int32_t>(word);
         left -= kRow;
         to += kRow;
         word = 0;
       }
-      if (kLanes == 0) lane = lane == lanes - 1 ? 0 : lane + 1;
+      if (!kWhole) lane = lane == lanes - 1 ? 0 : lane + 1;
     }
     from += kGroupRows * kRow;
     elements -= kGroupRows * kRow;
@@ -339,8 +343,26 @@ GQ_HD void quantize_exponential_rows(const Segment& s, int64_t number, int64_t b
 
 // ----------------------------------------------------------------------------------- dequantizing
 
+// The code of the first lane of what is left of a word: as dense_fraction has made it if lanes are
+// dense.
+template <bool kDense>
+GQ_HD int32_t take_lane(uint32_t& rest, int bits, const Dense& dense) {
+  if constexpr (kDense) {
+    return take_dense(rest, dense);
+  } else {
+    const int32_t code = lowest_lane(signed_of(rest), bits);
+    rest = words_of(drop_lane(signed_of(rest), code, bits));
+    return code;
+  }
+}
+
+template <bool kDense>
+GQ_HD uint32_t begin_lanes(int32_t word, const Dense& dense) {
+  return kDense ? dense_fraction(word, dense) : words_of(word);
+}
+
 // A task is a walk.
-template <typename T>
+template <bool kDense, typename T>
 GQ_HD void dequantize_standard_rows(const Segment& s, int64_t number, int64_t block,
                                     const int32_t* norms, int bits, bool square, int64_t divisor,
                                     const int32_t* payload) {
@@ -352,14 +374,13 @@ GQ_HD void dequantize_standard_rows(const Segment& s, int64_t number, int64_t bl
   int left = static_cast<int>(minimum(s.elements - first * kRow, walk * kRow));
   RowNorms row_norms(norms + s.norms, block, first);
   Scale scale = {1.0f, 0.0f};
+  const Dense dense = dense_of(bits);
   while (left > 0) {
-    int32_t word = *from;
+    uint32_t word = begin_lanes<kDense>(*from, dense);
     from += kRow;
     for (int k = 0; k < lanes && left > 0; ++k) {
       if (row_norms.advance()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
-      const int32_t code = lowest_lane(word, bits);
-      word = drop_lane(word, code, bits);
-      const int32_t level = level_of(code, square);
+      const int32_t level = level_of(take_lane<kDense>(word, bits, dense), square);
       if (column() < left) store(to, dequantize_standard(level, scale, norm_of(row_norms.current)));
       to += kRow;
       left -= kRow;
@@ -406,12 +427,13 @@ GQ_HD void store_mean(int32_t sum, float ranks_levels, int64_t row, int64_t coun
 }
 
 // Levels by the same norms are added as integers, which is exact. kLanes is the number of lanes
-// where sums of all of them are kept in registers, 0 elsewhere.
-template <int kLanes>
+// where sums of all of them are kept in registers, as of all dense ones, 0 elsewhere.
+template <int kLanes, bool kDense>
 GQ_HD void mean_standard_rows(const int32_t* const* payloads, int inputs, int64_t count,
                               int64_t block, const int32_t* norms, int bits, bool square,
                               int64_t divisor, float* out) {
   const int lanes = kLanes > 0 ? kLanes : 32 / bits;
+  const Dense dense = dense_of(32 / lanes);
   const float ranks_levels = static_cast<float>(divisor);
   const int64_t rows = rows_of(count);
   for (int64_t first = warp() * lanes; first < rows; first += warps() * lanes) {
@@ -420,13 +442,10 @@ GQ_HD void mean_standard_rows(const int32_t* const* payloads, int inputs, int64_
     int32_t sums[kLanes > 0 ? kLanes : 1] = {};
     if (kLanes > 0) {
       for (int i = 0; i < inputs; ++i) {
-        int32_t word = payloads[i][at];
+        uint32_t word = begin_lanes<kDense>(payloads[i][at], dense);
 #pragma unroll
-        for (int k = 0; k < kLanes; ++k) {
-          const int32_t code = lowest_lane(word, bits);
-          word = drop_lane(word, code, bits);
-          sums[k] += level_of(code, square);
-        }
+        for (int k = 0; k < kLanes; ++k)
+          sums[k] += level_of(take_lane<kDense>(word, bits, dense), square);
       }
     }
 #pragma unroll
@@ -667,31 +686,39 @@ GQ_KERNEL gq_l2norm_of_partial(const Segment* segments, int count, int64_t tasks
 }
 
 // A kernel for each number of lanes that divides a group, and one for all others: in one kernel
-// their registers would add up. And for square levels, which have eight bits or less.
-#define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE)                                                 \
-  GQ_KERNEL NAME(const Segment* segments, int count, int64_t tasks, int64_t block,                \
-                 const int32_t* norms, int bits, int levels, int, uint32_t step,                  \
-                 int32_t* payload) {                                                              \
-    for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {                     \
-      quantize_standard_rows<LANES, SQUARE, Element>(s, number, block, norms, bits, levels, step, \
-                                                     payload);                                    \
-    });                                                                                           \
+// their registers would add up. And for square levels, which have eight bits or less, and for each
+// number of dense lanes.
+#define GQ_QUANTIZE_STANDARD(NAME, LANES, SQUARE, DENSE)                                           \
+  GQ_KERNEL NAME(const Segment* segments, int count, int64_t tasks, int64_t block,                 \
+                 const int32_t* norms, int bits, int levels, int, uint32_t step,                   \
+                 int32_t* payload) {                                                               \
+    for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {                      \
+      quantize_standard_rows<LANES, SQUARE, DENSE, Element>(s, number, block, norms, bits, levels, \
+                                                            step, payload);                        \
+    });                                                                                            \
   }
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2, false)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4, false)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_8, 8, false)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard, 0, false)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_4_square, 4, true)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_8_square, 8, true)
-GQ_QUANTIZE_STANDARD(gq_quantize_standard_square, 0, true)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_2, 2, false, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_4, 4, false, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_8, 8, false, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard, 0, false, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_4_square, 4, true, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_8_square, 8, true, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_square, 0, true, false)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_5_dense, 5, true, true)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_6_dense, 6, true, true)
+GQ_QUANTIZE_STANDARD(gq_quantize_standard_10_dense, 10, true, true)
 
-GQ_KERNEL gq_dequantize_standard(const Segment* segments, int count, int64_t tasks, int64_t block,
-                                 const int32_t* norms, int bits, int square, int64_t divisor,
-                                 const int32_t* payload) {
-  for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {
-    dequantize_standard_rows<Element>(s, number, block, norms, bits, square != 0, divisor, payload);
-  });
-}
+#define GQ_DEQUANTIZE_STANDARD(NAME, DENSE)                                                \
+  GQ_KERNEL NAME(const Segment* segments, int count, int64_t tasks, int64_t block,         \
+                 const int32_t* norms, int bits, int square, int64_t divisor,              \
+                 const int32_t* payload) {                                                 \
+    for_tasks(segments, count, tasks, [=](const Segment& s, int64_t number) {              \
+      dequantize_standard_rows<DENSE, Element>(s, number, block, norms, bits, square != 0, \
+                                               divisor, payload);                          \
+    });                                                                                    \
+  }
+GQ_DEQUANTIZE_STANDARD(gq_dequantize_standard, false)
+GQ_DEQUANTIZE_STANDARD(gq_dequantize_standard_dense, true)
 
 GQ_KERNEL gq_quantize_exponential(const Segment* segments, int count, int64_t tasks, int64_t block,
                                   const int32_t* norms, int bits, int headroom, uint32_t step,
@@ -745,16 +772,19 @@ GQ_KERNEL gq_reduce_exponential(const Segment* segments, int count, int64_t task
 // Those of one tensor have the parameters of the host library (SIGNATURES in interface.py), but for
 // the dither, which comes by value.
 
-#define GQ_MEAN_STANDARD(NAME, LANES)                                                            \
-  GQ_KERNEL NAME(const int32_t* const* payloads, int inputs, int64_t count, int64_t block,       \
-                 const int32_t* norms, int bits, int square, int64_t divisor, float* out) {      \
-    mean_standard_rows<LANES>(payloads, inputs, count, block, norms, bits, square != 0, divisor, \
-                              out);                                                              \
+#define GQ_MEAN_STANDARD(NAME, LANES, DENSE)                                                   \
+  GQ_KERNEL NAME(const int32_t* const* payloads, int inputs, int64_t count, int64_t block,     \
+                 const int32_t* norms, int bits, int square, int64_t divisor, float* out) {    \
+    mean_standard_rows<LANES, DENSE>(payloads, inputs, count, block, norms, bits, square != 0, \
+                                     divisor, out);                                            \
   }
-GQ_MEAN_STANDARD(gq_mean_standard_2, 2)
-GQ_MEAN_STANDARD(gq_mean_standard_4, 4)
-GQ_MEAN_STANDARD(gq_mean_standard_8, 8)
-GQ_MEAN_STANDARD(gq_mean_standard, 0)
+GQ_MEAN_STANDARD(gq_mean_standard_2, 2, false)
+GQ_MEAN_STANDARD(gq_mean_standard_4, 4, false)
+GQ_MEAN_STANDARD(gq_mean_standard_8, 8, false)
+GQ_MEAN_STANDARD(gq_mean_standard, 0, false)
+GQ_MEAN_STANDARD(gq_mean_standard_5_dense, 5, true)
+GQ_MEAN_STANDARD(gq_mean_standard_6_dense, 6, true)
+GQ_MEAN_STANDARD(gq_mean_standard_10_dense, 10, true)
 
 GQ_KERNEL gq_add_exponential(const uint8_t* in, uint8_t* inout, int64_t bytes, int bits,
                              uint64_t key, uint64_t stream) {

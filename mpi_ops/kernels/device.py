@@ -71,7 +71,8 @@ _SIGNATURES = {
     "unpack": "tp",
     "add": SIGNATURES["add"],
 }
-# Numbers of lanes for which quantize_standard and mean_standard have kernels of their own.
+# Numbers of lanes for which quantize_standard and mean_standard have kernels of their own, as they
+# have for each number of dense lanes.
 _OWN_KERNEL = (2, 4, 8)
 
 # The same fields as Segment in device.cu.
@@ -200,9 +201,15 @@ def _there(array: NDArray[Any]) -> Any:
     return _uploaded(array.tobytes(), runtime.getDevice(), stream, thread)
 
 
-def _variant(bits: int, square: bool = False) -> str:
-    own = lanes.WORD_BITS // bits
-    return (f"_{own}" if own in _OWN_KERNEL else "") + ("_square" if square else "")
+def _variant(name: str, bits: int, square: bool) -> str:
+    """What the name of a kernel of standard codes ends with."""
+    own, dense = lanes.WORD_BITS // bits, lanes.dense(bits, square)
+    if name == "dequantize_standard":
+        return "_dense" if dense else ""
+    if dense:
+        return f"_{own}_dense"
+    of_squares = square and name == "quantize_standard"
+    return (f"_{own}" if own in _OWN_KERNEL else "") + ("_square" if of_squares else "")
 
 
 @cache
@@ -290,7 +297,7 @@ class Device(Kernels):
             own = _one(0, size, np.array([key, stream]).view(np.uint32))
             self._reduce(own, inputs, number, bits, factor, out)
         else:
-            variant = _variant(arguments[5]) if name == "mean_standard" else ""
+            variant = _variant(name, *arguments[5:7]) if name == "mean_standard" else ""
             warps = -(-lanes.rows(elements) // GROUP_ROWS)
             _launch(name, dtype, warps, *arguments, variant=variant)
 
@@ -404,7 +411,7 @@ class Device(Kernels):
         size, rows = lanes.exponential_bytes, GROUP_ROWS
         if name == "quantize_standard":
             size, rows = lanes.standard_words, _walk(bits)
-            variant = _variant(bits, square=bool(settings[2]))
+            variant = _variant(name, bits, square=bool(settings[2]))
         present = segments["elements"] * (segments["x"] != 0)
         # Zeros that stand behind codes are written with them.
         room = np.maximum(size(present, bits), segments["stop"] - segments["payload"])
@@ -423,9 +430,13 @@ class Device(Kernels):
         settings: Sequence[int],
         codes: int,
     ) -> None:
-        rows = _walk(settings[0]) if name == "dequantize_standard" else GROUP_ROWS
+        rows, variant = GROUP_ROWS, ""
+        if name == "dequantize_standard":
+            bits, square, _ = settings
+            rows, variant = _walk(bits), _variant(name, bits, bool(square))
         tasks = -(-lanes.rows(segments["elements"]) // rows) * (segments["x"] != 0)
-        _over(name, dtype, segments, tasks, block_size, norms, *settings, codes)
+        arguments = (block_size, norms, *settings, codes)
+        _over(name, dtype, segments, tasks, *arguments, variant=variant)
 
     def _reduce(
         self,

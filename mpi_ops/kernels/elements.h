@@ -430,6 +430,58 @@ GQ_HD int32_t drop_lane(int32_t word, int32_t lane, int bits) {
   return static_cast<int32_t>(static_cast<uint32_t>(word) - static_cast<uint32_t>(lane)) >> bits;
 }
 
+// Dense lanes, of square levels with 3, 5 and 6 bits: no words are added, so the radix need not be
+// a power of two, and is the largest odd one, 2s + 1, of which so many lanes fit a word. A code of
+// -s to s in lane k of n has the weight radix^(n - 1 - k): the first lane is the highest.
+struct Dense {
+  uint32_t radix;   // 0: lanes are those of balanced words of a power of two
+  uint32_t zero;    // words are counted from that of n times -s on; the word 0 has this number
+  uint32_t factor;  // see dense_fraction
+  int shift;
+};
+
+// The highest weight: that of the first lane.
+GQ_HD constexpr uint32_t dense_weight(uint32_t radix, int lanes) {
+  uint32_t weight = 1;
+  for (int lane = 1; lane < lanes; ++lane) weight *= radix;
+  return weight;
+}
+
+template <uint32_t kRadix, int kLanes, int kShift>
+GQ_HD constexpr Dense dense_lanes() {
+  constexpr uint64_t numbers = uint64_t{dense_weight(kRadix, kLanes)} * kRadix;  // of words
+  constexpr uint64_t room = (uint64_t{1} << 32) - numbers;
+  constexpr uint64_t factor = (room << kShift) / numbers + 1;
+  constexpr uint64_t excess = factor * numbers - (room << kShift);
+  static_assert(numbers < uint64_t{1} << 32 && factor < uint64_t{1} << 32, "32 bits each");
+  static_assert(numbers * excess < room << kShift, "the fractions of two numbers would overlap");
+  return {kRadix, static_cast<uint32_t>(numbers / 2), static_cast<uint32_t>(factor), kShift};
+}
+
+GQ_HD constexpr Dense dense_of(int bits) {
+  return bits == 3   ? dense_lanes<9, 10, 34>()
+         : bits == 5 ? dense_lanes<39, 6, 34>()
+         : bits == 6 ? dense_lanes<83, 5, 35>()
+                     : Dense{0, 0, 0, 0};
+}
+
+// A word as a fraction of all words, in units of 2^-32: any number from N up to, and without, N + 1
+// times 2^32 / radix^n, for word number N. That is N + N * room / radix^n, room = 2^32 - radix^n;
+// factor / 2^shift is a little more than room / radix^n, and 1 makes up for what the shift drops.
+// dense_lanes() checks that N + 1 is not reached.
+GQ_HD uint32_t dense_fraction(int32_t word, const Dense& dense) {
+  const uint32_t number = words_of(word) + dense.zero;
+  return number + 1u + static_cast<uint32_t>(uint64_t{number} * dense.factor >> dense.shift);
+}
+
+// The code of the highest lane: what a product with the radix carries out of 32 bits, so between -s
+// and s for any word. What stays in them is the fraction of the other lanes.
+GQ_HD int32_t take_dense(uint32_t& fraction, const Dense& dense) {
+  const uint64_t product = uint64_t{fraction} * dense.radix;
+  fraction = static_cast<uint32_t>(product);
+  return static_cast<int32_t>(product >> 32) - static_cast<int32_t>(dense.radix / 2);
+}
+
 // |mean| <= norm holds exactly: rounding of the scale must not turn the largest float into Inf.
 GQ_HD float dequantize_standard(int32_t lane_sum, Scale scale, float norm) {
   const float mean = static_cast<float>(lane_sum) * scale.factor * scale.pre;

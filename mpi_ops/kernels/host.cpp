@@ -235,6 +235,10 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
                                       int levels, const Dither& dither, int64_t first,
                                       int32_t* payload) {
   const int lanes = 32 / bits;
+  const bool dense = kSquare && kBits == 0 && dense_of(bits).radix != 0;
+  uint32_t weights[16];  // of dense lanes
+  if (dense)
+    for (int k = 0; k < lanes; ++k) weights[k] = dense_weight(dense_of(bits).radix, lanes - k);
   const float limit = limit_of<kSquare>(levels);
   Scale scale = {1.0f, 0.0f};
   int lane = 0;
@@ -256,9 +260,13 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
       quantize_standard_group<0, kSquare>(values, rows, scales, limit, keys, random, codes);
       for (int h = 0; h < rows; ++h) {
         if (lane == 0) __builtin_memset(payload, 0, sizeof(int32_t) * kRow);
-        for (int j = 0; j < kRow; ++j)
-          payload[j] +=
-              static_cast<int32_t>(static_cast<uint32_t>(codes[h * kRow + j]) << (bits * lane));
+        const int32_t* own = codes + h * kRow;
+        if (dense)
+          for (int j = 0; j < kRow; ++j)
+            payload[j] = signed_of(words_of(payload[j]) + words_of(own[j]) * weights[lane]);
+        else
+          for (int j = 0; j < kRow; ++j)
+            payload[j] = signed_of(words_of(payload[j]) + (words_of(own[j]) << (bits * lane)));
         if (++lane == lanes) {
           lane = 0;
           payload += kRow;
@@ -340,24 +348,56 @@ GQ_INLINE void store_row(T* out, int64_t row, int64_t count, bool stream, const 
     __builtin_memcpy(to, values, sizeof(T) * kRow);
 }
 
-template <bool kSquare, typename T>
+// A row of words, lane after lane: load() one, and for each lane call next(), and code(j) once for
+// each column. kBits is the width where it is fixed, 0 where it is `bits`.
+template <int kBits>
+struct BinaryLanes {
+  alignas(64) int32_t words[kRow];
+  int bits;
+
+  inline __attribute__((always_inline)) explicit BinaryLanes(int width)
+      : bits(kBits > 0 ? kBits : width) {}
+  inline __attribute__((always_inline)) void load(const int32_t* from) {
+    __builtin_memcpy(words, from, sizeof words);
+  }
+  inline __attribute__((always_inline)) void next() {}
+  inline __attribute__((always_inline)) int32_t code(int j) {
+    const int32_t lane = lowest_lane(words[j], bits);
+    words[j] = drop_lane(words[j], lane, bits);
+    return lane;
+  }
+};
+
+template <int kBits>
+struct DenseLanes {
+  DenseRow row;
+  alignas(64) int32_t codes[kRow];
+  static constexpr Dense kDense = dense_of(kBits);
+
+  inline __attribute__((always_inline)) explicit DenseLanes(int) {}
+  inline __attribute__((always_inline)) void load(const int32_t* from) {
+    load_dense(from, kDense, row);
+  }
+  inline __attribute__((always_inline)) void next() { take_dense(row, kDense, codes); }
+  inline __attribute__((always_inline)) int32_t code(int j) const { return codes[j]; }
+};
+
+template <bool kSquare, typename Lanes, typename T>
 GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, RowNorms row_norms,
                                         int bits, int64_t divisor, bool stream, T* out) {
   const int lanes = 32 / bits;
   const int64_t rows = rows_of(count);
   Scale scale = {1.0f, 0.0f};
-  alignas(64) int32_t words[kRow];
+  Lanes words(bits);
   for (int64_t row = 0; row < rows; payload += kRow) {
-    __builtin_memcpy(words, payload, sizeof words);
+    words.load(payload);
     for (int k = 0; k < lanes && row < rows; ++k, ++row) {
       if (row_norms.advance()) scale = scale_up(row_norms.current, static_cast<float>(divisor));
       const float norm = norm_of(row_norms.current);
       alignas(64) T values[kRow];
-      for (int j = 0; j < kRow; ++j) {
-        const int32_t code = lowest_lane(words[j], bits);
-        words[j] = drop_lane(words[j], code, bits);
-        store(values + j, dequantize_standard(level_of(code, kSquare), scale, norm));
-      }
+      words.next();
+      for (int j = 0; j < kRow; ++j)
+        store(values + j, dequantize_standard(level_of(words.code(j), kSquare), scale, norm));
       store_row(out, row, count, stream, values);
     }
   }
@@ -366,26 +406,23 @@ GQ_INLINE void dequantize_standard_rows(const int32_t* payload, int64_t count, R
 
 // The mean of several ranks' codes by the same norms: levels are added as integers, which is exact.
 // kBits is the width where it is fixed, 0 where it is `bits`.
-template <int kBits, bool kSquare>
+template <int kBits, bool kSquare, typename Lanes>
 GQ_INLINE void mean_standard_rows(const int32_t* const* payloads, int64_t words, int inputs,
                                   int64_t count, RowNorms row_norms, int bits, int64_t divisor,
                                   float* out) {
   constexpr int kMostLanes = kBits > 0 ? 32 / kBits : 16;
-  const int width = kBits > 0 ? kBits : bits;
   const int lanes = kBits > 0 ? kMostLanes : 32 / bits;
   const float ranks_levels = static_cast<float>(divisor);
   const int64_t rows = rows_of(count);
   for (int64_t row = 0, at = words; row < rows; at += kRow) {
     alignas(64) int32_t sums[kMostLanes][kRow] = {};
     for (int i = 0; i < inputs; ++i) {
-      alignas(64) int32_t words[kRow];
-      __builtin_memcpy(words, payloads[i] + at, sizeof words);
-      for (int k = 0; k < lanes; ++k)
-        for (int j = 0; j < kRow; ++j) {
-          const int32_t code = lowest_lane(words[j], width);
-          words[j] = drop_lane(words[j], code, width);
-          sums[k][j] += level_of(code, kSquare);
-        }
+      Lanes own(bits);
+      own.load(payloads[i] + at);
+      for (int k = 0; k < lanes; ++k) {
+        own.next();
+        for (int j = 0; j < kRow; ++j) sums[k][j] += level_of(own.code(j), kSquare);
+      }
     }
     for (int k = 0; k < lanes && row < rows; ++k, ++row) {
       row_norms.advance();
@@ -758,7 +795,7 @@ GQ_INLINE void quantize_standard_segments(const Segment* segments, int64_t count
       });
 }
 
-template <typename T, bool kSquare>
+template <typename T, bool kSquare, typename Lanes>
 GQ_INLINE void dequantize_standard_segments(const Segment* segments, int64_t count, int64_t block,
                                             const int32_t* norms, int bits, int64_t divisor,
                                             const int32_t* payload) {
@@ -768,14 +805,14 @@ GQ_INLINE void dequantize_standard_segments(const Segment* segments, int64_t cou
       [=](const Segment& s, int64_t begin, int64_t end) {
         if (s.x == nullptr) return;
         T* out = static_cast<T*>(s.x);
-        dequantize_standard_rows<kSquare>(
+        dequantize_standard_rows<kSquare, Lanes>(
             payload + s.payload + standard_words(begin, bits), end - begin,
             RowNorms(norms + s.norms, block_of(s, block), begin), bits, divisor,
             worth_streaming(out, s.elements), out + begin);
       });
 }
 
-template <int kBits, bool kSquare>
+template <int kBits, bool kSquare, typename Lanes>
 GQ_INLINE void mean_standard_segment(const int32_t* const* payloads, int inputs, const Segment& s,
                                      int64_t block, const int32_t* norms, int bits,
                                      int64_t divisor) {
@@ -783,9 +820,9 @@ GQ_INLINE void mean_standard_segment(const int32_t* const* payloads, int inputs,
       &s, 1, sizeof(float), elements_of,
       [=](const Segment&) { return int64_t{kGroup} * (32 / bits); },
       [=](const Segment&, int64_t begin, int64_t end) {
-        mean_standard_rows<kBits, kSquare>(payloads, standard_words(begin, bits), inputs,
-                                           end - begin, RowNorms(norms, block, begin), bits,
-                                           divisor, static_cast<float*>(s.x) + begin);
+        mean_standard_rows<kBits, kSquare, Lanes>(payloads, standard_words(begin, bits), inputs,
+                                                  end - begin, RowNorms(norms, block, begin), bits,
+                                                  divisor, static_cast<float*>(s.x) + begin);
       });
 }
 
@@ -976,14 +1013,23 @@ GQ_EXPORT(gq_quantize_standard)(int dtype, const void* x, int64_t count, int64_t
                                                      square, payload);
 }
 
+template <bool kSquare, typename Lanes>
+static int dequantize_standard_of(int dtype, const Segment* segments, int64_t count, int64_t block,
+                                  const int32_t* norms, int bits, int64_t divisor,
+                                  const int32_t* payload) {
+  GQ_DISPATCH(dtype, (dequantize_standard_segments<T, kSquare, Lanes>(segments, count, block, norms,
+                                                                      bits, divisor, payload)));
+}
+
 GQ_EXPORT(gq_dequantize_standard_table)
 (int dtype, const Segment* segments, int64_t count, int64_t block, const int32_t* norms, int bits,
  int square, int64_t divisor, const int32_t* payload) {
-  if (square)
-    GQ_DISPATCH(dtype, (dequantize_standard_segments<T, true>(segments, count, block, norms, bits,
-                                                              divisor, payload)));
-  GQ_DISPATCH(dtype, (dequantize_standard_segments<T, false>(segments, count, block, norms, bits,
-                                                             divisor, payload)));
+  const auto dequantize = !square     ? dequantize_standard_of<false, BinaryLanes<0>>
+                          : bits == 3 ? dequantize_standard_of<true, DenseLanes<3>>
+                          : bits == 5 ? dequantize_standard_of<true, DenseLanes<5>>
+                          : bits == 6 ? dequantize_standard_of<true, DenseLanes<6>>
+                                      : dequantize_standard_of<true, BinaryLanes<0>>;
+  return dequantize(dtype, segments, count, block, norms, bits, divisor, payload);
 }
 
 GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t count, int64_t block,
@@ -994,23 +1040,26 @@ GQ_EXPORT(gq_dequantize_standard)(int dtype, const int32_t* payload, int64_t cou
                                                        divisor, payload);
 }
 
-template <int kBits>
+template <int kBits, bool kSquare, typename Lanes = BinaryLanes<kBits>>
 static void mean_standard_of(const int32_t* const* payloads, int inputs, const Segment& s,
-                             int64_t block, const int32_t* norms, int bits, int square,
-                             int64_t divisor) {
-  if (square)
-    mean_standard_segment<kBits, true>(payloads, inputs, s, block, norms, bits, divisor);
-  else
-    mean_standard_segment<kBits, false>(payloads, inputs, s, block, norms, bits, divisor);
+                             int64_t block, const int32_t* norms, int bits, int64_t divisor) {
+  mean_standard_segment<kBits, kSquare, Lanes>(payloads, inputs, s, block, norms, bits, divisor);
 }
 
 GQ_EXPORT(gq_mean_standard)
 (const int32_t* const* payloads, int inputs, int64_t count, int64_t block, const int32_t* norms,
  int bits, int square, int64_t divisor, float* out) {
-  const auto mean = bits == 8   ? mean_standard_of<8>
-                    : bits == 4 ? mean_standard_of<4>
-                                : mean_standard_of<0>;
-  mean(payloads, inputs, whole(out, count), block, norms, bits, square, divisor);
+  const auto square_mean = bits == 8   ? mean_standard_of<8, true>
+                           : bits == 6 ? mean_standard_of<6, true, DenseLanes<6>>
+                           : bits == 5 ? mean_standard_of<5, true, DenseLanes<5>>
+                           : bits == 4 ? mean_standard_of<4, true>
+                           : bits == 3 ? mean_standard_of<3, true, DenseLanes<3>>
+                                       : mean_standard_of<0, true>;
+  const auto even_mean = bits == 8   ? mean_standard_of<8, false>
+                         : bits == 4 ? mean_standard_of<4, false>
+                                     : mean_standard_of<0, false>;
+  const auto mean = square ? square_mean : even_mean;
+  mean(payloads, inputs, whole(out, count), block, norms, bits, divisor);
   return kStatusOk;
 }
 

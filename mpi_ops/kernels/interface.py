@@ -327,15 +327,16 @@ class Kernels(ABC):
         With `square`, which takes 8 bits at most, a code k stands for sign(k) * (k / levels)**2 in
         place of k / levels. |code| <= `levels` for every input (a larger |x| than its norm
         saturates); blocks whose norm is zero or not finite give codes that decode to zeros or NaN.
-        1 <= `levels` <= 2**(bits-1) - 1. Adding the words of several ranks adds every lane as long
-        as the sums stay within 2**(bits-1) - 1 (`lanes.levels`). Returns
+        1 <= `levels` <= 2**(bits-1) - 1, or `lanes.two_hop_levels` with `square`. Adding the words
+        of several ranks adds every lane as long as the sums stay within 2**(bits-1) - 1
+        (`lanes.levels`) and lanes are not dense (`lanes.dense`). Returns
         `lanes.standard_words(x.size, bits)` words.
         """
         name = "quantize_standard"
         self._check_tensor(name, "x", x)
         self._check_norms(name, norms, x.size, block_size)
         require(name, "bits", bits in lanes.STANDARD_BITS, "between 2 and 16", bits)
-        top = 2 ** (bits - 1) - 1
+        top = lanes.two_hop_levels(bits) if square else lanes.levels(bits, 1)
         require(name, "levels", 1 <= levels <= top, f"between 1 and {top} with {bits} bits", levels)
         check_square(name, square, bits)
         _check_dither(name, dither)

@@ -127,6 +127,35 @@ GQ_HD Words high_halves(Wide even, Wide odd) {
   return reinterpret_cast<Words>(blend(even >> 32, odd));
 }
 
+// The fractions of a row of words of dense lanes: those of even and of odd columns apart, in the
+// low halves of 64 bits.
+struct DenseRow {
+  Wide even[kRow / kWidth], odd[kRow / kWidth];
+};
+
+GQ_HD void load_dense(const int32_t* words, const Dense& dense, DenseRow& row) {
+  const Wide factor = broadcast64(dense.factor), one = broadcast64(1);
+  for (int i = 0; i < kRow / kWidth; ++i) {
+    Words numbers;
+    __builtin_memcpy(&numbers, words + i * kWidth, sizeof numbers);
+    numbers += dense.zero;
+    const Wide both = reinterpret_cast<Wide>(numbers), odd = both >> 32;
+    row.even[i] = both + one + (multiply_low32(both, factor) >> dense.shift);
+    row.odd[i] = odd + one + (multiply_low32(odd, factor) >> dense.shift);
+  }
+}
+
+// The codes of the next lane; those of the highest one first.
+GQ_HD void take_dense(DenseRow& row, const Dense& dense, int32_t* codes) {
+  const Wide radix = broadcast64(dense.radix);
+  for (int i = 0; i < kRow / kWidth; ++i) {
+    row.even[i] = multiply_low32(row.even[i], radix);
+    row.odd[i] = multiply_low32(row.odd[i], radix);
+    const Words own = high_halves(row.even[i], row.odd[i]) - dense.radix / 2;
+    __builtin_memcpy(codes + i * kWidth, &own, sizeof own);
+  }
+}
+
 // The keys of all rounds, which are the same for all groups: as vectors, and in memory, because
 // moving one from a scalar takes as long as two steps of a round.
 struct RandomKeys {
@@ -233,6 +262,18 @@ GQ_HD void stream_fence() {}
 
 GQ_HD void look_up(const uint8_t* table, uint8_t* bytes, int count) {
   for (int i = 0; i < count; ++i) bytes[i] = table[bytes[i]];
+}
+
+struct DenseRow {
+  uint32_t fractions[kRow];
+};
+
+GQ_HD void load_dense(const int32_t* words, const Dense& dense, DenseRow& row) {
+  for (int j = 0; j < kRow; ++j) row.fractions[j] = dense_fraction(words[j], dense);
+}
+
+GQ_HD void take_dense(DenseRow& row, const Dense& dense, int32_t* codes) {
+  for (int j = 0; j < kRow; ++j) codes[j] = take_dense(row.fractions[j], dense);
 }
 
 struct RandomKeys {

@@ -34,6 +34,7 @@ def trained(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 def main() -> None:
     parser = story.parser()
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT)
+    parser.add_argument("--by-nodes", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     story.begin(hvd)
@@ -43,7 +44,11 @@ def main() -> None:
     inputs, targets = map(torch.from_numpy, story.batch())
     bits = None if options.levels == "auto" else 8
     compression = GlobalQSGD(
-        levels=options.levels, bits=bits, check_replicas=1, timeout=options.timeout
+        levels=options.levels,
+        bits=bits,
+        check_replicas=1,
+        timeout=options.timeout,
+        hierarchical=options.by_nodes or "auto",
     )
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(net.parameters(), lr=story.RATE, momentum=story.MOMENTUM),

@@ -30,10 +30,17 @@ OTHER_HOST = "127.1"  # a third name of the same address
 
 def let_it_find_hosts(directory: Path, condition: str = "false") -> None:
     """Write the script that discovers two hosts, and a third one if a command of sh succeeds."""
+    let_it_list(
+        directory,
+        *("echo localhost:2", "echo 127.0.0.1:1"),
+        f"if {condition}; then echo {OTHER_HOST}:1; fi",
+    )
+
+
+def let_it_list(directory: Path, *lines: str) -> None:
+    """Write the script that discovers hosts."""
     discovery = directory / "hosts.sh"
-    lines = ["#!/bin/sh", "echo localhost:2", "echo 127.0.0.1:1"]
-    lines += [f"if {condition}; then echo {OTHER_HOST}:1; fi", ""]
-    discovery.write_text("\n".join(lines))
+    discovery.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     discovery.chmod(0o755)
 
 
@@ -135,6 +142,32 @@ def check_starts(job: Job, expected: list[tuple[int, int]]) -> None:
     assert firsts[1][1] >= KILL_AT, job.report()  # it may have begun this one
     for (step, first), (later, then) in pairwise(firsts[1:]):
         assert then - first == later - step, job.report()
+
+
+@rarely
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_by_nodes_of_which_one_leaves(levels: str, tmp_path: Path, record_property: Record) -> None:
+    """Two nodes of two workers, then one, with the process sets of that.
+
+    No worker is killed: Horovod 0.28.1 then ends all others where there are process sets.
+    """
+    left = tmp_path / "left"
+    second = f"if [ ! -e {left} ]; then echo {OTHER_HOST}:2; fi"
+    let_it_list(tmp_path, "echo localhost:2", second)
+    command = [SCRIPTS["torch"], "--by-nodes", "--levels", levels, "--ask", left]
+    variables = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    job = launch("elastic", 4, command, LIMIT_SECONDS, tmp_path, variables, fewest=2)
+    assert (job.status, job.timed_out) == (0, False), job.report()
+    steps = steps_of(job)
+    if levels == "standard":  # of eight bits, for as many as there are nodes
+        assert {(size, count) for *_, size, count in steps} == {(4, 63), (2, 127)}
+    assert {step for _, step, size, _ in steps if size == 4} == set(range(JOINED))
+    assert {step for _, step, size, _ in steps if size == 2} == set(range(JOINED, STEPS))
+    check_starts(job, [(0, 4), (JOINED, 2)])
+    ratio = final_loss(job, 2) / undisturbed()
+    assert ratio == pytest.approx(1, rel=0.05)
+    text = f"2 nodes of 2 workers, then 1; final loss {ratio:.4f} of exact steps'"
+    record_property("job", f"elastic, by nodes, {levels}: {text}")
 
 
 WATCHDOG_SECONDS = 40  # Gloo gives up first, after 30

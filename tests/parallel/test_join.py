@@ -101,7 +101,7 @@ def judge(
         check_gradient(result, inputs, compression)
     else:  # sums of standard levels of 16 bits, by the norms of the levels chosen
         block = compression.config.plan(hvd.size()).block_size
-        check_mean(result, inputs, GlobalQSGD(bits=16, block_size=block))
+        check_mean(result, inputs, GlobalQSGD(levels="standard", bits=16, block_size=block))
 
 
 def uneven(first: int, others: int) -> list[int]:

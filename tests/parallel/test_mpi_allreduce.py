@@ -19,6 +19,7 @@ from mpi4py import MPI
 from mpi_cases import COMM, check_same_bytes, check_unbiased, rank_inputs
 
 from mpi_ops import allreduce, codec, exponential_sum, iallreduce, lanes, reduction
+from mpi_ops.nodes import ROUNDS_IN_FLIGHT
 from mpi_ops.scheme import ConfigMismatchError
 
 
@@ -545,6 +546,35 @@ def test_by_nodes_beside_others_and_in_place() -> None:
     for request, expected in ((other, mean), (total, mean * COMM.size), (first, mean)):
         np.testing.assert_allclose(request.wait(), expected, rtol=0.2)
     assert (own == COMM.rank + 1.0).all()
+    comm.Free()
+
+
+@NODES
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.parametrize("hierarchical", [False, True], ids=["flat", "by nodes"])
+def test_more_in_flight_than_there_are_tags(
+    hierarchical: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that find none free wait for the oldest, whoever of them is asked for first."""
+    monkeypatch.setattr(reduction, "_TAG_SETS", 2 * ROUNDS_IN_FLIGHT if hierarchical else 2)
+    comm = COMM.Dup()
+    counts = [100_003 if number % 2 else 300 for number in range(12)]
+    requests = [
+        iallreduce(
+            np.full(count, number + COMM.rank, np.float64),
+            comm,
+            levels="standard",
+            bits=16,
+            block_size=256,
+            hierarchical=hierarchical,
+        )
+        for number, count in enumerate(counts)
+    ]
+    for number in range(12)[:: 1 if COMM.rank % 2 else -1]:
+        mean = number + (COMM.size - 1) / 2
+        result = requests[number].wait()
+        assert result.size == counts[number]
+        np.testing.assert_allclose(result, mean, rtol=1e-3, err_msg=f"request {number}")
     comm.Free()
 
 

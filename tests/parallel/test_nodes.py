@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import TRANSPORT, check_replicas, gradient
+from rendezvous import restart
+from seldom import in_pairs
 from test_optimizer import backward, make_optimizer, make_parameters
 
+from gq_horovod.path import agreement
 from gq_horovod.research.simulation import SimulatedRanks
+from gq_horovod.research.torch_baselines import QSGD, PowerSGD
 from gq_horovod.torch import GlobalQSGD, allreduce, nodes
 from mpi_ops.nodes import placement
 
@@ -31,12 +36,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "two-hop": {"levels": "two-hop"},
     "two-hop of 4 bits": {"levels": "two-hop", "bits": 4},
 }
-EVERY = pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 PLACES: dict[str, Callable[[], int]] = {
     "by slot": lambda: hvd.rank() // 2,
     "by node": lambda: hvd.rank() % 2,
     "crosswise": lambda: int(hvd.rank() in (1, 2)),
 }
+DTYPES = (torch.float32, torch.float64)
 
 
 def new(**options: Any) -> GlobalQSGD:
@@ -100,14 +105,18 @@ def train(compression: Any, steps: int, dtype: torch.dtype = torch.float32) -> l
     return found
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("config", "where", "dtype"),
+    in_pairs(tuple(CONFIGS), tuple(PLACES), DTYPES),
+    indirect=["where"],
+    ids=str,
+)
 def test_an_optimizer_gets_what_a_flat_reduction_of_the_nodes_would_give(
-    where: list[list[int]], options: dict[str, Any], dtype: torch.dtype
+    config: str, where: list[list[int]], dtype: torch.dtype
 ) -> None:
-    compression = new(**options)
+    compression = new(**CONFIGS[config])
     flat = SimulatedRanks(compression.config, len(where))
-    found = train(compression, 3, dtype)
+    found = train(compression, 2, dtype)
     for step, means in enumerate(found):
         check_replicas(*means.values())
         for name, mean in means.items():
@@ -166,6 +175,29 @@ def test_fewer_parties_leave_levels_for_fewer_bits(name: str) -> None:
         allreduce(x, name, compression=new(bits=3, hierarchical=False))
 
 
+@pytest.mark.parametrize(
+    ("hierarchical", "bits", "expected"),
+    [("auto", 3, "at least 4 .* on 4 ranks"), (True, 2, "at least 3 .* on 2 nodes")],
+)
+def test_too_few_bits_are_refused_before_anything_is_begun(
+    hierarchical: Any, bits: int, expected: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without nodes each rank sees it by itself; with nodes, no set is added for them."""
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("something was begun")
+
+    if hierarchical == "auto":
+        monkeypatch.setattr(nodes, "pays", lambda resident: resident)
+        monkeypatch.setattr(agreement, "agree", never)
+    else:
+        monkeypatch.setattr(nodes, "reached", never)
+    compression = new(levels="standard", bits=bits, hierarchical=hierarchical)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=expected):
+            allreduce(torch.ones(5000), name, compression=compression)
+
+
 def test_too_few_bits_for_all_ranks_while_one_is_away(
     said: Callable[[str], str], name: str
 ) -> None:
@@ -197,13 +229,29 @@ def test_what_was_refused_is_refused_again(name: str, monkeypatch: pytest.Monkey
 def test_what_the_log_says(
     said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allreduce(torch.ones(5000), name, compression=new(stats=1))
+    compression = new(stats=1)
+    allreduce(torch.ones(5000), name, compression=compression)
     first = hvd.rank() == 0
     assert ("4 ranks on 2 nodes" in said("plan")) is first
     assert ("stats has no figures" in said("stats")) is first
+    assert compression.stats == {}
     monkeypatch.setattr(nodes.hvd_ops, "is_homogeneous", lambda: False)
     allreduce(torch.ones(5000), name, compression=new())
     assert ("nodes have different numbers of ranks" in said("nodes")) is first
+
+
+def test_an_elastic_job(
+    said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process sets cost it what it is for, so they are for who asks."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    may, asked = new(levels="standard"), new(levels="standard", hierarchical=True)
+    for compression, parties in ((may, 4), (asked, 2)):
+        allreduce(torch.ones(5000), name, compression=compression)
+        (group,) = compression._groups.values()
+        assert group.plan.world_size == parties
+    warned = hvd.rank() == 0 and TRANSPORT == "horovod"
+    assert ("in an elastic job" in said("nodes")) is warned
 
 
 @pytest.mark.parametrize("reason", ["uneven", "numbers", "sets"])
@@ -282,7 +330,7 @@ def test_messages_of_a_process_set_with_the_ranks_of_a_place() -> None:
     begun = {}
     for value, own in ((1.0, by_nodes), (2.0, flat))[:: 1 if rank < 2 else -1]:
         collectives = mpi.Inside(own._comm, 0)
-        begun[value] = collectives.alltoall(np.full(2, value, np.float32), "x")
+        begun[value] = collectives.alltoall(np.full(2, value, np.float32), "x", [1, 1])
     for value, handle in begun.items():
         np.testing.assert_array_equal(handle.wait(), value)
 
@@ -323,6 +371,36 @@ def test_options_that_go_with_no_nodes(name: str) -> None:
             new(hierarchical=other)
 
 
+@pytest.mark.parametrize("other", [PowerSGD(rank=2), QSGD()], ids=["PowerSGD", "QSGD"])
+def test_other_methods_beside_it_go_among_all_ranks(other: Any) -> None:
+    """Two optimizers whose gradients are on their way together; each is as it would be alone."""
+    found = []
+    for together in (True, False):
+        kept = []
+        for number, compression in enumerate((new(levels="two-hop"), copy.copy(other))):
+            parameters = make_parameters()
+            named = {f"{number}.{name}": own for name, own in parameters.items()}
+            kept.append((named, make_optimizer(named, compression), compression))
+        results: list[torch.Tensor] = []
+        for step in range(2):
+            for number, (named, optimizer, _) in enumerate(kept):
+                backward(named, 10 * number + step)
+                if not together:
+                    optimizer.synchronize()
+            for named, optimizer, _ in kept:
+                if together:
+                    optimizer.synchronize()
+                check_replicas(*(own.grad for own in named.values() if own.grad is not None))
+                results += [own.grad.clone() for own in named.values() if own.grad is not None]
+                optimizer.zero_grad()
+        found.append(results)
+        groups = [next(iter(compression._groups.values())) for *_, compression in kept]
+        assert [group.nodes is None for group in groups] == [False, True]
+        assert groups[1].plan.world_size == 4
+    for one, alone in zip(*found, strict=True):
+        assert torch.equal(one, alone)
+
+
 def test_replicas_are_compared() -> None:
     compression = new(check_replicas=1)
     parameters = make_parameters()
@@ -336,3 +414,150 @@ def test_replicas_are_compared() -> None:
 
 def test_placements_are_of_this_job() -> None:
     assert placement([0, 0, 1, 1]) == helpers.PLACEMENT[0] or hvd.cross_size() == 2
+
+
+# --------------------------------------------------------- process sets that go, and Horovod itself
+
+
+def expected_of(compression: GlobalQSGD) -> Callable[[str, int], Any]:
+    """What an instance makes of `exact` gradients, step by step: those of nodes, reduced flat."""
+    flat = SimulatedRanks(compression.config, 2)
+
+    def average(name: str, step: int) -> Any:
+        own = [exact(rank, name, step).numpy() for rank in range(4)]
+        places = helpers.PLACEMENT[0].nodes
+        return flat.average(name, [np.mean([own[rank] for rank in ranks], 0) for ranks in places])
+
+    return average
+
+
+def remove(ranks: list[int]) -> None:
+    """As a program would that has added the set itself."""
+    (number,) = (number for number, own in nodes._known().items() if own == ranks)
+    assert hvd.remove_process_set(nodes._process_set(number, ranks))
+
+
+by_process_sets = pytest.mark.skipif(TRANSPORT == "mpi", reason="messages need no process sets")
+
+
+@by_process_sets
+@pytest.mark.parametrize("ranks", [[2, 3], [0, 2]], ids=["a node", "a place"])
+def test_a_process_set_that_is_removed_is_added_again(ranks: list[int], name: str) -> None:
+    """Though Horovod has given its number to another one."""
+    compression = new(levels="standard")
+    average = expected_of(compression)
+    other = None
+    for step in range(4):
+        if step == 2:
+            remove(ranks)
+            other = hvd.add_process_set([0, 1, 2])
+        result = allreduce(exact(hvd.rank(), "wide", step), "wide", compression=compression)
+        np.testing.assert_array_equal(result, average("wide", step), err_msg=f"step {step}")
+    hvd.remove_process_set(other)
+    # What none of them needs may come and go.
+    (group,) = compression._groups.values()
+    allreduce(torch.ones(5000), name, compression=compression)
+    assert compression._groups == {(): group}
+
+
+@by_process_sets
+@pytest.mark.parametrize("first", [True, False])
+def test_a_process_set_of_the_program_with_the_ranks_of_a_node(first: bool, name: str) -> None:
+    """One that was added before the first gradient is taken; after it Horovod refuses another."""
+    for number, own in nodes._known().items():  # as at the begin of a program
+        if number:
+            hvd.remove_process_set(nodes._process_set(number, own))
+    own_set = hvd.add_process_set([0, 1]) if first else None
+    compression = new(levels="standard")
+    x = exact(hvd.rank(), "wide", 0)
+    allreduce(x, name, compression=compression)
+    if own_set is None:
+        with pytest.raises(ValueError, match="Attempted to add a duplicate process set"):
+            hvd.add_process_set([0, 1])
+        return
+    (group,) = compression._groups.values()
+    assert group.nodes is not None
+    assert group.nodes.sets[own_set.process_set_id] == [0, 1]
+    if own_set.included():  # it serves both
+        mean = allreduce(x, f"{name}.own", compression=compression, process_set=own_set)
+        check_replicas(mean, process_set=own_set)
+
+
+@by_process_sets
+def test_an_optimizer_whose_process_set_is_removed() -> None:
+    compression = new(levels="standard")
+    average = expected_of(compression)
+    parameter = torch.nn.Parameter(torch.zeros(SHAPES["wide"]))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=0.0), [("wide", parameter)], compression
+    )
+    for step in range(4):
+        if step == 2:
+            remove([0, 1])
+        optimizer.zero_grad()
+        (parameter * exact(hvd.rank(), "wide", step)).sum().backward()
+        optimizer.step()
+        np.testing.assert_array_equal(parameter.grad, average("wide", step), f"step {step}")
+
+
+@by_process_sets
+def test_a_process_set_that_cannot_be_added_again(
+    said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error where nodes were asked for, as often as somebody tries; else without nodes."""
+    x = exact(hvd.rank(), "wide", 0)
+    asked, may = new(levels="standard", hierarchical=True), new(levels="standard")
+    for compression in (asked, may):
+        allreduce(x, name, compression=compression)
+    remove([1, 3])
+    monkeypatch.setattr(nodes, "_can_add", lambda: False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="set HOROVOD_DYNAMIC_PROCESS_SETS=1"):
+            allreduce(x, name, compression=asked)
+    result = allreduce(x, name, compression=may)
+    check_replicas(result)
+    assert ("set HOROVOD_DYNAMIC_PROCESS_SETS=1" in said("nodes")) is (hvd.rank() == 0)
+    flat = SimulatedRanks(may.config, 4)
+    for _ in range(2):
+        expected = flat.average(name, [exact(rank, "wide", 0).numpy() for rank in range(4)])
+    np.testing.assert_array_equal(result, expected)
+
+
+@by_process_sets
+def test_a_process_set_that_is_removed_amid_a_step(name: str) -> None:
+    """Gradients that are on their way are an error on every rank; the next step is sound."""
+    compression = new(levels="two-hop")
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, compression)
+    backward(parameters, 0)
+    remove([0, 2])
+    with pytest.raises(RuntimeError, match=r"process set of ranks \[0, 2\], which was removed"):
+        optimizer.synchronize()
+    x = exact(hvd.rank(), "wide", 0)
+    result = allreduce(x, name, compression=compression)
+    check_replicas(result)
+    mean = sum(exact(rank, "wide", 0) for rank in range(4)) / 4
+    assert 0 < (result - mean).abs().max() < 0.1
+
+
+@pytest.mark.skipif(
+    os.environ.get("HOROVOD_CONTROLLER") != "gloo", reason="MPI can be started only once"
+)
+def test_horovod_begins_again_with_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    compression = new(levels="standard")
+    average = expected_of(compression)
+    for step, place in enumerate(("by slot", "crosswise", "by slot")):
+        if step:
+            restart(hvd)
+        monkeypatch.setattr(nodes, "_node", PLACES[place])
+        helpers.place(nodes._node)
+        result = allreduce(exact(hvd.rank(), "wide", step), "wide", compression=compression)
+        check_replicas(result)
+        expected = average("wide", step)
+        if place == "by slot":
+            np.testing.assert_array_equal(result, expected)
+        (group,) = compression._groups.values()
+        assert group.nodes is not None
+        placement = helpers.PLACEMENT[0]
+        wanted = {*placement.nodes, placement.across(0), placement.across(1)}
+        assert set(map(tuple, group.nodes.sets.values())) == wanted

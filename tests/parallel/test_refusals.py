@@ -119,17 +119,18 @@ def refused(
 def test_bits_that_cannot_hold_the_sum(name: str) -> None:
     smallest = {2: 3, 3: 3, 4: 4}[hvd.size()]
     x = torch.ones(5000)
+    two = {"levels": "standard", "bits": 2}
     text = refused(
-        ValueError, allreduce, x, name, compression=GlobalQSGD(bits=2, hierarchical=False)
+        ValueError, allreduce, x, name, compression=GlobalQSGD(**two, hierarchical=False)
     )
     # Codes are added of as many nodes as there are, which ranks first tell each other.
-    assert message_of(ValueError, allreduce, x, name, compression=GlobalQSGD(bits=2)) == text
+    assert message_of(ValueError, allreduce, x, name, compression=GlobalQSGD(**two)) == text
     assert text == (
         f"GlobalQSGD: bits must be at least {smallest} for standard levels on {hvd.size()} ranks "
         "(the sum of all codes has to fit its lane), got 2; "
         f"use bits={smallest} or more, or leave bits out."
     )
-    result = allreduce(x, name, compression=GlobalQSGD(bits=smallest))
+    result = allreduce(x, name, compression=GlobalQSGD(levels="standard", bits=smallest))
     assert torch.equal(result, x)
     check_it_still_works(name)
 

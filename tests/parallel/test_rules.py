@@ -24,7 +24,7 @@ SHAPES = {
 COMMON = {"min_elements": 64, "transport": TRANSPORT}
 RULES: dict[str, Any] = {
     "body.bias": None,
-    "embedding*": {"levels": "two-hop", "bits": 4},
+    "embedding*": {"levels": "standard", "bits": 4},
     "head.*": {"bits": 4, "block_size": 64},
     "small.*": {"min_elements": 1000},
     "*.bias": {"bits": 16},  # that of the head has had its rule
@@ -35,7 +35,7 @@ FIXED = {"body.bias": None, "head.*": {"levels": "standard", "bits": 4, "block_s
 OPTIONS: dict[str, dict[str, Any] | None] = {
     "body.weight": {},
     "body.bias": None,
-    "embedding.weight": {"levels": "two-hop", "bits": 4},
+    "embedding.weight": {"levels": "standard", "bits": 4},
     "head.weight": {"bits": 4, "block_size": 64},
     "head.bias": {"bits": 4, "block_size": 64},
     "small.weight": None,
@@ -101,7 +101,7 @@ def test_tensors_of_a_call(name: str) -> None:
     own = [gradient(hvd.rank(), 5000, tag=10 + place) for place in range(3)]
     rules = {"*.1": None, "*.2": {"levels": "exponential"}}
     found = hvd.grouped_allreduce(own, name=name, compression=GlobalQSGD(rules=rules, **COMMON))
-    everything = {"levels": "standard"}, None, {"levels": "exponential"}
+    everything = {}, None, {"levels": "exponential"}
     for place, options in enumerate(everything):
         compression: Any = hvd.Compression.none
         if options is not None:
@@ -114,7 +114,7 @@ def test_beside_trials() -> None:
     """Tensors with rules take no part in what levels="auto" tries."""
     steps = 9  # warm-up, and the first ones of a trial, which Horovod reduces alone
     found = train(GlobalQSGD(levels="auto", rules=FIXED, **COMMON), steps)
-    expected = train(GlobalQSGD(bits=4, block_size=64, **COMMON), steps)
+    expected = train(GlobalQSGD(levels="standard", bits=4, block_size=64, **COMMON), steps)
     plain = train(hvd.Compression.none, steps)
     for place in range(steps):
         assert torch.equal(found[place]["head.weight"], expected[place]["head.weight"])

@@ -70,7 +70,7 @@ def in_threads(work: Callable[[int], None], count: int = 2) -> None:
 @pytest.mark.parametrize("one", ["instance", "class", "an instance for each"])
 def test_threads_that_reduce(levels: str, one: str, name: str) -> None:
     """Also their first use, which compares options, is at the same time."""
-    if one == "class" and (levels != "standard" or TRANSPORT != "horovod"):
+    if one == "class" and (levels != "two-hop" or TRANSPORT != "horovod"):
         pytest.skip("the class has the default options")
     options = {"levels": levels, "transport": TRANSPORT}
     shared = GlobalQSGD if one == "class" else GlobalQSGD(**options)
@@ -144,7 +144,7 @@ class Renamed(GlobalQSGD):
 
 
 ORIGINALS: dict[str, Callable[[], Any]] = {
-    "standard": lambda: GlobalQSGD(bits=10, min_elements=5, stats=7),
+    "standard": lambda: GlobalQSGD(levels="standard", bits=10, min_elements=5, stats=7),
     "two-hop": lambda: GlobalQSGD(levels="two-hop", bits=4, transport=TRANSPORT),
     "auto": lambda: GlobalQSGD(levels="auto"),
     "preset": lambda: GlobalQSGD.paper_exponential,

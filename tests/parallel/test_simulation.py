@@ -14,7 +14,9 @@ from gq_horovod.research.torch_baselines import QSGD
 from gq_horovod.torch import GlobalQSGD, TorchFrontend, allreduce
 
 
-@pytest.mark.parametrize(("levels", "bits"), [*CONFIGURATIONS, ("qsgd", 8), ("qsgd-elias", 4)])
+@pytest.mark.parametrize(
+    ("levels", "bits"), [*CONFIGURATIONS, ("two-hop", 5), ("qsgd", 8), ("qsgd-elias", 4)]
+)
 def test_the_same_bytes(levels: str, bits: int | None, name: str) -> None:
     # Not in place with transport="mpi", whose chunks are others.
     compression: TorchFrontend

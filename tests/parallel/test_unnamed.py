@@ -15,6 +15,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from helpers import check_replicas, compressor
+from horovod.common.basics import HorovodBasics
 from horovod.torch import mpi_ops as hvd_ops
 
 from gq_horovod.path.config import ConfigMismatchError
@@ -242,9 +243,12 @@ def test_it_can_be_undone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     before = numbering.library()
     assert before is not None
     monkeypatch.setattr(numbering, "_wanted", True)
+    watched = HorovodBasics._remove_process_set_impl
+    monkeypatch.setattr(HorovodBasics, "_remove_process_set_impl", watched)  # and back again
     numbering.uninstall()
     try:
         assert hvd_ops.mpi_lib is before.original
+        assert HorovodBasics._remove_process_set_impl is not watched
         numbering.install()  # as the next first gradient would
         assert hvd_ops.mpi_lib is before.original
         allreduce(torch.ones(1000), name, compression=compressor())

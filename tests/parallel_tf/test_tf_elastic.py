@@ -50,7 +50,7 @@ DIFFERENCES = [
     {"seed": 1},
     {"levels": "standard", "bits": 16},
     {"levels": "two-hop", "bits": 4},
-    {"levels": "two-hop"},
+    {"levels": "standard"},
     {"norm": "l2"},
 ]
 

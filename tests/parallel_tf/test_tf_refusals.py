@@ -246,7 +246,14 @@ def test_compress_called_by_hand(name: str) -> None:
 @LAST
 @MODES
 def test_bits_that_cannot_hold_the_sum(mode: str, name: str) -> None:
-    text = refused(ValueError, mode, allreduce, tf.ones(5000), name, compression=GlobalQSGD(bits=2))
+    text = refused(
+        ValueError,
+        mode,
+        allreduce,
+        tf.ones(5000),
+        name,
+        compression=GlobalQSGD(levels="standard", bits=2),
+    )
     assert text.startswith("GlobalQSGD: bits must be at least ")
     check_it_still_works(name)
 

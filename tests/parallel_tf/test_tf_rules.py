@@ -23,7 +23,7 @@ SHAPES = {
 COMMON = {"min_elements": 64}
 RULES: dict[str, Any] = {
     "body/bias": None,
-    "embedding*": {"levels": "two-hop", "bits": 4},
+    "embedding*": {"levels": "standard", "bits": 4},
     "head/*": {"bits": 4, "block_size": 64},
     "small/*": {"min_elements": 1000},
 }
@@ -33,7 +33,7 @@ FIXED = {"body/bias": None, "head/*": {"levels": "standard", "bits": 4, "block_s
 OPTIONS: dict[str, dict[str, Any] | None] = {
     "body/kernel": {},
     "body/bias": None,
-    "embedding/kernel": {"levels": "two-hop", "bits": 4},
+    "embedding/kernel": {"levels": "standard", "bits": 4},
     "head/kernel": {"bits": 4, "block_size": 64},
     "head/bias": {"bits": 4, "block_size": 64},
     "small/kernel": None,
@@ -86,7 +86,7 @@ def test_each_variable_has_its_options(mode: str, options: dict[str, Any]) -> No
 @MODES
 def test_beside_trials(mode: str) -> None:
     found = reduce(GlobalQSGD(levels="auto", rules=FIXED, **COMMON), mode, 5)
-    expected = reduce(GlobalQSGD(bits=4, block_size=64, **COMMON), mode, 5)
+    expected = reduce(GlobalQSGD(levels="standard", bits=4, block_size=64, **COMMON), mode, 5)
     plain = reduce(hvd.Compression.none, mode, 5)
     for step, quantized, exact in zip(found, expected, plain, strict=True):
         for name in ("head/kernel", "head/bias"):

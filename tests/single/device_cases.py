@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import DTYPES, INF_BITS, NAN_BITS, ROW, Array, buffer, float_bits
+from reference import (
+    DTYPES,
+    INF_BITS,
+    NAN_BITS,
+    ROW,
+    SQUARE_LEVELS,
+    Array,
+    buffer,
+    float_bits,
+)
 
 from mpi_ops import codec, lanes
 from mpi_ops.dither import Stage, dither
@@ -142,9 +151,9 @@ def test_quantize_standard(bits: int, dtype: str, device: Any) -> None:
     for count, block, x in shapes(dtype):
         norms = norms_of(count, block)
         args = {"block_size": block, "bits": bits, "dither": REPELLING if count % 2 else KEY}
-        args["levels"] = 1 if block == 32 else top
         for square in {False, bits <= lanes.SQUARE_BITS}:
             args["square"] = square
+            args["levels"] = 1 if block == 32 else SQUARE_LEVELS[bits] if square else top
             got = device.quantize_standard(on_device(device, x)[1], asarray(norms), **args)
             same(got, host.quantize_standard(buffer(x), norms, **args))
 
@@ -282,9 +291,9 @@ def test_mean_standard(bits: int, number: int, device: Any) -> None:
         for block in block_sizes(count):
             norms = norms_of(count, block)
             args = {"count": count, "block_size": block, "bits": bits}
-            args["levels"] = 2 ** (bits - 1) - 1
             for square in {False, bits <= lanes.SQUARE_BITS}:
                 args["square"] = square
+                args["levels"] = SQUARE_LEVELS[bits] if square else 2 ** (bits - 1) - 1
                 got = device.mean_standard([*map(asarray, payloads)], asarray(norms), **args)
                 same(got, host.mean_standard(payloads, norms, **args))
 
@@ -316,7 +325,7 @@ def test_norms_keep_to_bounds(block: int, name: str, device: Any) -> None:
 @pytest.mark.parametrize(
     ("levels", "bits", "block"),
     [
-        *(("two-hop", bits, 256) for bits in (2, 4, 5, 8, 10)),
+        *(("two-hop", bits, 256) for bits in (2, 3, 4, 5, 6, 8, 10)),
         ("two-hop", 8, 96),
         ("two-hop", 8, None),
         ("exponential", 8, None),

@@ -88,7 +88,10 @@ class Network:
             setattr(view, name, partial(self._submit, rank, kind))
         return view
 
-    def _submit(self, rank: int, kind: str, array: Array, name: str) -> _Operation:
+    def _submit(
+        self, rank: int, kind: str, array: Array, name: str, pieces: Sequence[int] | None = None
+    ) -> _Operation:
+        """`pieces` are the sizes of those of an Alltoall, or of the arrays of an Allgather."""
         waiting = self._waiting.setdefault(name, {})
         assert rank not in waiting, (rank, name)
         own = _Operation()
@@ -96,9 +99,19 @@ class Network:
         if len(waiting) == len(self._ranks):
             del self._waiting[name]
             kinds = {kind for kind, *_ in waiting.values()}
-            sizes = {array.size for _, array, _ in waiting.values()}
-            assert len(kinds) == len(sizes) == 1, (name, kinds, sizes)
-            results = combine(kind, [waiting[one][1] for one in self._ranks])
+            arrays = [waiting[one][1] for one in self._ranks]
+            sizes = [own.size for own in arrays]
+            assert kinds == {kind}, (name, kinds)
+            if kind == "allgather" and pieces is not None:
+                assert sizes == list(pieces), (name, sizes)
+            else:
+                assert len(set(sizes)) == 1, (name, sizes)
+            if kind == "alltoall" and pieces is not None:
+                assert sum(pieces) == sizes[0], name
+                cut = [np.split(own, np.cumsum(pieces)[:-1]) for own in arrays]
+                results = [np.concatenate(own) for own in zip(*cut, strict=True)]
+            else:
+                results = combine(kind, arrays)
             for one, result in zip(self._ranks, results, strict=True):
                 waiting[one][2].result = result
         return own

@@ -138,6 +138,40 @@ def unpack_lanes(words: Array, bits: int, count: int) -> Array:
     return np.concatenate(lanes, axis=1).reshape(-1)[:count]
 
 
+# Square levels on each side of zero: as many as fit a word where that is more than fit a lane.
+SQUARE_LEVELS = {2: 1, 3: 4, 4: 7, 5: 19, 6: 41, 7: 63, 8: 127}
+DENSE = (3, 5, 6)
+
+
+def pack_square(codes: Array, bits: int) -> Array:
+    """int32 words of codes of square levels: dense lanes are digits, the first one the highest."""
+    if bits not in DENSE:
+        return pack_lanes(codes, bits)
+    lanes, radix = 32 // bits, 2 * SQUARE_LEVELS[bits] + 1
+    rows = -(-len(codes) // (ROW * lanes))
+    padded = np.zeros((rows, lanes, ROW), dtype=np.int64)
+    padded.reshape(-1)[: len(codes)] = codes
+    words = np.zeros((rows, ROW), dtype=np.int64)
+    for lane in range(lanes):
+        words = words * radix + padded[:, lane]
+    assert np.all(words == words.astype(np.int32))
+    return words.reshape(-1).astype(np.int32)
+
+
+def unpack_square(words: Array, bits: int, count: int) -> Array:
+    """The codes of words of ranks: remainders nearest to zero, from the last lane on."""
+    if bits not in DENSE:
+        return unpack_lanes(words, bits, count)
+    top = SQUARE_LEVELS[bits]
+    rest = words.astype(np.int64).reshape(-1, 1, ROW)
+    lanes = []
+    for _ in range(32 // bits):
+        lane = (rest + top) % (2 * top + 1) - top
+        lanes.insert(0, lane)
+        rest = (rest - lane) // (2 * top + 1)
+    return np.concatenate(lanes, axis=1).reshape(-1)[:count]
+
+
 def pack_exponential(codes: Array, bits: int) -> Array:
     """Bytes of codes: with four bits the low nibble is the even row, the high one the odd."""
     if bits == 8:

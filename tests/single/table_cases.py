@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from device_cases import NORMS, REPELLING, on_device, random_bytes, same, tensor
-from reference import DTYPES, INF_BITS, NAN_BITS, ROW, Array, buffer, float_bits
+from reference import (
+    DTYPES,
+    INF_BITS,
+    NAN_BITS,
+    ROW,
+    SQUARE_LEVELS,
+    Array,
+    buffer,
+    float_bits,
+)
 
 from mpi_ops import lanes
 from mpi_ops.dither import NEAREST
@@ -165,7 +174,7 @@ def test_standard_codes_of_a_table(bits: int, dtype: str, device: Any) -> None:
     dequantize = check_dequantized(dtype, segments, flat, codes, device)
     for square in {False, bits <= lanes.SQUARE_BITS}:
         shared = {"block_size": block, "bits": bits, "square": square}
-        quantize(levels=2 ** (bits - 1) - 1, **shared)
+        quantize(levels=SQUARE_LEVELS[bits] if square else 2 ** (bits - 1) - 1, **shared)
         dequantize(divisor=3 * 2 ** (bits - 1), **shared)
 
 

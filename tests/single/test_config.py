@@ -42,7 +42,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         (
             {"bits": bits},
             ValueError,
-            f"bits must be between 2 and 16 for standard levels, got {bits}; "
+            f"bits must be between 2 and 16 for two-hop levels, got {bits}; "
             "leave it out for the default.",
         )
         for bits in (-8, 0, 1, 17, 32)
@@ -232,11 +232,11 @@ def test_a_rule_beside_trials_names_its_levels() -> None:
     with pytest.raises(ValueError, match=r"in rules\['a'\] bits must be None"):
         Config(levels="auto", rules={"a": {"bits": 4}})
     own = Config(levels="auto", rules={"a": {"levels": "standard", "bits": 4}}).of("a")
-    assert own == Config(bits=4)
+    assert own == Config(levels="standard", bits=4)
 
 
 def test_a_rule_has_to_suit_the_number_of_ranks() -> None:
-    config = Config(rules={"a": {"bits": 4}})
+    config = Config(rules={"a": {"levels": "standard", "bits": 4}})
     config.require_plans(4)
     with pytest.raises(ValueError, match="bits must be at least"):
         config.require_plans(64)
@@ -271,34 +271,41 @@ def test_plans_of_standard_levels(bits: int) -> None:
     for world_size in {1, 2, 3, 18, 64, 100, largest}:
         if world_size > largest:
             continue
-        plan = Config(bits=bits).plan(world_size)
+        plan = Config(levels="standard", bits=bits).plan(world_size)
         assert (plan.levels, plan.bits, plan.world_size) == ("standard", bits, world_size)
         assert plan.level_count == largest // world_size >= 1
         assert plan.block_size == 256
     for world_size in {largest + 1, 2 * largest}:
         needed = lanes.minimum_bits(world_size)
         with pytest.raises(ValueError, match="bits must be at least") as error:
-            Config(bits=bits).plan(world_size)
+            Config(levels="standard", bits=bits).plan(world_size)
         assert str(error.value) == (
             f"GlobalQSGD: bits must be at least {needed} for standard levels on {world_size} "
             f"ranks (the sum of all codes has to fit its lane), got {bits}; "
             + (
                 f"use bits={needed} or more, or leave bits out."
                 if needed <= 16
-                else "use levels='exponential', whose width does not depend on the world size."
+                else "use levels='two-hop', whose codes are not added in their lanes."
             )
         )
         if needed <= 16:
-            assert Config(bits=needed).plan(world_size).level_count >= 1
+            assert Config(levels="standard", bits=needed).plan(world_size).level_count >= 1
 
 
 def test_default_plans() -> None:
-    for world_size, bits in [(1, 8), (2, 8), (18, 8), (19, 10), (73, 10), (74, 16), (32767, 16)]:
+    for world_size in (1, 4, 64, 1000, 100_000):
         plan = Config().plan(world_size)
+        assert (plan.levels, plan.bits, plan.level_count, plan.square) == ("two-hop", 8, 127, True)
+        assert (plan.block_size, plan.norm) == (256, "max")
+
+
+def test_default_widths_of_standard_levels() -> None:
+    for world_size, bits in [(1, 8), (2, 8), (18, 8), (19, 10), (73, 10), (74, 16), (32767, 16)]:
+        plan = Config(levels="standard").plan(world_size)
         assert (plan.bits, plan.block_size, plan.norm) == (bits, 256, "max")
         assert plan.level_count * world_size <= 2 ** (bits - 1) - 1
-    with pytest.raises(ValueError, match="use levels='exponential'"):
-        Config().plan(32768)
+    with pytest.raises(ValueError, match="use levels='two-hop'"):
+        Config(levels="standard").plan(32768)
 
 
 def test_two_hop_levels_of_many_ranks_still_add_up_in_32_bits() -> None:
@@ -314,7 +321,20 @@ def test_two_hop_levels_of_many_ranks_still_add_up_in_32_bits() -> None:
         Config(levels="two-hop", bits=8).plan(133_145)
     assert Config(levels="two-hop").plan(133_145).bits == 7
     assert Config(levels="two-hop").plan(10**6).bits == 6
-    assert Config(levels="two-hop", bits=6).plan(2 * 10**6).units == 31**2
+    assert Config(levels="two-hop", bits=6).plan(10**6).units == 41**2
+
+
+@pytest.mark.parametrize(
+    ("bits", "width", "levels"),
+    [
+        *((2, 2, 1), (3, 3, 4), (4, 4, 7), (5, 5, 19), (6, 6, 41), (7, 8, 127), (8, 8, 127)),
+        *((9, 10, 511), (10, 10, 511), (11, 16, 2**15 - 1), (16, 16, 2**15 - 1)),
+    ],
+)
+def test_two_hop_levels_are_all_that_a_word_can_hold(bits: int, width: int, levels: int) -> None:
+    for world_size in (1, 4, 1000):
+        plan = Config(levels="two-hop", bits=bits).plan(world_size)
+        assert (plan.bits, plan.level_count, plan.square) == (width, levels, width <= 8)
 
 
 @pytest.mark.parametrize("world_size", [1, 7, 64, 10**6])
@@ -346,7 +366,7 @@ def test_settings_of_the_paper() -> None:
 
 
 def test_one_norm_for_a_bucket() -> None:
-    config = Config(block_size="bucket")
+    config = Config(levels="standard", block_size="bucket")
     assert config.plan(4).one_norm
     assert config.plan(4).block_size is None
     assert not Config(block_size=None).plan(4).one_norm
@@ -354,6 +374,25 @@ def test_one_norm_for_a_bucket() -> None:
     for name in ("bucket_bytes", "first_bucket_bytes"):
         assert name in config.describe_results()
         assert name not in Config(block_size=None).describe_results()
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "mebibytes"),
+    [
+        ({}, 16, 8),
+        ({}, 64, 32),
+        ({"levels": "exponential"}, 1024, 512),
+        ({"levels": "standard"}, 1024, 8),  # Horovod fuses Allreduces
+        ({"bucket_bytes": 25 << 20}, 64, 25),
+        ({"bucket_bytes": 0}, 64, 0),
+    ],
+    ids=str,
+)
+def test_buckets_grow_where_ranks_have_messages_for_each_other(
+    options: dict[str, Any], ranks: int, mebibytes: int
+) -> None:
+    config = Config(**options)
+    assert config.bucket_limit(config.plan(ranks)) == mebibytes << 20
 
 
 @pytest.mark.parametrize(
@@ -370,7 +409,7 @@ def test_what_one_norm_for_a_bucket_does_not_go_with(
     options: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ValueError, match=f"GlobalQSGD: {expected}"):
-        Config(block_size="bucket", **options)
+        Config(**{"levels": "standard", "block_size": "bucket", **options})
     with pytest.raises(TypeError, match=r"mpi_ops\.allreduce: block_size must be an integer"):
         Scheme(block_size="bucket")  # type: ignore[arg-type]
 

@@ -28,7 +28,9 @@ MATRIX = [
 ]
 KERNELS = {
     "tensors": {
-        *("gq_absmax", "gq_l2norm", "gq_l2norm_of_partial", "gq_dequantize_standard"),
+        *("gq_absmax", "gq_l2norm", "gq_l2norm_of_partial"),
+        *("gq_dequantize_standard", "gq_dequantize_standard_dense"),
+        *(f"gq_quantize_standard_{lanes}_dense" for lanes in (5, 6, 10)),
         *(f"gq_quantize_standard{variant}" for variant in ("", "_2", "_4", "_8")),
         *(f"gq_quantize_standard{variant}_square" for variant in ("", "_4", "_8")),
         *("gq_quantize_exponential", "gq_dequantize_exponential", "gq_pack", "gq_unpack"),
@@ -36,6 +38,7 @@ KERNELS = {
     "codes": {
         *("gq_reduce_exponential", "gq_add_exponential", "gq_add"),
         *(f"gq_mean_standard{variant}" for variant in ("", "_2", "_4", "_8")),
+        *(f"gq_mean_standard_{lanes}_dense" for lanes in (5, 6, 10)),
     },
 }
 

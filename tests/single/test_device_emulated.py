@@ -168,7 +168,7 @@ def test_zeros_far_behind_codes(levels: int, device: Any) -> None:
         name, settings = "quantize_standard", (8, levels, 0, np.uint32(0))
     norms = asarray(float_bits(1.0))
     table = asarray(own.view(np.uint8)), 1, 1
-    variant = device._variant(8) if levels else ""
+    variant = device._variant(name, 8, False) if levels else ""
     device._launch(name, "float32", 1, *table, 0, norms, *settings, out, variant=variant)
     codes = out.get().view(np.int32 if levels else np.uint8)
     assert not codes[:step].any()

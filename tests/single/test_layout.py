@@ -21,9 +21,9 @@ from mpi_ops.kernels import host
 from mpi_ops.layout import layout
 
 CONFIGS = {
-    "standard": Config(),
-    "standard of 10 bits": Config(bits=10, block_size=96),
-    "standard of 5 bits, one norm": Config(bits=5, block_size=None),
+    "standard": Config(levels="standard"),
+    "standard of 10 bits": Config(levels="standard", bits=10, block_size=96),
+    "standard of 5 bits, one norm": Config(levels="standard", bits=5, block_size=None),
     "standard with l2 norms": Config(norm="l2", bits=16),
     "exponential": Config(levels="exponential"),
     "exponential of 4 bits": Config(levels="exponential", bits=4, block_size=96),
@@ -99,7 +99,7 @@ def test_one_norm_for_a_bucket(levels: str, dtype: str, ranks: int) -> None:
 
 def test_one_norm_for_a_bucket_without_some_of_its_tensors() -> None:
     """What a rank does not have is zeros, whose codes are zeros by any norm."""
-    config = Config(bits=8, block_size="bucket")
+    config = Config(levels="standard", bits=8, block_size="bucket")
     xs = inputs(3, (300, 5000, 64))
     names = ["a", "b", "c"]
     absent = ((0, 1), (2, 1), (2, 2))
@@ -119,7 +119,7 @@ def test_one_norm_for_a_bucket_without_some_of_its_tensors() -> None:
 def test_one_norm_for_a_bucket_that_is_not_finite(bad: float) -> None:
     xs = inputs(2, (300, 64))
     xs[1][1][5] = bad
-    for own in reduce_together(Config(block_size="bucket"), xs, ["a", "b"]):
+    for own in reduce_together(Config(levels="standard", block_size="bucket"), xs, ["a", "b"]):
         assert all(np.isnan(x).all() for x in own)
 
 

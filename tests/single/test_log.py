@@ -178,8 +178,8 @@ def test_a_step_is_summed_up_once(caplog: pytest.LogCaptureFixture) -> None:
         first_step(census)
         assert not caplog.records
         first_step(census)
+        first_step(census)
         assert caplog.messages == [SUMMARY]
-        assert not census.wanted
     ((event, fields),) = events(caplog)
     assert event == "tensors"
     assert fields["reasons"] == {"fewer than min_elements=4096": 2, "the dtype int64": 1}
@@ -218,6 +218,37 @@ def test_a_step_whose_tensors_are_known_ends_with_the_last(
     with caplog.at_level(logging.INFO, logger="gq_horovod"):
         first_step(Census(Log("gq_horovod.test"), "GlobalQSGD"), expected=4)
     assert caplog.messages == [SUMMARY]
+
+
+def test_how_long_steps_take_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 9.0, 18.0, 27.0, *(27 + 0.25 * step for step in range(1, 20))])
+    monkeypatch.setattr("gq_horovod.log.time.perf_counter", lambda: next(clock))
+    with caplog.at_level(logging.INFO, logger="gq_horovod.test"):
+        census = Census(Log("gq_horovod.test"), "GlobalQSGD")
+        for step in range(14):
+            assert census.wanted
+            for name in ("b", "a"):
+                census.see(name, 5000, "float32")
+            said = [fields for event, fields in events(caplog) if event == "steps"]
+            assert len(said) == (step == 13)
+        assert not census.wanted  # and costs nothing any more
+    assert said[0]["seconds"] == said[0]["fastest"] == said[0]["slowest"] == 0.25
+    assert "a step takes 250 ms, the median of 10 after the first 3" in caplog.text
+
+
+def test_names_that_never_come_again_are_not_timed_for_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="gq_horovod.test"):
+        census = Census(Log("gq_horovod.test"), "GlobalQSGD")
+        census.see("first", 5000, "float32", expected=1)
+        for number in range(100):
+            if census.wanted:
+                census.see(f"tensor {number}", 5000, "float32")
+        assert not census.wanted
+    assert [event for event, _ in events(caplog)] == ["tensors"]
 
 
 def test_each_tensor_is_named_for_debugging(caplog: pytest.LogCaptureFixture) -> None:

@@ -109,7 +109,9 @@ def test_more_bits_are_never_fewer_bytes(count: int, bits: int, ranks: int) -> N
     cluster = Cluster(ranks, 1e9)
 
     def sent(width: int) -> float:
-        return model.cost(Method("", "", config=Config(bits=width)), [count], cluster).bytes
+        return model.cost(
+            Method("", "", config=Config(levels="standard", bits=width)), [count], cluster
+        ).bytes
 
     assert sent(bits) <= sent(bits + 1) * SLACK
 
@@ -124,7 +126,7 @@ def test_bytes_of_hosts_with_several_ranks() -> None:
         plan = flat.config.plan(8)
         payload = sum(
             sum(wire.parcel_bytes((-(-sum(own) // 8),), plan, flat.config.transport))
-            for own in model.in_buckets(sizes, flat.config)
+            for own in model.in_buckets(sizes, flat.config, 8)
         )
         norms = 4 * sum(wire.norm_count(size, plan) for size in sizes)
         found = model.cost(method, sizes, cluster)

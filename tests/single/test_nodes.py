@@ -17,8 +17,8 @@ from gq_horovod.path.config import Config
 from mpi_ops.nodes import ROUNDS_IN_FLIGHT, Placement, placement, rounds, unit
 
 CONFIGS = {
-    "standard": Config(),
-    "standard of 10 bits": Config(bits=10, block_size=96),
+    "standard": Config(levels="standard"),
+    "standard of 10 bits": Config(levels="standard", bits=10, block_size=96),
     "exponential of 4 bits": Config(levels="exponential", bits=4, block_size=96),
     "two-hop": Config(levels="two-hop"),
     "two-hop of 4 bits": Config(levels="two-hop", bits=4),
@@ -92,23 +92,28 @@ def test_rounds_have_every_element_once(
         assert own.index == index
         assert len(own.shares) == per_node
         packed = np.zeros(own.size, dtype=int)
-        for place, parts in enumerate(own.shares):
+        ends = np.cumsum(own.sizes)
+        for end, size, parts in zip(ends, own.sizes, own.shares, strict=True):
+            assert size == max(sum(part.stop - part.start for part in parts), 1)
             for part in parts:
                 assert part.start % unit(plan) == 0
-                assert place * own.share <= part.flat
-                assert part.flat + part.stop - part.start <= (place + 1) * own.share
+                assert end - size <= part.flat
+                assert part.flat + part.stop - part.start <= end
                 seen[part.tensor][part.start : part.stop] += 1
                 packed[part.flat : part.flat + part.stop - part.start] += 1
         assert packed.max() == 1
         # Shares are about as large as each other, and none much larger than asked for.
-        assert own.share <= max(limit, unit(plan))
+        assert max(own.sizes) <= max(limit, unit(plan)) + unit(plan)
+        assert max(own.sizes) - min(own.sizes) <= 2 * unit(plan)
     for one in seen:
         np.testing.assert_array_equal(one, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "config", [Config(), Config(levels="exponential")], ids=["standard", "exponential"]
+    "config",
+    [Config(levels="standard"), Config(levels="exponential")],
+    ids=["standard", "exponential"],
 )
 def test_ranks_get_the_same_whatever_the_dtype(config: Config, dtype: str) -> None:
     """And nobody's tensors are modified."""

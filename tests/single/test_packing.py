@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from reference import (
+    DENSE,
     ROW,
+    SQUARE_LEVELS,
     Array,
     buffer,
     decode_exponential,
     float_bits,
     pack_lanes,
+    pack_square,
+    square_level,
     top_level,
     unpack_exponential,
     unpack_lanes,
@@ -93,6 +99,107 @@ def test_a_sum_of_payloads_is_the_payload_of_the_sum(
         words += pack(own, bits, levels)
     np.testing.assert_array_equal(words, pack_lanes(codes.sum(axis=0), bits))
     np.testing.assert_array_equal(unpack(words, bits, count), codes.sum(axis=0))
+
+
+# ------------------------------------------------------------------------------------- dense lanes
+
+
+def decode_square(words: Array, bits: int, count: int) -> Array:
+    """What words of square levels stand for, by the kernels, in units of the first level."""
+    units, block = SQUARE_LEVELS[bits] ** 2, lanes.whole_tensor_block(count)
+    args = {"block_size": block, "bits": bits, "square": True}
+    alone = np.empty(count, dtype=np.float32)
+    host.dequantize_standard(words, float_bits(units), buffer(alone), divisor=units, **args)
+    levels = SQUARE_LEVELS[bits]
+    mean = host.mean_standard([words], float_bits(units), count=count, levels=levels, **args)
+    np.testing.assert_allclose(mean, alone, rtol=2.0**-22)
+    return np.rint(alone)
+
+
+def ends_of_digits(bits: int) -> Array:
+    """Words of codes beside which another digit begins: random ones, then -s or s to the end."""
+    count, top = 32 // bits, SQUARE_LEVELS[bits]
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(-top, top + 1, (4 * (count + 1), count, ROW))
+    for place, own in enumerate(codes):
+        own[place // 4 :] = top if place % 2 else -top
+    return codes.reshape(-1)
+
+
+def check_dense(pack: Callable[[Array, int], Array], bits: int) -> None:
+    """Assert that the kernels read what `pack` has packed."""
+    codes = ends_of_digits(bits)
+    expected = square_level(codes, 1)
+    np.testing.assert_array_equal(decode_square(pack(codes, bits), bits, len(codes)), expected)
+
+
+@pytest.mark.parametrize("bits", DENSE)
+def test_dense_lanes_round_trip(bits: int) -> None:
+    check_dense(pack_square, bits)
+    codes, top = ends_of_digits(bits), SQUARE_LEVELS[bits]
+    for count in (len(codes), len(codes) - 3 * ROW - 1):  # and a last word of fewer lanes
+        words = host.quantize_standard(
+            buffer(square_level(codes[:count], 1).astype(np.float32)),
+            float_bits(top**2),
+            block_size=lanes.whole_tensor_block(count),
+            bits=bits,
+            levels=top,
+            dither=KEY,
+            square=True,
+        )
+        np.testing.assert_array_equal(words, pack_square(codes[:count], bits))
+
+
+def in_radix(radix: Callable[[int], int], backwards: bool = False) -> Callable[[Array, int], Array]:
+    """Packing with another radix than that of dense lanes, or the other way round."""
+
+    def pack(codes: Array, bits: int) -> Array:
+        rows = codes.reshape(-1, 32 // bits, ROW)
+        words = np.zeros((len(rows), ROW), dtype=np.int64)
+        for lane in range(32 // bits)[:: -1 if backwards else 1]:
+            words = words * radix(bits) + rows[:, lane]
+        return words.reshape(-1).astype(np.int32)
+
+    return pack
+
+
+RIGHT = in_radix(lambda bits: 2 * SQUARE_LEVELS[bits] + 1)
+WRONG = {
+    "one more": in_radix(lambda bits: 2 * SQUARE_LEVELS[bits] + 2),
+    "one less": in_radix(lambda bits: 2 * SQUARE_LEVELS[bits]),
+    "a power of two": in_radix(lambda bits: 2**bits),
+    "backwards": in_radix(lambda bits: 2 * SQUARE_LEVELS[bits] + 1, backwards=True),
+}
+
+
+@pytest.mark.parametrize("bits", DENSE)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_another_radix_is_found_out(wrong: str, bits: int) -> None:
+    check_dense(RIGHT, bits)
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        check_dense(WRONG[wrong], bits)
+
+
+@given(st.data(), st.sampled_from(DENSE), counts)
+def test_any_words_have_codes_of_dense_lanes(data: st.DataObject, bits: int, count: int) -> None:
+    """Of -s to s, so that no sum of words that no rank has made overflows."""
+    words = data.draw(arrays.arrays(np.int32, lanes.standard_words(count, bits)))
+    roots = np.sqrt(np.abs(decode_square(words, bits, count)))
+    np.testing.assert_array_equal(roots, np.rint(roots))
+    assert np.all(roots <= SQUARE_LEVELS[bits])
+
+
+def test_words_hold_as_many_square_levels_as_fit() -> None:
+    for bits, levels in SQUARE_LEVELS.items():
+        assert lanes.two_hop_levels(bits) == levels
+        assert lanes.dense(bits, square=True) == (bits in DENSE)
+        assert not lanes.dense(bits, square=False)
+        assert bits == 7 or (2 * levels + 1) ** (32 // bits) <= 2**32 < (2 * levels + 3) ** (
+            32 // bits
+        )
+    assert lanes.two_hop_levels(10) == lanes.levels(10, 1)
+    widest = [2, 3, 4, 5, 6, 8, 8, 10, 10, *[16] * 6]
+    assert [lanes.widest(bits) for bits in lanes.STANDARD_BITS] == widest
 
 
 @pytest.mark.parametrize("bits", lanes.STANDARD_BITS)

@@ -24,8 +24,8 @@ from mpi_ops.kernels.host import Tensors
 from mpi_ops.layout import Parcel
 
 CONFIGS = {
-    "standard": Config(),
-    "standard of 5 bits": Config(bits=5, block_size=64),
+    "standard": Config(levels="standard"),
+    "standard of 5 bits": Config(levels="standard", bits=5, block_size=64),
     "standard of the paper": PAPER_STANDARD,
     "standard with l2 norms": Config(norm="l2", bits=16),
     "exponential": PAPER_EXPONENTIAL,
@@ -359,7 +359,7 @@ def test_reductions_are_reproducible_and_keyed() -> None:
 
 def test_ranks_quantize_with_different_dither() -> None:
     """Equal gradients half way between two levels: of four ranks always two round up."""
-    job = Job(4, Config(bits=5))
+    job = Job(4, Config(levels="standard", bits=5))
     x = np.full(10000, 0.5 / job.plan.level_count, dtype=np.float32)
     x[::256] = 1
     sums = np.unique(np.round(job.mean([x] * 4) * job.plan.level_count * 4))
@@ -663,6 +663,21 @@ def test_what_was_given_up_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(pipeline.time, "sleep", sleep)
     with pytest.raises(Exception, match="other"):
         job.pipelines[0].finish(other)
+
+
+def test_a_pipeline_that_is_closed_takes_nothing_more() -> None:
+    """What is done already can be had; all others name the reason."""
+    job = Job(1)
+    x = np.ones(100, dtype=np.float32)
+    done, other = job.submit(0, x, "done"), job.submit(0, x, "other")
+    job.network.slow.add("other.norm")
+    job.poll_until(lambda: done.done)
+    job.pipelines[0].close("the set was removed")
+    np.testing.assert_array_equal(job.pipelines[0].finish(done).owner, 1)
+    with pytest.raises(RuntimeError, match=r"other.*because the set was removed"):
+        job.pipelines[0].finish(other)
+    with pytest.raises(RuntimeError, match=r"next.*because the set was removed"):
+        job.submit(0, x, "next")
 
 
 def test_an_output_that_cannot_be_allocated_is_an_error() -> None:

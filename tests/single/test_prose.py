@@ -47,6 +47,7 @@ def test_readme_is_short() -> None:
         (f"```\n{LONG} {WIDE}\n```", []),
         (f"| {LONG} | {WIDE} |", []),
         (f"# {LONG}", []),
+        (f"- an item\n\n# title\n\n    {LONG} {WIDE}", []),
     ],
 )
 def test_what_is_found(text: str, what: list[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from reference import (
     DTYPES,
     ROW,
+    SQUARE_LEVELS,
     Array,
     allowance,
     buffer,
@@ -26,6 +27,7 @@ from reference import (
     neighbours,
     pack_exponential,
     pack_lanes,
+    pack_square,
     random_bits,
     square_codes,
     square_law,
@@ -35,6 +37,7 @@ from reference import (
     standard_law,
     top_level,
     unpack_exponential,
+    unpack_square,
 )
 
 from mpi_ops import lanes
@@ -116,7 +119,7 @@ SQUARE = range(2, lanes.SQUARE_BITS + 1)
 @pytest.mark.parametrize("bits", SQUARE)
 def test_square_codes_bit_for_bit(bits: int, dtype: str, key: Array) -> None:
     """Sixteenths of the way between neighbours, where nothing has to be rounded."""
-    levels = 2 ** (bits - 1) - 1
+    levels = SQUARE_LEVELS[bits]
     for count in SIZES:
         rng = np.random.default_rng(count)
         scale = 2.0 ** rng.integers(-8, 9, lanes.blocks(count, BLOCK))  # of one s-th squared
@@ -135,14 +138,14 @@ def test_square_codes_bit_for_bit(bits: int, dtype: str, key: Array) -> None:
         # The sixteenths, and not what division makes of them: that may be a tie.
         place = np.sign(units) * (number + sixteenths / 16)
         codes = np.floor(place + (random_bits(count, key) // 65536 + 0.5) / 65536)
-        np.testing.assert_array_equal(payload, pack_lanes(codes.astype(np.int64), bits))
+        np.testing.assert_array_equal(payload, pack_square(codes.astype(np.int64), bits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", SQUARE)
 def test_square_codes_of_any_float(bits: int, dtype: str) -> None:
     """They differ only where float32 cannot tell the two sides of a step apart; and decoding."""
-    count, levels = 40000, 2 ** (bits - 1) - 1
+    count, levels = 40000, SQUARE_LEVELS[bits]
     rng = np.random.default_rng(bits)
     norms = random_norms(count, rng)
     norm = spread(norms, count)
@@ -158,7 +161,7 @@ def test_square_codes_of_any_float(bits: int, dtype: str) -> None:
     unsure = levels * 2.0**-21 + 2.0**-17
     certain = np.abs(exact - np.round(exact)) > unsure
     assert np.mean(~certain) <= 2 * unsure + allowance(2 * unsure, 1.0, count)
-    got = host_lanes(payload, bits, count)
+    got = unpack_square(payload, bits, count)
     expected = square_codes(x, norm, levels, random)
     np.testing.assert_array_equal(got[certain], expected[certain])
     assert np.all(np.abs(got - expected) <= 1)
@@ -475,7 +478,7 @@ def test_dither_shared_by_the_ranks_fails_the_check() -> None:
 
 def check_square(mean: StandardMean, bits: int, world_size: int, samples: int) -> None:
     """Assert that `mean` is unbiased with variance sum (high - y) (y - low) norm**2 / ranks**2."""
-    levels = 2 ** (bits - 1) - 1
+    levels = SQUARE_LEVELS[bits]
     numbers = {0, levels // 2, levels - 1}
     shares = [0.0, 0.5, 1 / 3, 0.99, 0.01, 1e-3]
     places = [k**2 + (2 * k + 1) * share for k in numbers for share in shares]

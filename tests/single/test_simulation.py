@@ -15,7 +15,7 @@ from mpi_ops import wire
 from mpi_ops.kernels.host import Buffer
 
 CONFIGS = {
-    "standard": Config(),
+    "standard": Config(levels="standard"),
     "exponential": Config(levels="exponential"),
     "two-hop": Config(levels="two-hop", bits=4),
 }
@@ -109,7 +109,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="world_size must be 1 or more, got 0"):
         SimulatedRanks(Config(), 0)
     with pytest.raises(ValueError, match="bits must be at least 8 for standard levels on 64 ranks"):
-        SimulatedRanks(Config(bits=4), 64)
+        SimulatedRanks(Config(levels="standard", bits=4), 64)
     ranks = SimulatedRanks(Config(), 3)
     with pytest.raises(ValueError, match="3 buffers of 3000 elements, got 2"):
         ranks.average("w", gradients(2))

@@ -66,7 +66,9 @@ def test_any_number_gives_the_same_bytes(name: str, dtype: str) -> None:
         assert len(found) == 1
 
 
-@pytest.mark.parametrize("name", ["quantize standard 10", "quantize square 8", "l2norm"])
+@pytest.mark.parametrize(
+    "name", ["quantize standard 10", "quantize square 5", "quantize square 8", "l2norm"]
+)
 def test_every_instruction_set_shares(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = CASES[name].inputs(SIZES[0], "float32")
     found = set()

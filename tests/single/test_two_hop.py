@@ -13,7 +13,17 @@ from functools import partial
 
 import numpy as np
 import pytest
-from reference import Array, Z, buffer, square_law, square_level, square_places, standard_law
+from reference import (
+    DENSE,
+    SQUARE_LEVELS,
+    Array,
+    Z,
+    buffer,
+    square_law,
+    square_level,
+    square_places,
+    standard_law,
+)
 
 from gq_horovod.path.config import Config, Plan
 from gq_horovod.research import theory
@@ -82,7 +92,10 @@ def gradients(ranks: int, count: int, seed: int = 0) -> Array:
 
 PLANS = [
     pytest.param(bits, block_size, ranks, id=f"{bits} bits-{block_size}-{ranks} ranks")
-    for bits, block_size, ranks in itertools.product((2, 4, 8, 10), (None, 32, 256), (1, 2, 3, 16))
+    for bits, block_size, ranks in (
+        *itertools.product((2, 4, 8, 10), (None, 32, 256), (1, 2, 3, 16)),
+        *itertools.product(DENSE, (None, 256), (3,)),
+    )
 ]
 
 
@@ -91,7 +104,7 @@ def test_any_size_comes_back_within_a_level_of_each_hop(
     bits: int, block_size: int | None, ranks: int
 ) -> None:
     plan = Config(levels="two-hop", bits=bits, block_size=block_size).plan(ranks)
-    assert plan.level_count == 2 ** (bits - 1) - 1  # whatever the number of ranks is
+    assert plan.level_count == SQUARE_LEVELS.get(bits, 511)  # whatever the number of ranks is
     for count in (1, 31, 33, 255, 257, 1000, 4097, 70_001):
         x = gradients(ranks, count)
         error = np.abs(reduce_all(x, plan) - x.mean(axis=0, dtype=np.float64))
@@ -102,7 +115,7 @@ def test_any_size_comes_back_within_a_level_of_each_hop(
 
 @pytest.mark.parametrize("ranks", [1, 3, 4, 7])
 @pytest.mark.parametrize("block_size", [32, 256, 4096, None])
-@pytest.mark.parametrize("bits", [4, 8, 10, 16])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8, 10, 16])
 def test_shares_are_whole_rows_and_whole_blocks(
     bits: int, block_size: int | None, ranks: int
 ) -> None:
@@ -120,12 +133,12 @@ def test_shares_are_whole_rows_and_whole_blocks(
 @pytest.mark.parametrize("ranks", [1, 3, 100])
 @pytest.mark.parametrize(
     ("bits", "square"),
-    [(bits, bits <= lanes.SQUARE_BITS) for bits in (2, 3, 4, 7, 8, 16)] + [(4, False), (8, False)],
+    [(bits, bits <= lanes.SQUARE_BITS) for bits in (*SQUARE_LEVELS, 16)] + [(4, False), (8, False)],
 )
 def test_codes_that_their_lanes_cannot_hold_are_added_exactly(
     bits: int, square: bool, ranks: int
 ) -> None:
-    count, top = 1000, 2 ** (bits - 1) - 1
+    count, top = 1000, SQUARE_LEVELS[bits] if square else 2 ** (bits - 1) - 1
     x = np.full((ranks, count), 1, dtype=np.float32)  # all at the largest level
     x[:, ::2] = -1
     x[:, ::3] = 0
@@ -186,7 +199,7 @@ def check_second_hop(reduction: Reduction, bits: int) -> None:
     assert abs(squares - expected) <= allowed, f"variance is off: {squares}, not {expected}"
 
 
-@pytest.mark.parametrize("bits", [4, 8, 10])
+@pytest.mark.parametrize("bits", [*DENSE, 4, 8, 10])
 def test_the_second_hop_is_unbiased(bits: int) -> None:
     check_second_hop(reduce_all, bits)
 

@@ -21,7 +21,11 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
   GQ_RUN(gq_quantize_standard_4_square);
   GQ_RUN(gq_quantize_standard_8_square);
   GQ_RUN(gq_quantize_standard_square);
+  GQ_RUN(gq_quantize_standard_5_dense);
+  GQ_RUN(gq_quantize_standard_6_dense);
+  GQ_RUN(gq_quantize_standard_10_dense);
   GQ_RUN(gq_dequantize_standard);
+  GQ_RUN(gq_dequantize_standard_dense);
   GQ_RUN(gq_quantize_exponential);
   GQ_RUN(gq_dequantize_exponential);
   GQ_RUN(gq_pack);
@@ -33,6 +37,9 @@ extern "C" const char* emulate(const char* name, unsigned grid, unsigned block, 
   GQ_RUN(gq_mean_standard_4);
   GQ_RUN(gq_mean_standard_8);
   GQ_RUN(gq_mean_standard);
+  GQ_RUN(gq_mean_standard_5_dense);
+  GQ_RUN(gq_mean_standard_6_dense);
+  GQ_RUN(gq_mean_standard_10_dense);
   GQ_RUN(gq_add);
 #endif
   return "no such kernel";
