@@ -24,6 +24,7 @@ class Stage(IntEnum):
 
 MAXIMUM_RANK = 2**24 - 1
 MAXIMUM_STRATA = 8
+NEAREST = 15  # in the place of strata: no random numbers, values round to the nearest level
 
 
 def strata_for(ranks: int) -> int:
@@ -44,7 +45,7 @@ def dither(
         stage: what the numbers are for.
         strata: 0 for numbers that are independent of other ranks'; else those of ranks below
             2**strata (modulo 256) repel each other, in `quantize_standard` alone. 0 to 8, see
-            `strata_for`; the same on all ranks.
+            `strata_for`; the same on all ranks. Or NEAREST, there alone as well.
     """
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from . import lanes
-from .dither import strata_for
+from .dither import NEAREST, strata_for
 
 # One norm for 256 elements costs 4/256 bytes each and shrinks the error of heavy-tailed gradients
 # many times (docs/design.md, "Blocks").
@@ -164,11 +164,17 @@ class Plan:
     world_size: int
     square: bool = False  # code k of s stands for sign(k)·(k/s)² of its norm, and not for k/s
     one_norm: bool = False  # whether all tensors of a bucket have the largest of their norms
+    nearest: bool = False  # whether ranks quantize to the nearest level, and not by a dither
 
     @property
     def units(self) -> int:
         """The norm as a multiple of what code 1 stands for."""
         return lanes.units(self.level_count, self.square)
+
+    @property
+    def alone(self) -> Plan:
+        """The plan by which one rank's codes are decoded; not of exponential levels."""
+        return replace(self, levels="standard", world_size=1)
 
     @property
     def in_flight(self) -> bool:
@@ -187,6 +193,8 @@ class Plan:
         Exponential levels round magnitudes, so dithers that repel would add errors up where signs
         differ.
         """
+        if self.nearest:
+            return NEAREST
         return 0 if self.levels == "exponential" else strata_for(self.world_size)
 
     def block_for(self, count: int) -> int:

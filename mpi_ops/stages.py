@@ -15,6 +15,7 @@ between ranks replace them (`exchange`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,6 +88,8 @@ class Stages:
     names: tuple[str, ...]  # of the tensors (`tensor_name`), the same on every rank
     seed: int  # of the options
     rank: int  # among those that reduce
+    # Called with each parcel as soon as it is quantized, the norms of all ranks, and its codes.
+    coded: Callable[[Parcel, NDArray[np.int32], Payload], None] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -105,7 +108,16 @@ class Stages:
         """This rank's codes of a parcel, by the norms of all ranks, in `out`; which it returns."""
         random = self.dithers(parcel, steps)
         codec.quantize_parcel(x, parcel.table(x, random), norms, self.plan, out)
+        if self.coded is not None:
+            self.coded(parcel, norms, out)
         return out
+
+    def decode_own(
+        self, parcel: Parcel, codes: Payload, norms: NDArray[np.int32], out: Tensors
+    ) -> None:
+        """Write what this rank's codes of a parcel stand for to `out`; not exponential ones."""
+        segments = parcel.table(out, np.zeros(4, np.uint32))
+        codec.dequantize_parcel(codes, segments, norms, self.plan.alone, out)
 
     def reduce(
         self,

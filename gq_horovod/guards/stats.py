@@ -120,9 +120,7 @@ class Sample:
         own = self._x[chunk.start : chunk.stop]
         payload = codec.quantize(x, chunk.norms, plan, random)
         # The codes of this rank alone: what the mean over one rank would be decoded from.
-        alone = replace(plan, world_size=1)
-        if plan.levels == "two-hop":
-            alone = replace(alone, levels="standard")
+        alone = replace(plan, world_size=1) if plan.levels == "exponential" else plan.alone
         decoded = np.empty(own.size, dtype=np.float32)
         codec.dequantize(payload, chunk.norms, alone, Buffer.of(decoded))
         norm = np.repeat(chunk.norms.view(np.float32), plan.block_for(own.size))[: own.size]
@@ -143,7 +141,9 @@ class Sample:
     def stats(self, plan: Plan, step: int, transport: str) -> TensorStats:
         """The figures, after all chunks; `step` counts the reductions before."""
         count = self._x.size
-        gain = rounding.repelled_factor(plan.world_size) if plan.strata else 1.0
+        gain = 1.0
+        if plan.strata and not plan.nearest:
+            gain = rounding.repelled_factor(plan.world_size)
         if self._widths > 0:  # ranks whose levels differ in width repel each other less
             gain = 1 - (1 - gain) * self._common / self._widths
         error = gain * self._noise / plan.world_size + self._second

@@ -21,6 +21,9 @@ Rules = Mapping[str, Mapping[str, Any] | None]
 # Below this the latency of the extra operations costs more than the bytes that they save.
 DEFAULT_MIN_ELEMENTS = 4096
 
+# With error_feedback: those whose kernels round to the nearest level as well.
+FEEDBACK_LEVELS = ("standard", "two-hop")
+
 # As long as PyTorch's own process groups wait over Gloo: longer than validating on one rank takes
 # in most trainings, shorter than a night of paid machines that do nothing.
 DEFAULT_TIMEOUT = 1800.0
@@ -47,6 +50,9 @@ class Config(Scheme):
     # Exact sums inside a node, and codes between nodes (`path.nodes`). "auto": where codes stay on
     # GPUs, and nodes have several ranks.
     hierarchical: bool | Literal["auto"] = "auto"
+    # Add what a rank's codes leave out of its gradient to its next one, and round to the nearest
+    # level (`path.feedback`). Not unbiased.
+    error_feedback: bool = False
     # Seconds without any movement after which a rank ends; None: never. See guards.watchdog.
     timeout: float | None = DEFAULT_TIMEOUT
     # Compare parameters between ranks every so many steps; None: never. See guards.replicas.
@@ -76,6 +82,8 @@ class Config(Scheme):
             self._fail("bits", "None with levels='auto'", self.bits, "leave it out, or set levels")
         if self.transport not in ("horovod", "mpi"):
             self._fail("transport", "'horovod' or 'mpi'", self.transport, "choose one of them")
+        self._require_bool("error_feedback", self.error_feedback)
+        self._check_error_feedback()
         if self.timeout is not None:
             if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)):
                 raise TypeError(
@@ -98,6 +106,18 @@ class Config(Scheme):
         if self.hierarchical is True and (problem := self.no_nodes):
             self._fail("hierarchical", f"'auto' or False with {problem}", True, "leave it out")
 
+    def _require_bool(self, argument: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{self.FUNCTION}: {argument} must be True or False, got {value!r} of type "
+                f"{type(value).__name__}; pass a bool."
+            )
+
+    def _check_error_feedback(self) -> None:
+        if self.error_feedback and self.levels not in FEEDBACK_LEVELS:
+            expected = f"{one_of(FEEDBACK_LEVELS)} with error_feedback=True"
+            self._fail("levels", expected, self.levels, "choose one of them")
+
     @property
     def no_nodes(self) -> str | None:
         """The option with which gradients are not reduced by nodes; None: they may be."""
@@ -105,6 +125,8 @@ class Config(Scheme):
             return "levels='auto', which tries other ways"
         if self._by_bucket:
             return "block_size='bucket', which has one norm for all ranks"
+        if self.error_feedback:
+            return "error_feedback=True, which is about each rank's own codes"
         return None
 
     @property
@@ -211,7 +233,11 @@ class Config(Scheme):
         if self.levels == "auto":
             expected = f"{one_of(Scheme.LEVELS)} for a plan"
             self._fail("levels", expected, "auto", "replace them by one of those")
-        return replace(super().plan(world_size), one_norm=self.block_size == "bucket")
+        return replace(
+            super().plan(world_size),
+            one_norm=self.block_size == "bucket",
+            nearest=self.error_feedback,
+        )
 
     def bucket_limit(self, plan: Plan) -> int:
         """Bytes of gradients with this plan that are reduced together; 0: each by itself."""

@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ from mpi_ops.stages import Stages, Steps
 
 from ..log import Log, Rarely
 from .config import Plan
+from .feedback import Feedback, keep
 from .memory import Handle as Handle
 from .memory import Memory as Memory
 from .memory import Waiting
@@ -125,6 +126,7 @@ class Task:
     # What the method keeps of a tensor from step to step.
     state: dict[str, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
+    feedback: Feedback | None = None  # takes what this rank's codes leave out of x
     nodes: Nodes | None = None  # where ranks are, if that matters to `method`
     described: Stages | None = None  # what this rank computes, if not what follows from the rest
     whose: str = "this rank"  # the tensors are, for the log
@@ -140,8 +142,13 @@ class Task:
         if self.described is not None:
             return self.described
         limit = None if self.exchanges is not None else chunk_elements(self.plan.world_size)
-        own = layout(self.counts, self.plan, limit)
-        return _stages(own, self.keys, self.seed, self.rank)
+        return self._stages(layout(self.counts, self.plan, limit))
+
+    def _stages(self, own: Layout) -> Stages:
+        computed = _stages(own, self.keys, self.seed, self.rank)
+        if self.feedback is None:
+            return computed
+        return replace(computed, coded=partial(keep, self.feedback, computed, self.x))
 
     def there(self) -> list[int]:
         """Which tensors this rank has; nothing where nobody asks."""
@@ -152,7 +159,7 @@ class Task:
     def summed(self, plan: Plan) -> Stages:
         """What it computes where codes are summed by Allreduce, by norms that are there already."""
         own = layout(self.counts, plan, chunk_elements(plan.world_size), norms_for=self.plan)
-        return _stages(own, self.keys, self.seed, self.rank)
+        return self._stages(own)
 
     def operation(self, part: str) -> str:
         """The name of an operation, the same on every rank."""
@@ -560,6 +567,10 @@ class Pipeline:
                     self._await(started)
                     return started
             self.settle(abandoned)  # nobody asked for its error either
+
+    def has_abandoned(self, name: str) -> bool:
+        """Whether a reduction of that name was started and never asked for."""
+        return name in self._in_flight
 
     def _await(self, reduction: InFlight) -> None:
         """Keep a reduction where it is found when what it waits for may be complete."""

@@ -132,13 +132,7 @@ class PowerSGDConfig(BaselineConfig):
         self._require_integer("rank", self.rank)
         if self.rank < 1:
             self._fail("rank", "1 or more", self.rank, "the paper uses 1 to 4")
-        for name in ("warm_start", "error_feedback"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(
-                    f"{self.FUNCTION}: {name} must be True or False, got {value!r} of type "
-                    f"{type(value).__name__}; pass a bool."
-                )
+        self._require_bool("warm_start", self.warm_start)
 
     def plan(self, world_size: int) -> Plan:
         """Nothing is quantized: the number of ranks is all that matters."""

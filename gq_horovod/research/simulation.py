@@ -13,6 +13,7 @@ It knows no framework.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,28 @@ def _hops(kind: str, ranks: int) -> float:
     return (1 if kind == "alltoall" else 2) * (ranks - 1) / ranks
 
 
+class _Residual:
+    """What codes of one rank leave out of a tensor; `Feedback` of `path.feedback`."""
+
+    def __init__(self, values: Array, left: Array) -> None:
+        self._values, self._left = values, left
+        self.x, self.residuals = Tensors.of(Buffer.of(values)), Tensors.of(Buffer.of(left))
+
+    def subtract(self, tensor: int, start: int, stop: int) -> None:
+        part = self._left[start:stop]
+        np.subtract(self._values[start:stop], part, out=part)
+
+    def drop(self, tensor: int) -> None:
+        self._left.fill(0)
+
+
+def _array(buffer: Buffer) -> Array:
+    """The elements of a buffer in host memory, as an array that shares it."""
+    kind = np.dtype(buffer.dtype)
+    size = buffer.size * kind.itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(buffer.pointer)).view(kind)
+
+
 class SimulatedRanks:
     """A job of `world_size` ranks that all live in this process, for one configuration."""
 
@@ -127,6 +150,7 @@ class SimulatedRanks:
         self._plan = config.plan(world_size)
         self._steps: dict[str, int] = {}
         self._states: dict[str, list[dict[str, Any]]] = {}
+        self._left: dict[str, list[Array]] = {}  # residuals of ranks, where error_feedback=True
 
     def reduce(self, name: str, gradients: Sequence[Buffer], out: Buffer) -> float:
         """Write the mean over ranks to `out`.
@@ -153,13 +177,14 @@ class SimulatedRanks:
         self._steps[name] = step + 1
         states = self._states.setdefault(name, [{} for _ in range(world_size)])
         network = _Network(world_size)
+        feedback = self._residuals(name, gradients) if self._plan.nearest else [None] * world_size
         ranks = [
             InFlight(
                 Task(
                     name=tensor_name(name),
                     keys=(tensor_name(name),),
                     counts=(own.size,),
-                    x=Tensors.of(own),
+                    x=Tensors.of(own) if left is None else left.x,
                     new_output=lambda: Tensors.of(out),
                     plan=self._plan,
                     collectives=network,
@@ -168,9 +193,10 @@ class SimulatedRanks:
                     steps=np.array([step & 0xFFFFFFFF], dtype=np.uint32),
                     method=self._method,
                     state=states[rank],
+                    feedback=left,
                 )
             )
-            for rank, own in enumerate(gradients)
+            for rank, (own, left) in enumerate(zip(gradients, feedback, strict=True))
         ]
         while not all(own.done for own in ranks):
             progress = [own.advance() for own in ranks]
@@ -182,6 +208,14 @@ class SimulatedRanks:
         for own in ranks if any(states) else ranks[:1]:
             own.decode()
         return network.sent
+
+    def _residuals(self, name: str, gradients: Sequence[Buffer]) -> list[_Residual]:
+        """Of each rank, with its gradient and what was left out before."""
+        own = [_array(gradient) for gradient in gradients]
+        kept = self._left.get(name)
+        if kept is None:
+            kept = self._left[name] = [np.zeros_like(array) for array in own]
+        return [_Residual(array + left, left) for array, left in zip(own, kept, strict=True)]
 
     def average(self, name: str, gradients: Sequence[Array]) -> Array:
         """The mean over ranks of arrays: float16, float32 or float64, of one shape and dtype.

@@ -197,6 +197,14 @@ class Bucket:
         self.run = None
         self._renew()
 
+    def drop_residuals(self) -> None:
+        """Begin with zeros, after a step that was abandoned: who knows what it has quantized.
+
+        Its gradients may have changed meanwhile. What is still under way writes to the old ones.
+        """
+        for own in self.members:
+            self.group.residuals.pop(own.key, None)
+
     def open(self, owner: Owner) -> Run:
         """The reduction that tensors arrive for now."""
         last = self.run
@@ -204,6 +212,7 @@ class Bucket:
             return last
         if last is not None:  # nobody has asked for all of it
             self._renew()
+            self.drop_residuals()
         self._tokens.copy_(self._marks)
         self.run = Run(self, owner)
         return self.run
@@ -260,9 +269,8 @@ class Run:
         self._ours[place] = bucket.in_place or values.data_ptr() != tensor.data_ptr()
         if (handle := written(values)) is not None:
             self._written.append(handle)
-        sample = None if bucket.group.nodes else bucket.maker._sample(values, step)
-        if sample is not None:
-            self._samples[place] = sample
+        if not bucket.plan.nearest:
+            self._sample(place)
         self.arrived += 1
         if self.arrived == len(self.values):
             self.start()
@@ -270,9 +278,42 @@ class Run:
             bucket.group.pipeline.nudge()
         return Context(self, place, tensors.dense_strides(tensor))
 
+    def _sample(self, place: int) -> None:
+        """Collect statistics of a tensor, if that is wanted in this step."""
+        bucket, values = self.bucket, self.values[place]
+        assert values is not None
+        sample = None
+        if not bucket.group.nodes:
+            sample = bucket.maker._sample(values, int(self.steps[place]))
+        if sample is not None:
+            self._samples[place] = sample
+
+    def _add_residuals(self) -> Residuals:
+        """Add what earlier steps have left out to what has arrived. Not before all ranks begin."""
+        bucket, kept = self.bucket, self.bucket.group.residuals
+        if bucket.group.pipeline.has_abandoned(bucket.name):
+            bucket.drop_residuals()
+        residuals: list[torch.Tensor | None] = [None] * len(self.values)
+        for place, own in enumerate(self.values):
+            if own is None:
+                continue
+            key = bucket.members[place].key
+            residual = kept.get(key)
+            if residual is None or (residual.shape, residual.dtype) != (own.shape, own.dtype):
+                with torch.inference_mode(False):  # it outlives a region of that mode
+                    residual = kept[key] = torch.zeros_like(own)
+            elif self._ours[place]:
+                own.add_(residual)
+            else:
+                self.values[place], self._ours[place] = own + residual, True
+            residuals[place] = residual
+            self._sample(place)
+        return Residuals(self.values, residuals)
+
     def start(self) -> None:
         """Begin, with zeros for what has not arrived."""
         bucket, group = self.bucket, self.bucket.group
+        feedback = self._add_residuals() if bucket.plan.nearest else None
         x = _tensors(self.values)
         # Shares of what this rank has not are rounded with other random numbers in every step, too.
         missing = [place for place, own in enumerate(self.values) if own is None]
@@ -297,6 +338,7 @@ class Run:
             nodes=group.nodes,
             state=group.memories.setdefault(bucket.members[0].key, {}),
             memory=bucket.memory_for(x),
+            feedback=feedback,
             seen=self._see,
             observe=self._observe if self._samples else None,
         )
@@ -360,6 +402,28 @@ def _tensors(own: Sequence[torch.Tensor | None]) -> Tensors:
     memory, stream = tensors.memory_of(first)
     owner = first if len(own) == 1 else list(own)
     return Tensors(pointers, tensors.DTYPES[first.dtype], owner, memory, stream)
+
+
+class Residuals:
+    """What the codes of a run leave out of its tensors; `Feedback` of `path.feedback`."""
+
+    def __init__(
+        self, values: Sequence[torch.Tensor | None], residuals: Sequence[torch.Tensor | None]
+    ) -> None:
+        self._values, self._left = list(values), residuals
+        self.residuals = _tensors(residuals)
+
+    def subtract(self, tensor: int, start: int, stop: int) -> None:
+        values, left = self._values[tensor], self._left[tensor]
+        assert values is not None
+        assert left is not None
+        part = left.view(-1)[start:stop]
+        torch.sub(values.view(-1)[start:stop], part, out=part)
+
+    def drop(self, tensor: int) -> None:
+        left = self._left[tensor]
+        assert left is not None
+        left.zero_()
 
 
 class _Alone:

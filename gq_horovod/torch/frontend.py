@@ -526,7 +526,9 @@ class TorchFrontend(Frontend):
 
         Returns plain tensors (which are not copied), numbers, texts, lists and dictionaries, for
         torch.save and torch.load(weights_only=True). Those of PowerSGD and IntSGD belong to a rank:
-        each has to save its own. The other methods' may be saved by one rank and loaded on all.
+        each has to save its own. The other methods' may be saved by one rank and loaded on all. So
+        may those of error_feedback=True; but only a rank that saves its own goes on with its
+        residuals, which are as large as the gradients.
         """
         joins = _joins()
         saved = {key: group.state_dict(joins) for key, group in self._groups.items()}
@@ -543,7 +545,8 @@ class TorchFrontend(Frontend):
         Call it on every rank, between two steps or before the first one. It takes effect with the
         next gradient of each process set; there all ranks compare what they have loaded, and raise
         ConfigMismatchError if one of them has loaded nothing, the state of another step or world
-        size, or what only another rank may go on from. (After hvd.join() ranks may have saved
+        size, or what only another rank may go on from. Residuals of another rank are left out, and
+        begin at zero. (After hvd.join() ranks may have saved
         different steps; then all go on from the highest.) Raises ValueError for the state of
         another method, of other options, or of another version.
         """
@@ -727,6 +730,11 @@ class GlobalQSGD(TorchFrontend, Compression):
     TRANSPORTS = ("horovod", "mpi")
     LEVELS = Config.LEVELS
     HIERARCHICAL = ("auto", False, True)
+    ERROR_FEEDBACK = (False, True)
+
+    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Residuals are in host memory.
+        return super()._stage(tensor.to("cpu") if self.config.error_feedback else tensor)
 
     def begin_log(self, process_set: Any, plan: Plan, ranks_per_node: int = 1) -> log.Census | None:
         if self.stats_interval and ranks_per_node > 1 and process_set.rank() == 0:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .. import log
@@ -49,6 +50,9 @@ class Group:
     census: log.Census | None = None  # of its tensors, on the rank that logs them
     steps: dict[str, int] = field(default_factory=dict)  # the next one of each tensor, by its key
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor key
+    # What codes have left out so far of each tensor's gradients on this rank, by its key, where
+    # error_feedback=True. All begin at zero with hvd.init().
+    residuals: dict[str, torch.Tensor] = field(default_factory=dict)
     # Steps of the optimizers, where their parameters are compared between ranks.
     checked: weakref.WeakKeyDictionary[Any, replicas.Steps] = field(
         default_factory=weakref.WeakKeyDictionary
@@ -81,8 +85,8 @@ class Group:
 
     def _forget(self, key: str) -> Any:
         """What drops a tensor's memory when its optimizer is gone; its steps are not used again."""
-        memories = self.memories
-        return lambda _: memories.pop(key, None)
+        kept: tuple[dict[str, Any], ...] = self.memories, self.residuals
+        return lambda _: [own.pop(key, None) for own in kept]
 
     def next_step(self, key: str) -> int:
         """Count a reduction of a tensor; how many there were before."""
@@ -149,6 +153,9 @@ class Group:
             # What is not the same on all ranks.
             "rank": self.rank if memories else None,
             "memories": memories,
+            # Copies, because the next step writes to them. Other ranks begin with zeros.
+            "residuals_of_rank": self.rank if self.residuals else None,
+            "residuals": {key: own.clone() for key, own in self.residuals.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,6 +167,9 @@ class Group:
             (key, {name: own.cpu() if hasattr(own, "cpu") else own for name, own in memory.items()})
             for key, memory in state["memories"].items()
         )
+        if state.get("residuals_of_rank") == self.rank:
+            residuals = state["residuals"].items()
+            self.residuals.update((key, own.to("cpu", copy=True)) for key, own in residuals)
         if self.trials is not None:
             self.trials.load_state_dict(state["trials"])
 

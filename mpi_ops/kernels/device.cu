@@ -278,7 +278,12 @@ GQ_HD void quantize_standard_rows(const Segment& s, int64_t number, int64_t bloc
     float values[kGroupRows];
     load_group(from, elements - column(), values);
     uint32_t words[4];
-    random_column(dither.random, group, dither_mask(dither, static_cast<uint64_t>(group)), words);
+    if (dither.strata == kNearest) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[w] = kHalves;
+    } else {
+      random_column(dither.random, group, dither_mask(dither, static_cast<uint64_t>(group)), words);
+    }
 #pragma unroll
     for (int h = 0; h < kGroupRows; ++h) {
       if (kWhole) lane = h % lanes;

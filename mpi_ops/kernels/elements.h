@@ -266,9 +266,13 @@ struct Dither {
 
 constexpr uint32_t kMaximumStrata = 8;
 
+// In the place of `strata`: every number is a half, so values round to the nearest level.
+constexpr uint32_t kNearest = 15;
+constexpr uint32_t kHalves = 0x80008000u;  // in both halves of a word
+
 GQ_HD Dither dither_of(const Random& words) {
   uint32_t strata = (words.stream[1] >> 4) & 15u;
-  if (strata == 0) return {words, 0, 0};
+  if (strata == 0 || strata == kNearest) return {words, 0, strata};
   if (strata > kMaximumStrata) strata = kMaximumStrata;
   const uint32_t shared = words.stream[1] & ~0xff00u;
   return {{{words.key[0], words.key[1]}, {words.stream[0], shared}},
@@ -304,7 +308,7 @@ GQ_HD uint32_t field_product(uint32_t a, uint32_t b, uint32_t degree) {
 
 // What this rank XORs to both halves of the random words of a group of rows.
 GQ_HD uint32_t dither_mask(const Dither& dither, uint64_t group) {
-  if (dither.strata == 0) return 0;
+  if (dither.strata == 0 || dither.strata == kNearest) return 0;
   const Random& random = dither.random;
   const uint64_t key = static_cast<uint64_t>(random.key[1]) << 32 | random.key[0];
   const uint64_t stream = static_cast<uint64_t>(random.stream[1]) << 32 | random.stream[0];

@@ -248,8 +248,8 @@ GQ_INLINE void quantize_standard_rows(const T* x, int64_t count, RowNorms row_no
     Scale scales[kGroupRows] = {};
     next_scales(row_norms, rows, limit, scale, scales);
     const uint64_t number = static_cast<uint64_t>(group);
-    const RandomGroup random =
-        random_group(keys, dither.random.stream, number, dither_mask(dither, number));
+    const RandomGroup random = random_group(keys, dither.random.stream, number,
+                                            dither_mask(dither, number), dither.strata == kNearest);
     float buffer[kGroup];
     const float* values = group_of(x + begin, count - begin, buffer);
     if constexpr (kBits > 0) {

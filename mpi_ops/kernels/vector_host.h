@@ -180,11 +180,12 @@ GQ_HD RandomKeys random_keys(const Random& random) {
 struct RandomGroup {
   Wide first_product, into_c2, into_c0, into_c2_again, third_key1;
   Words last0, last1, mask;
+  bool nearest;  // words are halves
 };
 
-// The words are those of random_block, each XOR `mask`.
+// The words are those of random_block, each XOR the mask; or halves.
 GQ_HD RandomGroup random_group(const RandomKeys& keys, const uint32_t* stream, uint64_t group,
-                               uint32_t mask) {
+                               uint32_t mask, bool nearest = false) {
   constexpr uint32_t kLast = kPhiloxRounds - 1;
   const uint64_t first = group * kRow;
   const uint32_t key0 = keys.key[0], key1 = keys.key[1];
@@ -200,12 +201,17 @@ GQ_HD RandomGroup random_group(const RandomKeys& keys, const uint32_t* stream, u
           broadcast64(c3 ^ (key1 + 2 * kPhiloxKeyStep1)),
           Words{} + (mask ^ (key0 + kLast * kPhiloxKeyStep0)),
           Words{} + (mask ^ (key1 + kLast * kPhiloxKeyStep1)),
-          Words{} + mask};
+          Words{} + mask,
+          nearest};
 }
 
 // The four words of kWidth columns, from column `start` on.
 GQ_HD void random_columns(const RandomKeys& keys, const RandomGroup& group, int start,
                           Words* words) {
+  if (group.nearest) {
+    for (int w = 0; w < 4; ++w) words[w] = Words{} + kHalves;
+    return;
+  }
   static_assert(kPhiloxRounds > 3, "the first two rounds and the last are not in the loop");
   const Wide m0 = broadcast64(kPhiloxMultiplier0), m1 = broadcast64(kPhiloxMultiplier1);
   Wide c0[2], c1[2], c2[2], c3[2];  // even columns and odd ones
@@ -280,18 +286,19 @@ struct RandomGroup {
   uint32_t stream[2];
   uint64_t first;
   uint32_t mask;
+  bool nearest;  // words are halves
 };
 
 GQ_HD RandomGroup random_group(const RandomKeys&, const uint32_t* stream, uint64_t group,
-                               uint32_t mask) {
-  return {{stream[0], stream[1]}, group * kRow, mask};
+                               uint32_t mask, bool nearest = false) {
+  return {{stream[0], stream[1]}, group * kRow, mask, nearest};
 }
 
 GQ_HD void random_columns(const RandomKeys& keys, const RandomGroup& group, int start,
                           Words* words) {
   const Random random = {{keys.key[0], keys.key[1]}, {group.stream[0], group.stream[1]}};
   random_block(random, group.first + static_cast<uint64_t>(start), words);
-  for (int w = 0; w < 4; ++w) words[w] ^= group.mask;
+  for (int w = 0; w < 4; ++w) words[w] = group.nearest ? kHalves : words[w] ^ group.mask;
 }
 
 #endif

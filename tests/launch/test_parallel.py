@@ -43,6 +43,7 @@ NOT_EVERYWHERE = {
     "tests/parallel/test_baselines.py": [("mpirun", 3)],
     "tests/parallel/test_auto.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_check_replicas.py": [("mpirun", 3), ("horovodrun", 2)],
+    "tests/parallel/test_error_feedback.py": [("mpirun", 2), ("horovodrun", 2)],
     "tests/parallel/test_gpu_tensors.py": [("mpirun", 2)],
     "tests/parallel/test_refusals.py": [("mpirun", 3), ("horovodrun", 2)],
     "tests/parallel/test_rules.py": [("mpirun", 3)],
@@ -87,7 +88,7 @@ OVER_MPI = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "optimize
 # Those for which two ranks are enough.
 OVER_MPI_WITH_TWO = [
     f"tests/parallel/test_{part}.py"
-    for part in ("gpu_tensors", "training", "rules", "shared", "unnamed")
+    for part in ("error_feedback", "gpu_tensors", "training", "rules", "shared", "unnamed")
 ]
 
 

@@ -120,6 +120,20 @@ def test_the_same_bytes_as_in_host_memory(
     check_replicas(plain(result))
 
 
+@pytest.mark.usefixtures("resident")
+def test_error_feedback_is_computed_on_the_host(name: str) -> None:
+    options: dict[str, Any] = {"levels": "two-hop", "bits": 3, "error_feedback": True}
+    host, device = (plugin.GlobalQSGD(transport=TRANSPORT, **options) for _ in range(2))
+    for step in range(3):
+        own = gradients((7, 1003), tag=step)[hvd.rank()]
+        expected = plugin.allreduce(own, name, compression=host)
+        given = on_gpu(own.clone())
+        result = plugin.allreduce(given, name, compression=device)
+        assert result.is_cuda
+        assert torch.equal(plain(result), expected)
+        assert torch.equal(plain(given), own)  # not modified
+
+
 @pytest.mark.parametrize(
     ("levels", "block_size"),
     BLOCK_SIZES,

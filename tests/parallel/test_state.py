@@ -22,6 +22,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     levels: lambda levels=levels: GlobalQSGD(levels=levels, min_elements=0, transport=TRANSPORT)
     for levels in ("standard", "exponential", "two-hop", "auto")
 } | {
+    "error feedback": lambda: GlobalQSGD(
+        levels="two-hop", bits=3, min_elements=0, transport=TRANSPORT, error_feedback=True
+    ),
     "qsgd": lambda: QSGD(min_elements=0),
     "powersgd": lambda: PowerSGD(rank=2, min_elements=0),
     "intsgd": lambda: IntSGD(min_elements=0),
@@ -123,7 +126,10 @@ def test_states_that_do_not_belong_together(name: str) -> None:
 # ------------------------------------------------------------------------ who saved it, and when
 
 
-@pytest.mark.parametrize("method", [key for key in METHODS if key not in ("powersgd", "intsgd")])
+OF_ONE_RANK = ("powersgd", "intsgd", "error feedback")
+
+
+@pytest.mark.parametrize("method", [key for key in METHODS if key not in OF_ONE_RANK])
 def test_the_state_of_rank_0_is_that_of_all(method: str, name: str) -> None:
     """Most scripts save on rank 0 alone, and load or broadcast that everywhere."""
     first = METHODS[method]()

@@ -290,6 +290,13 @@ def test_hierarchical(given: Any) -> None:
         np.testing.assert_allclose(mean, 1, rtol=1e-6)
 
 
+def test_error_feedback() -> None:
+    text = refused(ValueError, "eager", GlobalQSGD, error_feedback=True)
+    assert text == (
+        "GlobalQSGD: error_feedback must be False with horovod.tensorflow, got True; leave it out."
+    )
+
+
 def test_transport_mpi() -> None:
     text = refused(ValueError, "eager", GlobalQSGD, transport="mpi")
     assert text == (

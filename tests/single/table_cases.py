@@ -23,6 +23,7 @@ from reference import (
 )
 
 from mpi_ops import lanes
+from mpi_ops.dither import NEAREST
 from mpi_ops.kernels import host
 from mpi_ops.kernels.interface import ITEM_BYTES, SEGMENT
 
@@ -59,6 +60,7 @@ def table(
         own["stop"][place] = payload if place % 3 else 0
     own["random"] = random.integers(0, 2**32, own["random"].shape)  # steps that wrap around, too
     own["random"][::2, 3] = REPELLING[3]
+    own["random"][1::4, 3] |= NEAREST << 4
     own["group"][::5] = (1 << 40) + np.arange(len(own))[::5]
     return own, flat
 

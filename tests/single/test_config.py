@@ -126,6 +126,29 @@ PLUGIN_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "check_replicas must be an integer, got True of type bool; pass an int.",
     ),
+    (
+        {"error_feedback": 1},
+        TypeError,
+        "error_feedback must be True or False, got 1 of type int; pass a bool.",
+    ),
+    (
+        {"error_feedback": True, "levels": "auto"},
+        ValueError,
+        "levels must be 'standard' or 'two-hop' with error_feedback=True, got 'auto'; "
+        "choose one of them.",
+    ),
+    (
+        {"error_feedback": True, "rules": {"a": {"levels": "exponential"}}},
+        ValueError,
+        "in rules['a'] levels must be 'standard' or 'two-hop' with error_feedback=True, got "
+        "'exponential'; choose one of them.",
+    ),
+    (
+        {"error_feedback": True, "hierarchical": True},
+        ValueError,
+        "hierarchical must be 'auto' or False with error_feedback=True, which is about each "
+        "rank's own codes, got True; leave it out.",
+    ),
 ]
 
 
@@ -234,6 +257,7 @@ def test_description_has_every_option() -> None:
     assert set(described) == {field.name for field in dataclasses.fields(Config)}
     quantizers = {"levels", "bits", "block_size", "norm", "seed"}
     plugins = {"min_elements", "transport", "hierarchical", "timeout", "check_replicas", "rules"}
+    plugins |= {"error_feedback"}
     buckets = {"bucket_bytes", "first_bucket_bytes"}
     assert set(described) == quantizers | plugins | buckets
 
