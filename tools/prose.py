@@ -29,6 +29,7 @@ CLEAN = (
     *("docs/troubleshooting.md", "docs/how-to/index.md", "docs/explanation/index.md"),
     *(f"docs/reference/{name}.md" for name in ("index", "torch", "tensorflow", "mpi", "common")),
     *("docs/reference/commands.md", "docs/advisor.md", "docs/benchmarks.md", "CONTRIBUTING.md"),
+    *("docs/quality.md", "docs/quantizers.md"),
     *("docs/reliability.md", "docs/cloud.md", "docs/tensorflow.md", "docs/workloads.md"),
     *("docs/mpi.md", "docs/baselines.md"),
 )
