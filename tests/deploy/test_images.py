@@ -366,7 +366,7 @@ def test_runbook_names_what_exists() -> None:
     for good, bad, found in [
         ("docker/gq-launch", "docker/gq-lunch", "docker/gq-lunch"),
         (
-            "local-cpu/deeplight/standard",
+            "local-cpu/deeplight/two-hop",
             "local-cpu/deeplight/std",
             "k8s/overlays/local-cpu/deeplight/std",
         ),
