@@ -31,7 +31,7 @@ CLEAN = (
     *("docs/reference/commands.md", "docs/advisor.md", "docs/benchmarks.md", "CONTRIBUTING.md"),
     *("docs/quality.md", "docs/quantizers.md"),
     *("docs/reliability.md", "docs/cloud.md", "docs/tensorflow.md", "docs/workloads.md"),
-    *("docs/mpi.md", "docs/baselines.md", "docs/design.md", "docs/theory.md"),
+    *("docs/mpi.md", "docs/baselines.md", "docs/design.md", "docs/theory.md", "CHANGELOG.md"),
 )
 
 _FENCE = re.compile(r"^\s*(```|~~~)")
