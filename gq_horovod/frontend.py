@@ -156,7 +156,8 @@ class Frontend:
             kernels=kernels,
             instruction_set=instructions,
         )
-        return log.Census(_log, self.config.FUNCTION, self.config.patterns)
+        trials = self.config.levels == "auto"
+        return log.Census(_log, self.config.FUNCTION, self.config.patterns, timed=not trials)
 
     def takes(self, name: str, elements: int) -> bool:
         """Whether the options say to compress a tensor of this name and size."""
@@ -307,8 +308,8 @@ class Compression(Frontend):
                 lost and there are process sets.
             error_feedback: add what this rank's codes leave out of a gradient to the next gradient
                 of that name, and round codes to the nearest level. For 2 to 4 bits; not unbiased.
-                It did not help in the runs of docs/quality.md.
-                Takes memory of the gradients' size. For "standard" and "two-hop" levels, without
+                It did not help in the runs of docs/quality.md. Every name keeps memory of its
+                tensor's size, so names have to recur. For "standard" and "two-hop" levels, without
                 nodes (PyTorch only).
             timeout: seconds after which a reduction that does not move ends this rank with an error
                 (see gq_horovod.guards.watchdog), None for never.

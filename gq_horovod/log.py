@@ -22,6 +22,7 @@ import logging
 import os
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -165,12 +166,15 @@ class Census:
     # Steps that are timed; before them connections and caches are made.
     WARM_UP, TIMED = 3, 10
 
-    def __init__(self, log: Log, function: str, patterns: Sequence[str] = ()) -> None:
+    def __init__(
+        self, log: Log, function: str, patterns: Sequence[str] = (), timed: bool = True
+    ) -> None:
         """Begin.
 
         Arguments:
             function: what the text names.
             patterns: of names that rules are for.
+            timed: whether steps are timed; not where the first ones differ from the others.
         """
         self._patterns = dict.fromkeys(patterns, False)  # and whether a name has matched
         self._first = ""  # the first name
@@ -178,8 +182,11 @@ class Census:
         self._function = function
         self._seen: set[str] = set()
         self._summed_up = False
-        self._begins: list[float] | None = []  # when steps began, in seconds; None: no more
+        # When steps began, in seconds: when their first tensor came. None: no more.
+        self._begins: list[float] | None = [] if timed else None
+        self._leader: tuple[str, int] | None = None  # that tensor
         self._later = 0  # tensors seen since the first step
+        self._timing = threading.Lock()
         self._compressed: list[int] = []  # elements
         self._left: dict[str, list[tuple[str, int]]] = {}  # names and elements, by reason
         # Bytes that a rank sends for all tensors, as they are and without compression; None where
@@ -206,6 +213,7 @@ class Census:
         plain_bytes: float | None = None,
         expected: int | None = None,
         label: str | None = None,
+        owner: object = None,
     ) -> None:
         """Note a tensor that is about to be reduced.
 
@@ -216,8 +224,10 @@ class Census:
             plain_bytes: the same without compression.
             expected: tensors of the whole step, if that is known.
             label: what rules know it by, if that is another name.
+            owner: an optimizer, of which several may have tensors of one name.
         """
-        self._time(name)
+        with self._timing:
+            self._time((name, id(owner)))
         if name in self._seen:
             self._sum_up()
             return
@@ -254,15 +264,15 @@ class Census:
         if expected is not None and len(self._seen) >= expected:
             self._sum_up()
 
-    def _time(self, name: str) -> None:
+    def _time(self, tensor: tuple[str, int]) -> None:
         """Count the steps by their first tensor, and say how long they took."""
         if self._begins is None:
             return
-        if not self._seen:
-            self._leader = name
+        if self._leader is None:
+            self._leader = tensor
         if self._summed_up:
             self._later += 1
-        if name == self._leader:
+        if tensor == self._leader:
             self._begins.append(time.perf_counter())
         steps = len(self._begins) - 1
         if steps < self.WARM_UP + self.TIMED:

@@ -222,6 +222,17 @@ class Layout:
         return own
 
 
+def places_of_norms(count: int, plan: Plan) -> int:
+    """Places of norms that a tensor, or a part of one, of `count` elements takes.
+
+    With two-hop levels they are those of whole units of shares, of which the last may be gaps.
+    """
+    if plan.levels == "two-hop" and plan.block_size:
+        unit = sizes.share_unit(plan)
+        count = -(-count // unit) * unit
+    return lanes.blocks(count, plan.block_for(count))
+
+
 @lru_cache(maxsize=1024)
 def layout(
     counts: tuple[int, ...],
@@ -245,7 +256,6 @@ def layout(
     messages = limit is None
     shares = messages or not plan.in_flight
     placed = norms_for or plan
-    norm_unit = sizes.share_unit(placed) if placed.levels == "two-hop" and placed.block_size else 1
     share_unit, row = sizes.share_unit(plan), sizes.row_elements(plan)
     most = message_elements(sum(counts), plan.world_size) if limit is None else limit
     places, at = [], 0
@@ -275,7 +285,7 @@ def layout(
                 payload += units * share_unit // row * lanes.ROW
             else:
                 payload += sizes.payload_size(own, plan)
-        at += lanes.blocks(-(-count // norm_unit) * norm_unit, plan.block_for(count))
+        at += places_of_norms(count, placed)
     if pieces:
         parcels.append(Parcel(len(parcels), tuple(pieces), plan, shares))
     return Layout(counts, plan, tuple(parcels), tuple(places), at)

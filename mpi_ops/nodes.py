@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from . import lanes, sizes
 from .kernels.interface import ITEM_BYTES, SEGMENT, Tensors
-from .layout import addresses, layout
+from .layout import addresses, layout, places_of_norms
 from .scheme import Plan
 from .stages import Stages
 
@@ -131,7 +131,7 @@ class Round:
             begin = tensors.index(parts[0].tensor) if parts else 0
             return begin, len(parts), len(tensors)
         counts = [
-            sum(lanes.blocks(part.stop - part.start, plan.block_size) for part in own)
+            sum(places_of_norms(part.stop - part.start, plan) for part in own)
             for own in self.shares
         ]
         return sum(counts[:place]), counts[place], sum(counts)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 KEPT = ROOT / "docs" / "demo.json"
 PLOT = ROOT / "docs" / "demo.png"
-SEEDS = 3
+SEEDS, HOSTS = 3, 2  # README says how many hosts there are, each with a core
 NAMES = {
     "none": "none",
     "fp16": "fp16",
@@ -61,6 +61,8 @@ def main() -> int:
         return 1 if wrong else 0
     found = arguments.results or run(arguments.output)
     results = json.loads(found.read_text())
+    if results["ranks"] != HOSTS or not results["network"].startswith(f"{HOSTS} hosts"):
+        parser.error(f"{found}: expected {HOSTS} hosts, got {results['network']}")
     if KEPT.exists():
         compare(Console(), kept(), results)
     if arguments.keep:
@@ -80,8 +82,8 @@ def kept() -> Results:
 def run(output: Path) -> Path:
     """Run the demo; the path of its results. Ends the program where it fails."""
     demo = ROOT / "examples" / "deeplight" / "demo.py"
-    command = [sys.executable, str(demo), "--seeds", str(SEEDS), "--output", str(output)]
-    done = subprocess.run([*command, "--methods", *NAMES], check=False)
+    command = [sys.executable, str(demo), "--seeds", str(SEEDS), "--ranks", str(HOSTS)]
+    done = subprocess.run([*command, "--output", str(output), "--methods", *NAMES], check=False)
     if done.returncode:
         sys.exit(done.returncode)
     return output / "results.json"

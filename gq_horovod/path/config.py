@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from mpi_ops.scheme import ConfigMismatchError, Plan, Scheme, one_of
 
-from .buckets import DEFAULT_FIRST_BUCKET_BYTES, default_limit
+from .buckets import DEFAULT_FIRST_BUCKET_BYTES, SMALLEST_LIMIT, default_limit
 
 __all__ = ["Config", "ConfigMismatchError", "Plan", "Rules"]
 
@@ -226,7 +226,10 @@ class Config(Scheme):
         rest = {"timeout", "check_replicas"}
         if not self._by_bucket:
             rest |= {"bucket_bytes", "first_bucket_bytes"}
-        return {key: value for key, value in self.describe().items() if key not in rest}
+        described = {key: value for key, value in self.describe().items() if key not in rest}
+        if described.get("bucket_bytes", 0) is None and self.levels == "standard":
+            described["bucket_bytes"] = SMALLEST_LIMIT  # for any number of ranks
+        return described
 
     def plan(self, world_size: int) -> Plan:
         """The settings for `world_size` ranks. Raises ValueError if `bits` cannot hold the sum."""

@@ -222,7 +222,12 @@ class GlobalQSGD(Compression):
         return call
 
     def _limit(self, caller: Caller, places: Sequence[int], plan: Plan) -> int:
-        """Bytes of a bucket of tensors of one kind."""
+        """Bytes of a bucket of tensors of one kind.
+
+        A graph of an elastic job may outlive the number of ranks, and newcomers build others.
+        """
+        if elastic():
+            plan = replace(plan, world_size=1)
         return self.config.bucket_limit(
             self.plan_for(caller.labels[places[0]], plan) if places else plan
         )

@@ -570,6 +570,8 @@ class Settled:
         # Where a bucket has one norm, results depend on what is in it, which a state does not know.
         absent = own.bucket.absent and not own.bucket.plan.one_norm
         if absent and (own.bucket.run is None or not own.bucket.run.open):
+            if own.bucket.run is not None:  # of a step that was abandoned
+                own.bucket.drop_residuals()
             self._split(members, own.bucket)
             own = members[parameter]
         bucket, handles = own.bucket, optimizer._handles

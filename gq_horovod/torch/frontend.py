@@ -325,7 +325,7 @@ class TorchFrontend(Frontend):
         if self.config.check_replicas is not None and optimizer is not None:
             self._compare_replicas(group, optimizer, name, self.config.check_replicas)
         if group.census is not None and group.census.wanted:
-            self._see(group, group.census, tensor, name, eligible)
+            self._see(group, group.census, tensor, name, eligible, optimizer)
 
     def _left_to_horovod(self, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, _Left]:
         """What Horovod reduces by itself: contiguous tensors; it does not know bfloat16."""
@@ -388,7 +388,13 @@ class TorchFrontend(Frontend):
     decompress = ClassOrInstance(never_traced(_decompress))
 
     def _see(
-        self, group: Group, census: log.Census, tensor: torch.Tensor, name: str, eligible: bool
+        self,
+        group: Group,
+        census: log.Census,
+        tensor: torch.Tensor,
+        name: str,
+        eligible: bool,
+        optimizer: Any,
     ) -> None:
         """Log a tensor that comes by for the first time."""
         count, dtype = tensor.numel(), _name(tensor.dtype)
@@ -410,6 +416,7 @@ class TorchFrontend(Frontend):
                 else plain * _handed_dtype(tensor).itemsize
             ),
             plain_bytes=plain * tensor.element_size(),
+            owner=optimizer,
         )
 
     def explain(self, tensor: object) -> str | None:

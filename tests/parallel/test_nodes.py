@@ -29,12 +29,15 @@ from mpi_ops.nodes import placement
 
 SHAPES = {"matrix": (300, 100), "vector": (5003,), "small": (40,), "wide": (7, 3000)}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "standard": {},
-    "standard of 10 bits": {"bits": 10, "block_size": 96},
+    "standard": {"levels": "standard"},
+    "standard of 10 bits": {"levels": "standard", "bits": 10, "block_size": 96},
     "exponential": {"levels": "exponential"},
     "exponential of 4 bits": {"levels": "exponential", "bits": 4},
     "two-hop": {"levels": "two-hop"},
     "two-hop of 4 bits": {"levels": "two-hop", "bits": 4},
+    # Shares of more than a block: the last one of a tensor has norms of nothing.
+    "two-hop of 5 bits": {"levels": "two-hop", "bits": 5},
+    "two-hop with short blocks": {"levels": "two-hop", "block_size": 64},
 }
 PLACES: dict[str, Callable[[], int]] = {
     "by slot": lambda: hvd.rank() // 2,
@@ -45,8 +48,12 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def new(**options: Any) -> GlobalQSGD:
-    """Not shared with other tests: it has still to find out where ranks are."""
-    return GlobalQSGD(min_elements=1000, transport=TRANSPORT, **options)
+    """Not shared with other tests: it has still to find out where ranks are.
+
+    Standard levels, unless the options have others: what depends on the number of parties.
+    """
+    own = {"levels": "standard", "min_elements": 1000, "transport": TRANSPORT, **options}
+    return GlobalQSGD(**own)
 
 
 @pytest.fixture(params=PLACES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -567,3 +568,17 @@ def test_a_tensor_twice_in_a_group(name: str) -> None:
     if hvd.size() > 1:
         check_mean(one, gradients(5000, tag=3), compressor())
         assert not np.array_equal(one, other)
+
+
+def test_buckets_of_an_elastic_job_are_those_of_any_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A survivor's graph was traced among as many ranks as there were; a newcomer's is not."""
+    compression = GlobalQSGD()
+    caller: Any = SimpleNamespace(labels=["w"])
+    for ranks in (20, 24, 64):
+        plan = compression.config.plan(ranks)
+        assert compression._limit(caller, [0], plan) == ranks << 19
+        with monkeypatch.context() as patch:
+            patch.setenv("HOROVOD_ELASTIC", "1")
+            assert compression._limit(caller, [0], plan) == 8 << 20

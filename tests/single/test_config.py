@@ -376,6 +376,17 @@ def test_one_norm_for_a_bucket() -> None:
         assert name not in Config(block_size=None).describe_results()
 
 
+def test_a_state_of_another_default_limit_of_buckets() -> None:
+    """With standard levels the default means the same buckets as its number did."""
+    own, other = (
+        Config(levels="standard", block_size="bucket", bucket_bytes=limit)
+        for limit in (None, 8 << 20)
+    )
+    assert own.describe_results() == other.describe_results()
+    exponential = Config(levels="exponential", block_size="bucket")
+    assert exponential.describe_results()["bucket_bytes"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "ranks", "mebibytes"),
     [

@@ -238,6 +238,29 @@ def test_how_long_steps_take_is_said_once(
     assert "a step takes 250 ms, the median of 10 after the first 3" in caplog.text
 
 
+def test_optimizers_with_tensors_of_one_name_are_told_apart(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(0.25 * step for step in range(20))  # asked once a step
+    monkeypatch.setattr("gq_horovod.log.time.perf_counter", lambda: next(clock))
+    with caplog.at_level(logging.INFO, logger="gq_horovod.test"):
+        census = Census(Log("gq_horovod.test"), "GlobalQSGD")
+        generator, critic = object(), object()
+        for _ in range(14):
+            for owner in (generator, critic):
+                census.see("weight", 5000, "float32", owner=owner)
+    assert [own["seconds"] for event, own in events(caplog) if event == "steps"] == [0.25]
+
+
+def test_trials_are_not_timed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="gq_horovod.test"):
+        census = Census(Log("gq_horovod.test"), "GlobalQSGD", timed=False)
+        for _ in range(20):
+            census.see("weight", 5000, "float32")
+        assert not census.wanted
+    assert [event for event, _ in events(caplog)] == ["tensors"]
+
+
 def test_names_that_never_come_again_are_not_timed_for_ever(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
