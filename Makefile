@@ -61,7 +61,7 @@ format: setup ## let ruff and clang-format rewrite the sources
 check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
 	$(VENV)/python -m pytest tests -m check $(PYTEST_ARGS)
 
-# Tests of one process go several at a time. So do jobs, three at a time, of which ranks mostly wait
+# Tests of one process go several at a time. So do jobs, two at a time, of which ranks mostly wait
 # for each other; the others look at clocks and links, and want the cores for themselves. The
 # longest jobs come first (tests/conftest.py), and are handed out one by one.
 ALONE := tests/single tests/deploy
@@ -70,7 +70,7 @@ JOBS := $(patsubst %,tests/launch/test_%.py,parallel tensorflow tensorflow_saved
 	mistakes ends)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(call tests,$(ALONE) -n logical --maxprocesses 8)
-	$(call tests,$(JOBS) -n 3 --maxschedchunk 1)
+	$(call tests,$(JOBS) -n 2 --maxschedchunk 1)
 	$(call tests,tests $(addprefix --ignore=,$(ALONE) $(JOBS)))
 
 # Where PYTEST_ARGS selects none of them (exit status 5), the others may still have some.

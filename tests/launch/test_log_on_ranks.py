@@ -21,7 +21,7 @@ shapes = {"matrix": (80, 100), "bias": (80,)}
 weights = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
 opt = hvd.DistributedOptimizer(
     torch.optim.SGD(weights.values(), lr=1.0), named_parameters=weights.items(),
-    compression=GlobalQSGD(bits=6),
+    compression=GlobalQSGD(levels="standard", bits=6),
 )
 for step in range(3):
     opt.zero_grad()
@@ -34,7 +34,7 @@ import horovod.tensorflow as hvd, tensorflow as tf
 from gq_horovod.tensorflow import GlobalQSGD
 hvd.init()
 weights = [tf.Variable(tf.zeros((80, 100))), tf.Variable(tf.zeros(80))]
-compression = GlobalQSGD(bits=6)
+compression = GlobalQSGD(levels="standard", bits=6)
 
 @tf.function
 def train(factor):

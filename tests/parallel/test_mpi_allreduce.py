@@ -421,7 +421,7 @@ def test_arrays_that_are_not_contiguous_and_no_arrays() -> None:
         result = allreduce(strided, COMM, levels="standard", bits=16)
         assert np.allclose(result, strided, atol=step)
     assert np.array_equal(x, np.arange(600)), "the input was modified"
-    result = allreduce([1.0, 0.5], COMM)
+    result = allreduce([1.0, 0.5], COMM, levels="exponential")
     assert result.dtype == np.float64
     assert np.array_equal(result, [1.0, 0.5])
     assert allreduce(np.float32(3), COMM) == 3
@@ -462,7 +462,7 @@ def test_an_option_too_long_to_be_compared() -> None:
 def test_bad_arguments_everywhere() -> None:
     x = np.ones(1000, np.float32)
     with pytest.raises(ValueError, match="bits must be 4 or 8"):
-        allreduce(x, COMM, bits=5)
+        allreduce(x, COMM, levels="exponential", bits=5)
     with pytest.raises(ValueError, match="out must be a C-contiguous"):
         allreduce(x, COMM, out=np.ones(999, np.float32))
     overlapping = np.ones(1001, np.float32)
