@@ -404,9 +404,10 @@ def test_other_methods_beside_it_go_among_all_ranks(other: Any) -> None:
         groups = [next(iter(compression._groups.values())) for *_, compression in kept]
         assert [group.nodes is None for group in groups] == [False, True]
         assert groups[1].plan.world_size == 4
-    # PowerSGD's factors are floats, whose sums depend on what Horovod fuses with them.
-    tolerance = 1e-4 if isinstance(other, PowerSGD) else 0.0
+    # Sums of floats depend on what Horovod fuses: of PowerSGD's factors, and of small tensors.
+    exact_from = 10**9 if isinstance(other, PowerSGD) else 4096
     for one, alone in zip(*found, strict=True):
+        tolerance = 0.0 if one.numel() >= exact_from else 1e-4
         torch.testing.assert_close(one, alone, rtol=tolerance, atol=tolerance)
 
 
