@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 import zlib
@@ -26,7 +27,7 @@ from ..log import Log
 from .config import Config, ConfigMismatchError
 from .pipeline import PRESENT, Handle, poll_all
 
-__all__ = ["LARGEST", "Same", "agree", "checksum", "describe", "wait"]
+__all__ = ["LARGEST", "Same", "agree", "checksum", "describe", "elastic", "wait"]
 
 _log = Log(__name__)
 
@@ -37,6 +38,11 @@ LARGEST = 2**31 - 1  # of the numbers that ranks compare, as int32
 
 # Ranks may be minutes apart at the first step (data loading, compilation); for ever is a bug.
 TIMEOUT_SECONDS = 600.0
+
+
+def elastic() -> bool:
+    """Whether workers of this job may come and go, as Horovod's launcher says."""
+    return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
 
 
 class Same:

@@ -31,7 +31,7 @@ from . import runtime
 from .caller import Caller, find_caller
 from .graph import Counter, Place, Reduction, Ways, around, aside, orders_effects, within
 from .kernels import Kernels, parcel_count
-from .ranks import LOSS, Waiting, elastic, largest, ranks_compare
+from .ranks import LOSS, Waiting, largest, ranks_compare
 
 _log = log.Log(__name__)
 
@@ -226,7 +226,7 @@ class GlobalQSGD(Compression):
 
         A graph of an elastic job may outlive the number of ranks, and newcomers build others.
         """
-        if elastic():
+        if agreement.elastic():
             plan = replace(plan, world_size=1)
         return self.config.bucket_limit(
             self.plan_for(caller.labels[places[0]], plan) if places else plan
@@ -549,7 +549,7 @@ def allreduce(
     Returns a new tensor of the same shape and dtype, equal on every rank bit for bit. Eagerly, it
     blocks until it is there. Raises ValueError for a missing name or another op.
     """
-    if elastic() and name is not None:
+    if agreement.elastic() and name is not None:
         name = f"{LOSS}.{name}"
     return hvd.allreduce(tensor, name=name, op=op, compression=compression, process_set=process_set)
 

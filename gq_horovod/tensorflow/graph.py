@@ -20,8 +20,9 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGrap
 from mpi_ops import codec, stages
 
 from ..path import token
+from ..path.agreement import elastic
 from .kernels import KEY, PREVIOUS, TAIL, Kernels, shapes_of
-from .ranks import LOSS, elastic
+from .ranks import LOSS
 
 
 def aside() -> Any:

@@ -23,8 +23,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from ..path.agreement import elastic
 from .caller import labelled
-from .ranks import elastic
 
 FUNCTION = "gq_horovod.tensorflow.keras.DistributedOptimizer"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +12,11 @@ import tensorflow as tf
 from horovod.tensorflow import mpi_ops as hvd_ops
 from numpy.typing import NDArray
 
+from ..path.agreement import elastic
+
 # Where this is in the text of an error of TensorFlow, Horovod's elastic.run takes it for a lost
 # worker, and restores the state. It is in those of Horovod's operations that have no name yet.
 LOSS = "HorovodAllreduce"
-
-
-def elastic() -> bool:
-    """Whether workers may come and go. Horovod builds graphs for that where this is set."""
-    return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
 
 
 def largest(own: NDArray[np.int32], name: str, process_set: Any) -> NDArray[np.int32]:

@@ -270,7 +270,7 @@ class Run:
         if (handle := written(values)) is not None:
             self._written.append(handle)
         if not bucket.plan.nearest:
-            self._sample(place)
+            self._sample(place, step)
         self.arrived += 1
         if self.arrived == len(self.values):
             self.start()
@@ -278,13 +278,11 @@ class Run:
             bucket.group.pipeline.nudge()
         return Context(self, place, tensors.dense_strides(tensor))
 
-    def _sample(self, place: int) -> None:
+    def _sample(self, place: int, step: int) -> None:
         """Collect statistics of a tensor, if that is wanted in this step."""
         bucket, values = self.bucket, self.values[place]
         assert values is not None
-        sample = None
-        if not bucket.group.nodes:
-            sample = bucket.maker._sample(values, int(self.steps[place]))
+        sample = None if bucket.group.nodes else bucket.maker._sample(values, step)
         if sample is not None:
             self._samples[place] = sample
 
@@ -307,7 +305,7 @@ class Run:
             else:
                 self.values[place], self._ours[place] = own + residual, True
             residuals[place] = residual
-            self._sample(place)
+            self._sample(place, int(self.steps[place]))
         return Residuals(self.values, residuals)
 
     def start(self) -> None:

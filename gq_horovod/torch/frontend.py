@@ -656,7 +656,7 @@ class TorchFrontend(Frontend):
             group.reduce_by(own, plan)
             if own.exchanges is None:
                 nodes.stay(group.collectives, members)
-                if group.rank == 0 and nodes.elastic():
+                if group.rank == 0 and agreement.elastic():
                     nodes.say_that_none_may_be_lost(self.config.FUNCTION)
         if group.nodes is None and group.plan.world_size != group.ranks:
             group.reduce_by(None, self._plan(group.ranks))
@@ -665,7 +665,7 @@ class TorchFrontend(Frontend):
     def _wants_nodes(self, resident: bool) -> bool:
         """Whether options say to reduce by nodes; `resident`: whether codes stay on GPUs."""
         wanted = self.config.hierarchical is True or (
-            self.config.hierarchical == "auto" and nodes.pays(resident) and not nodes.elastic()
+            self.config.hierarchical == "auto" and nodes.pays(resident) and not agreement.elastic()
         )
         return wanted and self._method() is None and not self.config.no_nodes
 

@@ -66,15 +66,6 @@ def pays(resident: bool) -> bool:
     return resident
 
 
-def elastic() -> bool:
-    """Whether workers of this job may be lost, as Horovod's launcher says.
-
-    Horovod 0.28.1 then ends all others, where there are process sets: it catches no error when it
-    removes these from a job that is broken.
-    """
-    return os.environ.get("HOROVOD_ELASTIC", "") not in ("", "0")
-
-
 def reached(
     found: Placement, rank: int, members: Sequence[int], agreed: Sequence[int], transport: str
 ) -> Nodes | str:
@@ -145,7 +136,10 @@ def say(function: str, problem: str) -> None:
 
 
 def say_that_none_may_be_lost(function: str) -> None:
-    """Log what an elastic job loses by process sets."""
+    """Log what an elastic job loses by process sets.
+
+    Horovod 0.28.1 catches no error when it removes these from a job that is broken.
+    """
     _log.say(
         logging.WARNING,
         "nodes",
