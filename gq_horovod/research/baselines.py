@@ -302,8 +302,16 @@ def _pieces(count: int, plan: Plan) -> Iterator[tuple[int, int]]:
 
 def array_of(buffer: Buffer) -> NDArray[np.float32]:
     """The elements of a float32 buffer in host memory, as an array that shares it."""
-    assert (buffer.dtype, buffer.memory) == ("float32", "host"), buffer
-    return np.ctypeslib.as_array((ctypes.c_float * buffer.size).from_address(buffer.pointer))
+    assert buffer.dtype == "float32", buffer
+    return elements_of(buffer)
+
+
+def elements_of(buffer: Buffer) -> NDArray[Any]:
+    """The same of any dtype that NumPy has."""
+    assert buffer.memory == "host", buffer
+    dtype = np.dtype(buffer.dtype)
+    size = buffer.size * dtype.itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(buffer.pointer)).view(dtype)
 
 
 # ------------------------------------------------------------------------------- rounded to nearest

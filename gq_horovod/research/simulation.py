@@ -13,7 +13,6 @@ It knows no framework.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from mpi_ops.stages import tensor_name
 
 from ..path.config import Config
 from ..path.pipeline import Array, InFlight, Method, Task
+from .baselines import elements_of
 
 __all__ = ["SimulatedRanks", "combine"]
 
@@ -121,13 +121,6 @@ class _Residual:
         self._left.fill(0)
 
 
-def _array(buffer: Buffer) -> Array:
-    """The elements of a buffer in host memory, as an array that shares it."""
-    kind = np.dtype(buffer.dtype)
-    size = buffer.size * kind.itemsize
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(buffer.pointer)).view(kind)
-
-
 class SimulatedRanks:
     """A job of `world_size` ranks that all live in this process, for one configuration."""
 
@@ -211,7 +204,7 @@ class SimulatedRanks:
 
     def _residuals(self, name: str, gradients: Sequence[Buffer]) -> list[_Residual]:
         """Of each rank, with its gradient and what was left out before."""
-        own = [_array(gradient) for gradient in gradients]
+        own = [elements_of(gradient) for gradient in gradients]
         kept = self._left.get(name)
         if kept is None:
             kept = self._left[name] = [np.zeros_like(array) for array in own]
