@@ -1,6 +1,6 @@
 """The figures in README.md and docs/benchmarks.md that come from one run of the demo.
 
-    python tools/figures.py              # 7 methods, 3 seeds: 15 to 20 minutes on two idle cores
+    python tools/figures.py              # 7 methods, 3 seeds: some 9 minutes on two idle cores
     python tools/figures.py --keep       # and put what was measured into the documents
     python tools/figures.py --results results/figures/results.json --keep      # of an earlier run
     python tools/figures.py --check      # no run: are the documents those of docs/demo.json?
