@@ -13,6 +13,8 @@ with those that do.
 This replaces one attribute of Horovod at run time, `horovod.torch.mpi_ops.mpi_lib`, by an object
 that passes all calls on, and one method, to hear of process sets that are removed. `uninstall()`
 puts the originals back.
+
+The object also keeps Horovod's thread from waiting for Python; see `_held`.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import horovod.torch as hvd
+import torch
 from horovod.common.basics import HorovodBasics
 from horovod.torch import mpi_ops as hvd_ops
 
@@ -143,6 +146,7 @@ class Library:
         # numbers are right.
         self._others: int | None = None
         self._names: dict[int, str] = {}  # of operations in flight, by their handles
+        self._held: dict[int, list[torch.Tensor]] = {}  # see the function of that name
         self.recurring: _Recurring | None = None  # on the rank that logs
         for name, function in vars(original).items():
             if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OF_HANDLES:
@@ -179,7 +183,9 @@ class Library:
                     # Also where Horovod refuses it, which uses up a handle.
                     number = self._others = self._others + 1
                 arguments, name = _named(arguments, number)
+                held = _held(arguments)
                 handle = function(*arguments)
+                self._held[handle] = held
                 if self._others is None and OURS.on:
                     self._others = handle - 1
                 if name is None:
@@ -201,7 +207,10 @@ class Library:
         try:
             while not self.original.horovod_torch_poll(handle) and pipelines():
                 time.sleep(POLL_SECONDS)
-            return self.original.horovod_torch_wait_and_clear(handle)
+            result = self.original.horovod_torch_wait_and_clear(handle)
+            # After an error Horovod may be about to drop tensors while it keeps others waiting.
+            self._held.pop(handle, None)
+            return result
         except RuntimeError as error:
             if known := self._explanation(handle, str(error)):
                 raise RuntimeError(f"{error} {known}") from error
@@ -226,6 +235,7 @@ class Library:
             self.session = object()
             self._others = None
             self._names.clear()
+            self._held.clear()
             self.places.clear()
             return self.original.horovod_torch_reset()
 
@@ -240,6 +250,28 @@ def _removing(own: Library) -> Callable[..., int | None]:
         return removed
 
     return remove
+
+
+def _held(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Views that keep the tensors of an operation alive without Python's part in them.
+
+    Whoever drops the last reference to a tensor besides its Python object's needs Python's lock
+    (PyTorch 2.13). At shutdown Horovod's thread drops the tensors in flight while it holds the lock
+    of its table of process sets. An operation that begins waits for that one, and holds Python's:
+    the rank stands still for ever, also without this package. A view has a reference of its own to
+    the tensor that it is of, so Horovod's is never the last.
+    """
+    with torch.no_grad():
+        return [own.view_as(own) for own in _tensors(arguments)]
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Of an operation, one by one or in lists."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(argument)
 
 
 def _named(arguments: tuple[Any, ...], number: int | None) -> tuple[tuple[Any, ...], str | None]:

@@ -149,6 +149,23 @@ def operations_of_the_program_that_do_not_match(name: str) -> None:
     train(name, GlobalQSGD(timeout=WATCHDOG_SECONDS), between=wait)
 
 
+def shut_down_while_operations_begin(name: str) -> None:
+    """Horovod's thread does not wait for Python's lock, which this rank keeps for itself."""
+    train(name, GlobalQSGD())
+    tensors = [torch.ones(10) for _ in range(50_000)]
+    hvd.barrier()
+    if is_last():
+        time.sleep(0.3)  # a fifth of what the other needs for all of them
+        return
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(HANG_SECONDS)
+    try:
+        for place, tensor in enumerate(tensors):
+            hvd.allreduce_async_(tensor, name=f"{name}.{place}")
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def one_rank_ends_early(name: str) -> None:
     train(name, GlobalQSGD, steps=3 if is_last() else 1000)
 

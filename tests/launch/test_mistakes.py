@@ -110,6 +110,15 @@ def test_a_rank_that_ends_early(tmp_path: Path) -> None:
     assert said(job, 1, case) == "no error"
 
 
+def test_a_shutdown_while_operations_begin(tmp_path: Path) -> None:
+    """Horovod alone stands still then, with some versions of PyTorch."""
+    case = "shut_down_while_operations_begin"
+    job = run("mpirun", [case], tmp_path)
+    assert job.status != 0
+    assert SHUT_DOWN in said(job, 0, case)
+    assert said(job, 1, case) == "no error"
+
+
 @pytest.mark.parametrize("transport", ["mpirun", rare("horovodrun")])
 def test_operations_of_the_program_that_never_match(transport: str, tmp_path: Path) -> None:
     """Without a word they would wait for ever, and what is in flight beside them too."""
