@@ -20,11 +20,12 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Path("mpi_ops/kernels")
 # The flags are part of the arithmetic: no contraction into fused multiply-add, so that every CPU
 # and the GPU give the same bytes. The -Wno- silence notes about vector types that never leave a
-# file, and GCC's false positives in its own intrinsics and in unrolled loops.
+# file, GCC's false positives in its own intrinsics and in unrolled loops, and clang's complaint that
+# it does not know these.
 FLAGS = [
     *["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     *["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],
-    *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    *["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"],
 ]
 # No -march=native: host.cpp is compiled once for each of these, and isa.cpp chooses at run time.
 BASELINE = {"baseline": []}
@@ -104,7 +105,7 @@ def compile_all(commands: list[list[str]]) -> None:
     if any(statuses):
         raise SystemExit(
             "gq-horovod: compiling the kernels failed; the compiler's messages are above. "
-            "It takes C++17: g++ 11 or newer."
+            "It takes C++17: g++ 11 or newer, or clang++ 14."
         )
 
 
