@@ -309,8 +309,9 @@ class Compression(Frontend):
             error_feedback: add what this rank's codes leave out of a gradient to the next gradient
                 of that name, and round codes to the nearest level. For 2 to 4 bits; not unbiased.
                 It did not help in the runs of docs/quality.md. Every name keeps memory of its
-                tensor's size, so names have to recur. For "standard" and "two-hop" levels, without
-                nodes (PyTorch only).
+                tensor's size and dtype: those of an optimizer until the optimizer is gone, others
+                until Horovod is started anew, so names have to recur. For "standard" and "two-hop"
+                levels, without nodes (PyTorch only).
             timeout: seconds after which a reduction that does not move ends this rank with an error
                 (see gq_horovod.guards.watchdog), None for never.
             check_replicas: compare the optimizer's parameters (TensorFlow: the variables whose

@@ -51,7 +51,8 @@ class Group:
     steps: dict[str, int] = field(default_factory=dict)  # the next one of each tensor, by its key
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor key
     # What codes have left out so far of each tensor's gradients on this rank, by its key, where
-    # error_feedback=True. All begin at zero with hvd.init().
+    # error_feedback=True. All begin at zero with hvd.init(). There are as many as tensors in use:
+    # an optimizer's go with it (`_forget`), and names of hvd.allreduce stay as long as the group.
     residuals: dict[str, torch.Tensor] = field(default_factory=dict)
     # Steps of the optimizers, where their parameters are compared between ranks.
     checked: weakref.WeakKeyDictionary[Any, replicas.Steps] = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from typing import Any
@@ -108,6 +109,32 @@ def test_an_optimizer(levels: str, bits: int) -> None:
         norm = 3 * float(gradient(0, shapes[key]).abs().max())
         off = 1e-4 if levels == "standard" else 3 * norm
         torch.testing.assert_close(-parameter.detach().double(), expected, rtol=0, atol=off)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_an_optimizer_that_is_gone_leaves_nothing() -> None:
+    """As where a model loses a layer and gets another one, and with it another optimizer."""
+    compression = make()
+    layers = {key: torch.nn.Parameter(torch.zeros(COUNT)) for key in ("kept", "lost", "new")}
+    known = []
+    for names in (("kept", "lost"), ("kept", "new")):
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([layers[key] for key in names], lr=1.0),
+            named_parameters=[(key, layers[key]) for key in names],
+            compression=compression,
+        )
+        for key in names:
+            (layers[key] * gradient(hvd.rank(), COUNT)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        known.append(residuals(compression))
+        assert len(known[-1]) == len(names)
+        assert all(bool(left.any()) for left in known[-1].values())
+        del optimizer
+        gc.collect()
+        assert residuals(compression) == {}
+    # Those of another optimizer begin with zeros.
+    assert torch.equal(known[0]["kept"], known[1]["kept#2"])
 
 
 @pytest.mark.usefixtures("several_ranks")
