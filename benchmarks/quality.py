@@ -4,6 +4,7 @@
     python benchmarks/quality.py convnet --ranks 16 --methods none,standard,two-hop
     python benchmarks/quality.py deeplight --seeds 1
     python benchmarks/quality.py convnet --sgd 0.05          # with momentum, in place of Adam
+    python benchmarks/quality.py deeplight --to-the-end      # until the loss no longer falls
 
 Each step splits one global batch among the ranks, computes each rank's gradient, and reduces each
 parameter's with gq_horovod.research.simulation: kernels, lanes, shares and random numbers are those
@@ -12,17 +13,21 @@ seeds, initial parameters and the order of samples; "none" too is run for each n
 where it differs by rounding alone, which shows how far apart two runs of the same method end.
 
 A run is kept in a file as soon as it has ended, so an interrupted benchmark goes on where it was.
-Prints a table, writes quality-MODEL.json and quality-MODEL.png.
+Prints a table, writes quality-MODEL.json and quality-MODEL.png. With --to-the-end they are called
+quality-MODEL-to-the-end, and it says for each number of ranks whether the loss of `none` has
+stopped falling: its lowest mean over seeds comes before the end, or the last fifth of the steps
+changes the mean by less than its standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,8 @@ from mpi_ops.kernels import host
 from mpi_ops.kernels.host import Buffer
 
 EVALUATIONS = 12  # in a run
+EVALUATIONS_TO_THE_END = 20
+METHODS_TO_THE_END = "none,two-hop,two-hop-4"
 FLOAT_BYTES = 4
 
 
@@ -54,6 +61,7 @@ class DeepLight(workloads.DeepLight):
 
     DIM, ROWS = 6, 2**16
     steps = 64
+    steps_to_the_end = 200  # its loss is lowest within an epoch of 128
 
 
 class Transformer(workloads.Transformer):
@@ -162,8 +170,15 @@ def _buffer(tensor: torch.Tensor) -> Buffer:
 
 
 def train(
-    workload: Any, method: str, ranks: int, seed: int, steps: int, sgd: float | None, tick: Any
-) -> dict:
+    workload: Any,
+    method: str,
+    ranks: int,
+    seed: int,
+    steps: int,
+    evaluations: int,
+    sgd: float | None,
+    tick: Callable[[], None],
+) -> dict[str, Any]:
     """Train once; returns the held-out loss by step, and what a rank sends in a step.
 
     With Adam, or with SGD at the learning rate `sgd` and a momentum of 0.9.
@@ -194,7 +209,7 @@ def train(
             parameter.grad = reducer.mean(name, gradients.pop(name))
         optimizer.step()
         schedule.step()
-        if (step + 1) % max(steps // EVALUATIONS, 1) == 0 or step + 1 == steps:
+        if (step + 1) % max(steps // evaluations, 1) == 0 or step + 1 == steps:
             losses[step + 1] = workload.held_out_loss(net)
         tick()
     return {
@@ -208,42 +223,89 @@ def train(
 # ------------------------------------------------------------------------------------------ report
 
 
+Runs = dict[int, dict[str, list[dict[str, Any]]]]  # of the seeds, by ranks and by method
+
+
+def curve(run: dict[str, Any]) -> dict[int, float]:
+    """The held-out loss by step."""
+    return {int(step): float(loss) for step, loss in run["losses"].items()}
+
+
 def final(run: dict[str, Any]) -> float:
     """The held-out loss at the end of a run."""
-    return float(list(run["losses"].values())[-1])
+    return list(curve(run).values())[-1]
 
 
-def compare(runs: dict[int, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+def lowest(run: dict[str, Any]) -> float:
+    """The lowest held-out loss of a run."""
+    return min(curve(run).values())
+
+
+def mean_curve(runs: list[dict[str, Any]]) -> dict[int, float]:
+    """The mean over runs of the held-out loss, by step."""
+    curves = [curve(run) for run in runs]
+    return {step: statistics.fmean(own[step] for own in curves) for step in curves[0]}
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean; None of a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def beside(losses: list[float], baseline: list[float]) -> dict[str, Any]:
+    """The losses' change from the baseline's in per cent. It is paired: seeds share all else."""
+    changes = [100 * (own / other - 1) for own, other in zip(losses, baseline, strict=False)]
+    return {
+        "mean": statistics.fmean(losses),
+        "change": statistics.fmean(changes) if changes else None,
+        "changes": changes,
+        "error": standard_error(changes),
+    }
+
+
+def compare(runs: Runs) -> list[dict[str, Any]]:
     """A row for each number of ranks and method: losses of the seeds, and beside those of none."""
     rows = []
     for ranks, methods in runs.items():
-        baseline = [final(run) for run in methods.get("none", [])]
+        baseline = methods.get("none", [])
         for method, own in methods.items():
-            losses = [final(run) for run in own]
-            change = [
-                100 * (mine / theirs - 1) for mine, theirs in zip(losses, baseline, strict=False)
-            ]
+            losses = list(map(final, own))
             row = {
                 "ranks": ranks,
                 "method": method,
                 "losses": losses,
-                "mean": statistics.fmean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
                 "metric": statistics.fmean(run["metric"] for run in own),
                 "sent": own[0]["sent"],
-                "change": statistics.fmean(change) if change else None,
-                "changes": change,
-                # A paired comparison: seeds share data and initial parameters.
-                "error": statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else None,
+                **beside(losses, list(map(final, baseline))),
+                "lowest": beside(list(map(lowest, own)), list(map(lowest, baseline))),
+                "curve": mean_curve(own),
             }
             rows.append(row)
     return rows
 
 
-def print_table(rows: list[dict[str, Any]], title: str, metric: str) -> None:
-    """Print `compare`'s rows."""
+def end_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether the held-out loss of a method's runs has stopped falling."""
+    mean = mean_curve(runs)
+    last = max(mean)
+    lowest_at = min(mean, key=mean.__getitem__)
+    before = max((step for step in mean if step <= 0.8 * last), default=last)
+    fifth = beside(list(map(final, runs)), [curve(run)[before] for run in runs])
+    settled = fifth["error"] is not None and abs(fifth["change"]) < fifth["error"]
+    return {
+        "lowest_at": lowest_at,
+        "last_fifth": fifth["change"],
+        "error": fifth["error"],
+        "stopped": lowest_at < last or settled,
+    }
+
+
+def print_table(rows: list[dict[str, Any]], title: str, metric: str, to_the_end: bool) -> None:
+    """Print `compare`'s rows; with the lowest loss of each run, too, where it goes to the end."""
     table = Table(title=title)
     columns = ["ranks", "method", "kB sent", "/none", "held-out loss", "± seeds", "to none", "±"]
+    columns += ["lowest", "to none", "±"] if to_the_end else []
     columns += [] if metric == "loss" else [metric]
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
@@ -252,15 +314,32 @@ def print_table(rows: list[dict[str, Any]], title: str, metric: str) -> None:
         ratio = plain[row["ranks"]] / row["sent"] if row["ranks"] in plain else None
         cells = [f"{row['ranks']}", row["method"], f"{row['sent'] / 1e3:.0f}"]
         cells += ["" if ratio is None else f"{ratio:.2f}"]
-        cells += [f"{row['mean']:.4f}", f"{row['spread']:.4f}"]
-        cells += ["" if row["change"] is None else f"{row['change']:+.2f} %"]
-        cells += ["" if row["error"] is None else f"{row['error']:.2f}"]
+        cells += [f"{row['mean']:.4f}", f"{row['spread']:.4f}", *_change(row)]
+        cells += [f"{row['lowest']['mean']:.4f}", *_change(row["lowest"])] if to_the_end else []
         cells += [] if metric == "loss" else [f"{row['metric']:.4f}"]
         table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def plot(runs: dict[int, dict[str, list[dict[str, Any]]]], title: str, path: Path) -> None:
+def print_end(ranks: int, end: dict[str, Any], steps: int) -> None:
+    """Say what `end_of` found of none."""
+    error = "" if end["error"] is None else f" ± {end['error']:.2f}"
+    print(
+        f"{ranks} ranks, none {'has stopped falling' if end['stopped'] else 'STILL FALLS'}: lowest "
+        f"mean at step {end['lowest_at']} of {steps}, and the last fifth changes it by "
+        f"{end['last_fifth']:+.2f}{error} %"
+    )
+
+
+def _change(own: dict[str, Any]) -> list[str]:
+    """Two cells: a change to none in per cent, and its standard error."""
+    return [
+        "" if own["change"] is None else f"{own['change']:+.2f} %",
+        "" if own["error"] is None else f"{own['error']:.2f}",
+    ]
+
+
+def plot(runs: Runs, title: str, path: Path) -> None:
     """Draw the mean loss of the seeds: by steps, and by what a rank has sent."""
     import matplotlib
 
@@ -270,18 +349,14 @@ def plot(runs: dict[int, dict[str, list[dict[str, Any]]]], title: str, path: Pat
     figure, panels = plt.subplots(
         len(runs), 2, figsize=(10, 3.6 * len(runs)), squeeze=False, layout="constrained"
     )
-    names = list(dict.fromkeys(name for methods in runs.values() for name in methods))
-    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
+    colours = _colours(runs, plt.get_cmap("tab20").colors)
     for (by_steps, by_bytes), (ranks, methods) in zip(panels, runs.items(), strict=True):
         for name, own in methods.items():
-            steps = [int(step) for step in own[0]["losses"]]
-            mean = [
-                statistics.fmean(values)
-                for values in zip(*(run["losses"].values() for run in own), strict=True)
-            ]
+            mean = mean_curve(own)
             style = {"color": colours[name], "lw": 1.4, "ls": "--" if name == "none" else "-"}
-            by_steps.plot(steps, mean, label=name, **style)
-            by_bytes.plot([step * own[0]["sent"] for step in steps], mean, label=name, **style)
+            by_steps.plot(list(mean), list(mean.values()), label=name, **style)
+            sent = [step * own[0]["sent"] for step in mean]
+            by_bytes.plot(sent, list(mean.values()), label=name, **style)
         by_steps.set_xlabel("steps")
         by_bytes.set_xlabel("bytes that a rank has sent")
         by_bytes.set_xscale("log")
@@ -301,6 +376,51 @@ def plot(runs: dict[int, dict[str, list[dict[str, Any]]]], title: str, path: Pat
     plt.close(figure)
 
 
+def plot_to_the_end(runs: Runs, title: str, path: Path) -> None:
+    """Draw the mean loss of the seeds by steps, and its change from none's, for all settings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    colours = _colours(runs, plt.get_cmap("tab10").colors)
+    kinds = itertools.cycle(("-", "--", ":", "-."))
+    for (ranks, methods), dashes in zip(runs.items(), kinds, strict=False):
+        for name, own in methods.items():
+            mean = mean_curve(own)
+            style = {"color": colours[name], "lw": 1.4, "ls": dashes}
+            label = f"{name}, {ranks} ranks"
+            left.plot(list(mean), list(mean.values()), label=label, **style)
+            if name == "none" or "none" not in methods:
+                continue
+            curves, plain = [list(map(curve, part)) for part in (own, methods["none"])]
+            points = [  # by step
+                beside([one[step] for one in curves], [one[step] for one in plain]) for step in mean
+            ]
+            right.plot(list(mean), [own["change"] for own in points], label=label, **style)
+            low, high = (
+                [own["change"] + sign * (own["error"] or 0) for own in points] for sign in (-1, 1)
+            )
+            right.fill_between(list(mean), low, high, color=colours[name], alpha=0.12, lw=0)
+    right.axhline(0, color="black", lw=0.8)
+    left.set_ylabel("held-out loss")
+    right.set_ylabel("beside none, in per cent")
+    for panel in (left, right):
+        panel.set_xlabel("steps")
+        panel.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _colours(runs: Runs, colours: Sequence[Any]) -> dict[str, Any]:
+    """Of each method; from the first one again, where there are more methods."""
+    names = dict.fromkeys(name for methods in runs.values() for name in methods)
+    return dict(zip(names, itertools.cycle(colours), strict=False))
+
+
 # -------------------------------------------------------------------------------------------- main
 
 
@@ -309,27 +429,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=sorted(WORKLOADS))
     parser.add_argument("--ranks", default="4,64", help="numbers of simulated ranks")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", help=f"default: all; with --to-the-end {METHODS_TO_THE_END}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of a run (default: the workload's)")
+    parser.add_argument(
+        "--to-the-end",
+        action="store_true",
+        help="train until the held-out loss of none no longer falls, and say whether it has",
+    )
     parser.add_argument("--sgd", type=float, help="learning rate of SGD with a momentum of 0.9")
     parser.add_argument("--cache", type=Path, default=Path("results"), help="for prepared data")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     options = parser.parse_args()
-    names = options.methods.split(",")
+    default = METHODS_TO_THE_END if options.to_the_end else ",".join(METHODS)
+    names = (options.methods or default).split(",")
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         parser.error(f"--methods: expected some of {', '.join(METHODS)}; got {', '.join(unknown)}")
+    own = WORKLOADS[options.model]
+    steps = options.steps or getattr(own, "steps_to_the_end" if options.to_the_end else "steps", 0)
+    if not steps:
+        parser.error(
+            f"--to-the-end: expected a model whose steps to the end are known, or --steps; got "
+            f"{options.model}. Add --steps, more than its held-out loss falls for."
+        )
+    evaluations = EVALUATIONS_TO_THE_END if options.to_the_end else EVALUATIONS
     hvd.init()
     torch.set_num_threads(1)
-    workload = WORKLOADS[options.model](options.cache)
-    steps = options.steps or workload.steps
+    workload = own(options.cache)
     trained = options.model + ("" if options.sgd is None else f"-sgd-{options.sgd:g}")
+    trained += "-to-the-end" if options.to_the_end else ""
     kept = options.output / "quality-runs"
     kept.mkdir(parents=True, exist_ok=True)
     version = _version()
 
-    runs: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    runs: Runs = {}
     jobs = []
     for ranks in map(int, options.ranks.split(",")):
         usable = [name for name in names if _fits(name, ranks)]
@@ -345,7 +479,7 @@ def main() -> None:
             else:
                 progress.update(bar, description=f"{ranks} ranks, {name}, seed {seed}")
                 run = train(
-                    *(workload, name, ranks, seed, steps, options.sgd),
+                    *(workload, name, ranks, seed, steps, evaluations, options.sgd),
                     lambda: progress.advance(bar),
                 )
                 path.write_text(json.dumps(run))
@@ -361,11 +495,17 @@ def main() -> None:
     parameters = next(iter(runs[ranks].values()))[0]["parameters"]
     title = f"{trained}, {parameters / 1e6:.2f} M parameters, {steps} steps, "
     title += f"{options.seeds} seeds"
-    print_table(rows, title, workload.metric)
+    print_table(rows, title, workload.metric, options.to_the_end)
     stem = options.output / f"quality-{trained}"
     document = {"model": options.model, "steps": steps, "parameters": parameters, "rows": rows}
+    if options.to_the_end:
+        document["ends"] = ends = {
+            ranks: end_of(own["none"]) for ranks, own in runs.items() if "none" in own
+        }
+        for ranks, end in ends.items():
+            print_end(ranks, end, steps)
     Path(f"{stem}.json").write_text(json.dumps(document, indent=2) + "\n")
-    plot(runs, title, Path(f"{stem}.png"))
+    (plot_to_the_end if options.to_the_end else plot)(runs, title, Path(f"{stem}.png"))
     print(f"Wrote {stem}.json and {stem}.png")
 
 

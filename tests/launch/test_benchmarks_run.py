@@ -126,6 +126,17 @@ def test_quality(tmp_path: Path) -> None:
     assert run("quality.py", "convnet", *options, output=tmp_path) == printed
 
 
+def test_quality_to_the_end(tmp_path: Path) -> None:
+    options = ["--to-the-end", "--ranks", "2,3", "--seeds", "2", "--steps", "5"]
+    printed = run("quality.py", "convnet", *options, output=tmp_path)
+    document = json.loads((tmp_path / "quality-convnet-to-the-end.json").read_text())
+    assert document["ends"]["2"]["stopped"] is False  # five steps are not the end
+    assert printed.count("STILL FALLS") == 2
+    assert [row["method"] for row in document["rows"]] == ["none", "two-hop", "two-hop-4"] * 2
+    assert all(list(row["curve"]) == ["1", "2", "3", "4", "5"] for row in document["rows"])
+    assert (tmp_path / "quality-convnet-to-the-end.png").stat().st_size > 0
+
+
 def test_memory(tmp_path: Path) -> None:
     options = ["--model", "3x4000000", "--methods", "none;standard"]
     printed = run("memory.py", *options, output=tmp_path)
