@@ -266,9 +266,12 @@ class Run:
         self.values[place] = values
         self.steps[place] = step & 0xFFFFFFFF
         # The optimizer's gradient is reduced where it lies, as by Horovod itself.
-        self._ours[place] = bucket.in_place or values.data_ptr() != tensor.data_ptr()
+        copied = values.data_ptr() != tensor.data_ptr()
+        self._ours[place] = bucket.in_place or copied
         if (handle := written(values)) is not None:
             self._written.append(handle)
+            if copied:  # whoever drops it may be ahead of our kernels
+                values.record_stream(gpus.kernel_stream(values.device))
         if not bucket.plan.nearest:
             self._sample(place, step)
         self.arrived += 1
@@ -374,13 +377,21 @@ class Run:
         """A member's mean. Blocks until it is there."""
         assert self._reduction is not None
         if not self._finished:
-            self.bucket.group.pipeline.finish(self._reduction)
+            try:
+                self.bucket.group.pipeline.finish(self._reduction)
+            except Exception:
+                # Kernels may still be at memory that whoever catches this gives back.
+                for own in {own.device for own in self.values if own is not None and own.is_cuda}:
+                    gpus.follow_kernels(own)
+                raise
             self._finished = True
         self.taken += 1
         result = self._results[place]
         assert result is not None
         if result.is_cuda:
             gpus.follow_kernels(result.device)
+            # It may have memory of another stream, such as that on which its hook has copied it.
+            result.record_stream(torch.cuda.current_stream(result.device))
         sample = self._samples.get(place)
         if sample is not None:
             bucket = self.bucket

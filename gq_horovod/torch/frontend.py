@@ -114,6 +114,7 @@ class TorchFrontend(Frontend):
 
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
+        gpus.refuse_capture(tensor.device, self.config.FUNCTION)
         frame = sys._getframe(1)
         if frame.f_back is not None and frame.f_code is CALL_CODE:
             frame = frame.f_back
@@ -355,9 +356,12 @@ class TorchFrontend(Frontend):
         if ctx is None:  # a sparse gradient, about which Horovod has not asked compress()
             return tensor
         if isinstance(ctx, _Left):
+            gpus.refuse_capture(ctx.device, self.config.FUNCTION)
+            gpus.follow_horovod(tensor)
             return tensor.to(ctx.device, ctx.dtype)
         assert isinstance(ctx, Context)
         run, bucket = ctx.run, ctx.run.bucket
+        gpus.refuse_capture(bucket.members[ctx.place].device, self.config.FUNCTION)
         if run.open:
             run.owner.flush()
         if bucket.factor != 0:  # with a factor of zero nothing comes back of a token
@@ -615,6 +619,8 @@ class TorchFrontend(Frontend):
         elif not group.placed and group.plan.world_size != group.ranks:
             group.reduce_by(None, self._plan(group.ranks))  # among all ranks until then
         group.joins = joins
+        if library is not None:
+            library.joined = not everyone
         if self.config.transport == "mpi" and everyone:
             # Until all ranks are there, codes travel through Horovod.
             from ..path import mpi

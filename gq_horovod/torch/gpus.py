@@ -138,12 +138,32 @@ def values_of(reduced: torch.Tensor) -> list[float]:
     Horovod says that an operation is complete when the GPU is done with it, so nobody has to wait
     for what else PyTorch's stream has to do. (Not if it is told to say so before.)
     """
-    if reduced.is_cpu or _completes_early():
+    if reduced.is_cpu:
         values: list[float] = reduced.tolist()
         return values
-    with torch.cuda.stream(_side_stream(reduced.device)):
+    device = reduced.device
+    early = _completes_early()
+    with torch.cuda.stream(torch.cuda.default_stream(device) if early else _side_stream(device)):
         values = reduced.tolist()
     return values
+
+
+def follow_horovod(reduced: torch.Tensor) -> None:
+    """Let what PyTorch does from here on wait for what Horovod has reduced."""
+    if reduced.is_cuda and _completes_early():
+        default = torch.cuda.default_stream(reduced.device)
+        torch.cuda.current_stream(reduced.device).wait_stream(default)
+
+
+def refuse_capture(device: torch.device, function: str) -> None:
+    """Raise RuntimeError where a CUDA graph is captured: operations are no part of one."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{function}: expected no CUDA graph to be captured while gradients are reduced, "
+            "because Horovod's operations are no part of a graph, and a replay would leave them "
+            "out; capture the model alone (torch.cuda.make_graphed_callables, or "
+            "torch.compile(mode='reduce-overhead')), and call backward() and step() outside."
+        )
 
 
 CACHED = (kernels_problem, say_once, kernel_stream, _side_stream)

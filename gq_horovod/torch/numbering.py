@@ -59,6 +59,12 @@ _JOIN_REFUSED = (
     "GQ_HOROVOD_GPU_CODES=0 and min_elements=0 on all ranks, and pass no device."
 )
 _PLACES = {False: "in host memory", True: "on GPUs"}
+_JOINED_BEFORE = (
+    "hvd.join: a rank has called it before the first gradient, and takes part in operations in "
+    "host memory alone, while gradients are reduced on GPUs here, which would wait for it for "
+    "ever. Give every rank equally many batches; or set GQ_HOROVOD_GPU_CODES=0 and min_elements=0 "
+    "on all ranks."
+)
 
 _wanted = True
 
@@ -141,6 +147,7 @@ class Library:
         self.frontends: weakref.WeakSet[Frontend] = weakref.WeakSet()
         self.before_shutdown: Callable[[], None] | None = None  # called by hvd.shutdown()
         self.places: set[bool] = set()  # whether operations of a step are on a GPU; see join
+        self.joined = False  # whether a rank had called hvd.join() when ranks last agreed
         self._lock = threading.RLock()
         # Handles that were given out to others; None before our first operation, when Horovod's own
         # numbers are right.
@@ -237,6 +244,7 @@ class Library:
             self._names.clear()
             self._held.clear()
             self.places.clear()
+            self.joined = False
             return self.original.horovod_torch_reset()
 
 
@@ -294,8 +302,13 @@ def library() -> Library | None:
 
 
 def note_operation(on_gpu: bool) -> None:
-    """Remember that gradients are reduced on a GPU, or in host memory, in this session."""
+    """Remember that gradients are reduced on a GPU, or in host memory, in this session.
+
+    Raises ValueError where a rank that has joined would keep them waiting.
+    """
     if (own := library()) is not None:
+        if on_gpu and own.joined:
+            raise ValueError(_JOINED_BEFORE)
         own.places.add(on_gpu)
 
 

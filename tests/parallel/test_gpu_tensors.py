@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from horovod.torch import mpi_ops as hvd_ops
 from gq_horovod import log
 from gq_horovod import torch as plugin
 from gq_horovod.path import pipeline
-from gq_horovod.torch import buckets, gpus
+from gq_horovod.path.config import DEFAULT_MIN_ELEMENTS
+from gq_horovod.torch import buckets, gpus, tensors
 from gq_horovod.torch.collectives import Written
 
 LEVELS = ["standard", "exponential", "two-hop"]
@@ -173,6 +175,49 @@ def test_buckets_of_several_steps(
     _require_residence(resident)
     for one, other in zip(expected, got, strict=True):
         assert torch.equal(one, other)
+        check_replicas(other)
+
+
+DEVICES = [fake_gpu.GPU, fake_gpu.SECOND]
+
+
+@pytest.mark.parametrize("levels", ["standard", "two-hop"])
+def test_an_optimizer_of_parameters_on_two_gpus(levels: Any, resident: bool, name: str) -> None:
+    """Buckets of a device each, whose kernels run there on a stream of their own."""
+    shapes = [(70, 100), (5000,), (9001,), (30,)] * 2
+
+    def train(places: list[torch.device]) -> list[torch.Tensor]:
+        there = [
+            torch.clone if own.type == "cpu" else partial(on_gpu, device=own) for own in places
+        ]
+        pairs = list(zip(there, shapes, strict=True))
+        parameters = [torch.nn.Parameter(move(torch.zeros(shape))) for move, shape in pairs]
+        named = [(f"{name}.{number}", one) for number, one in enumerate(parameters)]
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(parameters, lr=1.0),
+            named,
+            compression=plugin.GlobalQSGD(levels=levels, transport=TRANSPORT),
+        )
+        for step in range(2):
+            for place, (parameter, (move, shape)) in enumerate(zip(parameters, pairs, strict=True)):
+                parameter.grad = move(gradients(shape, tag=10 * step + place)[hvd.rank()])
+                optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+            optimizer.synchronize()
+        assert [own.grad.device for own in parameters] == places
+        return [plain(own.grad) for own in parameters]
+
+    expected = train([torch.device("cpu")] * len(shapes))
+    fake_cupy.Module.launches.clear()
+    got = train([device for device in DEVICES for _ in shapes[::2]])
+    _require_residence(resident)
+    streams = {stream for *_, stream in fake_cupy.Module.launches}
+    assert {stream.device for stream in streams} == {0, 1}
+    assert len(streams) == 2
+    for one, other in zip(expected, got, strict=True):
+        if one.numel() < DEFAULT_MIN_ELEMENTS:
+            torch.testing.assert_close(other, one)  # Horovod adds these in any order
+        else:
+            assert torch.equal(one, other)
         check_replicas(other)
 
 
@@ -345,6 +390,23 @@ def test_nobody_joins_where_horovod_would_wait_for_ever(
         hvd.join()
 
 
+@pytest.mark.usefixtures("several_ranks")
+def test_a_rank_that_has_joined_before_is_not_waited_for(name: str, resident: bool) -> None:
+    """Where it would be for ever: ranks that agree find out, which they do in host memory."""
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    compression = plugin.GlobalQSGD(levels="two-hop", transport=TRANSPORT)
+    if hvd.rank() == 0:
+        assert hvd.join() >= 0
+        return
+    if resident:
+        with pytest.raises(ValueError, match=rf"hvd\.join.*{gpus.VARIABLE}=0"):
+            plugin.allreduce(on_gpu(own), name, compression=compression)
+    else:
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
+        assert torch.isfinite(plain(result)).all()
+    hvd.join()
+
+
 @pytest.mark.parametrize("early", ["0", "1"])
 def test_operations_that_are_called_complete_early(
     early: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
@@ -353,11 +415,98 @@ def test_operations_that_are_called_complete_early(
     if TRANSPORT == "mpi":
         pytest.skip("no operations of Horovod's on a GPU")
     monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", early)
-    awaited = []
-    monkeypatch.setattr(fake_gpu.Stream, "awaited", awaited.append, raising=False)
     compression = plugin.GlobalQSGD(levels="two-hop")
     plugin.allreduce(on_gpu(gradients((6000,))[hvd.rank()]), name, compression=compression)
-    assert (fake_gpu.Stream.default in awaited) == (early == "1")
+    waited = (gpus.kernel_stream(fake_gpu.GPU), DEFAULT) in fake_gpu.Stream.waits
+    assert waited == (early == "1")
+
+
+# ------------------------------------------------------------------------------ streams of PyTorch
+
+
+DEFAULT = fake_gpu.Stream.defaults[fake_gpu.GPU]
+
+
+@pytest.mark.parametrize("early", ["0", "1"])
+def test_training_on_a_stream_of_its_own(
+    early: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Horovod calls an operation complete early, its default stream waits for that."""
+    monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", early)
+    side, waits = torch.cuda.Stream(), fake_gpu.Stream.waits
+    small, large = gradients((30,))[hvd.rank()], gradients((6000,))[hvd.rank()]
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    with torch.cuda.stream(side):
+        hvd.allreduce(on_gpu(small).bfloat16(), name=f"{name}.left", compression=compression)
+        assert ((side, DEFAULT) in waits) == (early == "1")
+        waits.clear()
+        # Tokens of a group lie on the GPU.
+        hvd.grouped_allreduce([on_gpu(large)] * 2, name=name, compression=compression)
+        assert (side, gpus.kernel_stream(fake_gpu.GPU)) in waits
+    assert set(fake_gpu.readers) == {DEFAULT if early == "1" else gpus._side_stream(fake_gpu.GPU)}
+
+
+def test_a_copy_outlives_all_who_use_it(name: str, gpu: Any) -> None:
+    """Our kernels, and the stream on which its mean is asked for; its hook may have had another."""
+    own = gradients((8, 16, 8, 8), tag=3)[hvd.rank()].to(memory_format=torch.channels_last)
+    side, parameter = torch.cuda.Stream(), torch.nn.Parameter(on_gpu(torch.zeros_like(own)))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        [(name, parameter)],
+        compression=plugin.GlobalQSGD(transport=TRANSPORT),
+    )
+    parameter.grad = on_gpu(own)
+    with torch.cuda.stream(side):
+        optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+    ((copy, stream),) = fake_gpu.recorded
+    assert copy != parameter.grad.data_ptr()
+    assert stream is gpus.kernel_stream(fake_gpu.GPU)
+    optimizer.synchronize()
+    assert (copy, DEFAULT) in fake_gpu.recorded
+
+
+def test_kernels_are_waited_for_after_an_error(
+    name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever catches it gives memory back that they may still read or write."""
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    plugin.allreduce(on_gpu(own), name, compression=compression)
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError
+
+    fake_gpu.Stream.waits.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "new_output", fails)
+        with pytest.raises(MemoryError):
+            plugin.allreduce(on_gpu(own), name, compression=compression)
+    assert (DEFAULT, gpus.kernel_stream(fake_gpu.GPU)) in fake_gpu.Stream.waits
+
+
+@pytest.mark.parametrize("when", ["in a hook", "in step()"])
+@pytest.mark.parametrize("elements", [6000, 30])
+def test_no_graph_is_captured_meanwhile(
+    when: str, elements: int, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = torch.nn.Parameter(on_gpu(torch.zeros(elements)))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        [(name, parameter)],
+        compression=plugin.GlobalQSGD(transport=TRANSPORT),
+    )
+    parameter.grad = on_gpu(gradients((elements,))[hvd.rank()])
+    refused = pytest.raises(RuntimeError, match=r"CUDA graph .*make_graphed_callables")
+    with monkeypatch.context() as patch:
+        if when == "in a hook":
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with refused:
+                optimizer._allreduce_grad_async(parameter)
+            return
+        optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with refused:
+            optimizer.synchronize()
 
 
 # ---------------------------------------------------------------------------- what Horovod is given

@@ -3,10 +3,13 @@
 `installed()` puts the modules that device.py imports into `sys.modules`. Device memory is memory of
 the host whose last byte lies at the end of a page, with a page behind it that nobody may touch: a
 kernel that reads or writes too far ends the test run. Everything is done when a call returns.
+
+There are two devices. What is given to a kernel has to lie on the current one, as its stream does.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import importlib
@@ -18,6 +21,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +39,8 @@ FAKED += ("cupy_backends.cuda.libs", "cupy_backends.cuda.libs.nvrtc", "mpi_ops.k
 # ------------------------------------------------------------------------------------------- memory
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_allocations: dict[int, int] = {}  # address and size of what is alive
+_allocations: dict[int, tuple[int, int]] = {}  # address, size and device of what is alive
+DEVICES = 2
 
 
 # What lives until the streams are done: what was given to one may be freed before it is.
@@ -60,8 +65,8 @@ def clear_counts() -> None:
         counts.clear()
 
 
-def memory(size: int) -> np.ndarray:
-    """`size` bytes of 0xA5 at the end of a page."""
+def memory(size: int, device: int | None = None) -> np.ndarray:
+    """`size` bytes of 0xA5 at the end of a page, on a device; None: on the current one."""
     pages = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     region = mmap.mmap(-1, pages + mmap.PAGESIZE)
     whole = np.frombuffer(region, dtype=np.uint8)
@@ -71,14 +76,28 @@ def memory(size: int) -> np.ndarray:
     inside[:] = 0xA5
     if Stream.deferred:
         _kept.append(inside)
-    _allocations[inside.ctypes.data] = size
+    _allocations[inside.ctypes.data] = size, Device.current() if device is None else device
     weakref.finalize(region, _allocations.pop, inside.ctypes.data, None)
     return inside
 
 
+def devices_of(addresses: Collection[int]) -> list[int | None]:
+    """The devices on which memory lies; None: it is the host's."""
+    known = sorted(_allocations.copy().items())  # another thread may allocate or free meanwhile
+    found: list[int | None] = []
+    for address in addresses:
+        place = bisect.bisect(known, address, key=lambda own: own[0]) - 1
+        start, (size, device) = known[max(place, 0)] if known else (0, (0, 0))
+        found.append(device if start <= address < start + size else None)
+    return found
+
+
+def device_of(address: int) -> int | None:
+    return devices_of([address])[0]
+
+
 def is_device(pointer: int) -> bool:
-    known = _allocations.copy()  # another thread may allocate or free meanwhile
-    return any(start <= pointer < start + size for start, size in known.items())
+    return device_of(pointer) is not None
 
 
 class ndarray:
@@ -104,6 +123,7 @@ class ndarray:
     def __setitem__(self, key: Any, value: Any) -> None:
         assert isinstance(value, ndarray), "CuPy compiles a kernel for this; use fill()"
         target, source = self._values[key], value._values
+        Stream.current().require(target.ctypes.data, source.ctypes.data)
         copies.append(source.nbytes)
         Stream.current().give(lambda: target.__setitem__(..., source))
 
@@ -113,7 +133,7 @@ class ndarray:
 
     @property
     def device(self) -> Any:
-        return types.SimpleNamespace(id=0)
+        return types.SimpleNamespace(id=device_of(self._values.ctypes.data) or 0)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -135,6 +155,7 @@ class ndarray:
     def fill(self, value: Any) -> None:
         assert value == 0, "CuPy compiles a kernel for this"
         memsets.append(self.nbytes)
+        Stream.current().require(self._values.ctypes.data)
         Stream.current().give(lambda: self._values.fill(0))
 
     def reshape(self, *shape: int) -> ndarray:
@@ -191,9 +212,11 @@ class Module:
     built: dict[str, ctypes.CDLL]
     # Of all kernels: name, grid, threads of a block, stream.
     launches: list[tuple[str, int, int, Stream]]
+    # Where in the first argument of a kernel the addresses of tensors are; None: nowhere.
+    addresses: Callable[[str, np.ndarray], list[int]]
 
     def load(self, code: bytes) -> None:
-        self._library = self.built[code.decode()]
+        self._library, self._device = self.built[code.decode()], Device.current()
 
     def get_function(self, name: str) -> Any:
         return lambda grid, block, args: self._launch(name, grid, block, args)
@@ -209,13 +232,18 @@ class Module:
         emulate = self._library.emulate
         emulate.restype = ctypes.c_char_p
 
+        stream = Stream.current()
+        assert self._device == Device.current(), f"{name} was loaded on another device"
+        stream.require(*map(int, values))
+
         def run(keep: Any = (cells, arguments)) -> None:
+            if isinstance(arguments[0], ndarray):
+                stream.require(*self.addresses(name, arguments[0]._values))
             problem = emulate(
                 name.encode(), grid[0], block[0], len(cells), kinds.encode(), sizes, places
             )
             assert problem is None, f"{name}: {problem.decode()}"
 
-        stream = Stream.current()
         for own in arguments:
             if isinstance(own, ndarray):
                 arriving = _arriving.get(own.data.ptr, stream)
@@ -226,18 +254,25 @@ class Module:
 
 
 class Device:
-    """The one device; entering it does nothing."""
+    """One of the devices."""
 
     compute_capability = "80"
+    _entered: ClassVar[list[int]] = []
 
     def __init__(self, number: int) -> None:
-        assert number == 0
+        assert number in range(DEVICES)
+        self._number = number
+
+    @classmethod
+    def current(cls) -> int:
+        return cls._entered[-1] if cls._entered else 0
 
     def __enter__(self) -> Device:
+        self._entered.append(self._number)
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        assert self._entered.pop() == self._number
 
 
 class Stream:
@@ -257,13 +292,16 @@ class Stream:
     def __init__(self, null: bool = False, non_blocking: bool = False, priority: int = 0) -> None:
         assert non_blocking != null
         self.ptr = 0 if null else self.PER_THREAD + len(self._made)
+        self.device = None if null else Device.current()  # None: any
         self._made[self.ptr] = self
         self.running = 0
         self._work: list[Callable[[], Any]] = []
 
     @classmethod
     def current(cls) -> Stream:
-        return cls._entered[-1] if cls._entered else DEFAULT_STREAM
+        """Of the current device."""
+        here = (own for own in reversed(cls._entered) if own.device in (None, Device.current()))
+        return next(here, DEFAULT_STREAM)
 
     @classmethod
     def of(cls, pointer: int) -> Stream:
@@ -285,11 +323,17 @@ class Stream:
         return hash(self.ptr)
 
     def __enter__(self) -> Stream:
+        assert self.device in (None, Device.current()), "a stream of another device"
         self._entered.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         assert self._entered.pop() is self
+
+    def require(self, *addresses: int) -> None:
+        """What it works on lies on its device, or in host memory."""
+        own = Device.current() if self.device is None else self.device
+        assert {*devices_of(addresses)} <= {None, own}, "memory of another device"
 
     def give(self, work: Callable[[], Any]) -> None:
         """Something to do after all that it has."""
@@ -345,7 +389,8 @@ def pinned(size: int) -> bytearray:
 def pointer_attributes(pointer: int) -> Any:
     if pointer == 0:
         raise CUDARuntimeError("cudaErrorInvalidValue")
-    return types.SimpleNamespace(type=2 if is_device(pointer) else 0, device=0)
+    own = device_of(pointer)
+    return types.SimpleNamespace(type=0 if own is None else 2, device=own or 0)
 
 
 def copy(target: int, source: int, size: int, *_: Any) -> None:
@@ -357,6 +402,7 @@ def copy(target: int, source: int, size: int, *_: Any) -> None:
 def copy_later(target: int, source: int, size: int, kind: int, stream: int) -> None:
     """On a stream; whoever calls it keeps the memory."""
     own = Stream.of(stream)
+    own.require(target, source)
 
     def arrive() -> None:
         copy(target, source, size)
@@ -402,8 +448,8 @@ def modules() -> dict[str, types.ModuleType]:
         (
             runtime,
             {
-                "getDevice": lambda: 0,
-                "getDeviceCount": lambda: 1,
+                "getDevice": Device.current,
+                "getDeviceCount": lambda: DEVICES,
                 "pointerGetAttributes": pointer_attributes,
                 "CUDARuntimeError": CUDARuntimeError,
                 "streamPerThread": Stream.PER_THREAD,
@@ -456,6 +502,14 @@ def build(directory: Path, elements: dict[str, str], piece: int) -> dict[str, ct
     return built
 
 
+def _in_table(device: types.ModuleType, name: str, table: np.ndarray) -> list[int]:
+    """Addresses of tensors that a kernel finds in its table."""
+    own = max((own for own in device._SIGNATURES if name.startswith(f"gq_{own}")), key=len)
+    if not device._SIGNATURES[own].startswith("t"):
+        return []
+    return [int(x) for x in table.view(device._TABLE)["segment"]["x"]]
+
+
 @contextlib.contextmanager
 def installed(
     directory: Path, dtypes: Collection[str] = ("float32", "float64", "float16", "bfloat16")
@@ -471,6 +525,7 @@ def installed(
         device = importlib.import_module("mpi_ops.kernels.device")
         elements = {dtype: device.ELEMENTS[dtype] for dtype in dtypes}
         Module.built, Module.launches = build(directory, elements, device.PIECE), []
+        Module.addresses = staticmethod(partial(_in_table, device))
         yield device
     finally:
         os.environ.pop(VARIABLE)

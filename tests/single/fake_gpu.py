@@ -1,4 +1,4 @@
-"""Tensors of PyTorch that play those of a GPU: their memory is that of `fake_cupy`.
+"""Tensors of PyTorch that play those of two GPUs: their memory is that of `fake_cupy`.
 
 Where they go to the host is noted. What PyTorch has for streams and events is replaced, so a test
 says when the GPU has done what it was given.
@@ -7,7 +7,7 @@ says when the GPU has done what it was given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,20 +21,25 @@ from horovod.torch import mpi_ops as hvd_ops
 from gq_horovod.torch import buckets, gpus, numbering
 
 GPU = torch.device("cuda", 0)
+SECOND = torch.device("cuda", 1)
 # Bytes of each tensor that was copied to the host, since somebody has cleared it.
 crossings: list[int] = []
+# The streams on which those copies were made.
+readers: list[Stream] = []
+# Of record_stream(): addresses, and the streams that use what lies there.
+recorded: list[tuple[int, Stream]] = []
 
 _TO_HOST = ("cpu", "numpy", "tolist", "item", "__array__", "__bool__", "__float__", "__int__")
 
 
 class GpuTensor(torch.Tensor):
-    """A tensor on the GPU."""
+    """A tensor on the first GPU."""
 
     device = GPU
     is_cuda, is_cpu = True, False
 
     def get_device(self) -> int:
-        return 0
+        return self.device.index
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -53,15 +58,27 @@ class GpuTensor(torch.Tensor):
         leaves = name == "to" and any(str(place).partition(":")[0] == "cpu" for place in places)
         if leaves or name in _TO_HOST:
             crossings.append(args[0].nbytes)
+            readers.append(Stream.current(args[0].device))
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*(plain(own) for own in args), **kwargs)
-        if kwargs.get("device") == GPU:
+        if kwargs.get("device") in KINDS:
             del kwargs["device"]
-        args = tuple("cpu" if isinstance(own, torch.device) and own == GPU else own for own in args)
+        args = tuple(
+            "cpu" if isinstance(own, torch.device) and own in KINDS else own for own in args
+        )
         result = super().__torch_function__(function, types, args, kwargs)
         if "meta" in map(str, places):
             return result.as_subclass(torch.Tensor)
         return _there(result)
+
+
+class SecondGpuTensor(GpuTensor):
+    """A tensor on the second GPU."""
+
+    device = SECOND
+
+
+KINDS = {own.device: own for own in (GpuTensor, SecondGpuTensor)}
 
 
 def plain(tensor: Any) -> Any:
@@ -81,26 +98,27 @@ def _there(result: Any) -> Any:
         known = own.numel() == 0 or fake_cupy.is_device(own.data_ptr())
         if known or not own.is_leaf or own.requires_grad:
             return result
-        flat = torch.from_numpy(fake_cupy.memory(own.nbytes)).view(own.dtype)
-        return flat.as_strided(own.shape, own.stride()).copy_(own).as_subclass(GpuTensor)
+        return on_gpu(own, result.device)
 
 
-def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the GPU, with the strides of the original."""
-    memory = torch.from_numpy(fake_cupy.memory(tensor.nbytes)).view(tensor.dtype)
-    there = memory.as_strided(tensor.shape, tensor.stride()).copy_(plain(tensor.detach()))
-    return there.as_subclass(GpuTensor)
+def on_gpu(tensor: torch.Tensor, device: torch.device = GPU) -> torch.Tensor:
+    """A copy on a GPU, with the strides of the original."""
+    with torch._C.DisableTorchFunctionSubclass():
+        memory = torch.from_numpy(fake_cupy.memory(tensor.nbytes, device.index)).view(tensor.dtype)
+        there = memory.as_strided(tensor.shape, tensor.stride()).copy_(plain(tensor.detach()))
+    return there.as_subclass(KINDS[device])
 
 
 _plain_to = torch.Tensor.to
 
 
 def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Tensor.to, which knows the way to the GPU."""
-    if isinstance(self, GpuTensor) or GPU not in (*args, kwargs.get("device")):
+    """Tensor.to, which knows the way to a GPU."""
+    device = next((own for own in (*args, kwargs.get("device")) if own in KINDS), None)
+    if isinstance(self, GpuTensor) or device is None:
         return _plain_to(self, *args, **kwargs)
     dtype = next((own for own in args if isinstance(own, torch.dtype)), self.dtype)
-    return on_gpu(_plain_to(self, dtype))
+    return on_gpu(_plain_to(self, dtype), device)
 
 
 _to.__name__ = "to"  # by which __torch_function__ knows it
@@ -113,26 +131,27 @@ class Stream:
     """
 
     entered: ClassVar[list[Stream]] = []
-    default: ClassVar[Stream]
+    defaults: ClassVar[dict[Any, Stream]]
 
-    def __init__(self, pointer: int = 0, device: Any = None) -> None:
-        self.kernels = fake_cupy.Stream.of(pointer)
+    def __init__(self, pointer: int = 0, device: Any = GPU) -> None:
+        self.kernels, self.device = fake_cupy.Stream.of(pointer), device
 
-    awaited: ClassVar[Callable[[Stream], None]] = staticmethod(lambda stream: None)
+    waits: ClassVar[list[tuple[Stream, Stream]]] = []  # who has waited for whom
 
     def wait_stream(self, stream: Stream) -> None:
-        self.awaited(stream)
+        self.waits.append((self, stream))
         stream.kernels.flush()
 
     def synchronize(self) -> None:
         raise AssertionError("waits for all that a stream has to do")
 
     @classmethod
-    def current(cls, device: Any = None) -> Stream:
-        return cls.entered[-1] if cls.entered else cls.default
+    def current(cls, device: Any = GPU) -> Stream:
+        here = (own for own in reversed(cls.entered) if own.device == device)
+        return next(here, cls.defaults[device])
 
 
-Stream.default = Stream()
+Stream.defaults = {device: Stream(device=device) for device in KINDS}
 
 
 @contextlib.contextmanager
@@ -142,6 +161,12 @@ def _entering(stream: Stream) -> Iterator[None]:
         yield
     finally:
         Stream.entered.pop()
+
+
+def _record_stream(tensor: torch.Tensor, stream: Stream) -> None:
+    """Its memory is not given out again before the stream is done."""
+    recorded.append((tensor.data_ptr(), stream))
+    fake_cupy._kept.append(tensor)
 
 
 class Written:
@@ -159,8 +184,9 @@ _plain_as_tensor = torch.as_tensor
 
 def _as_tensor(array: Any, **options: Any) -> torch.Tensor:
     if isinstance(array, fake_cupy.ndarray):
-        assert options == {"device": GPU}
-        return torch.from_numpy(array._values).as_subclass(GpuTensor)
+        # On another one it would be a copy.
+        assert options == {"device": torch.device("cuda", array.device.id)}
+        return torch.from_numpy(array._values).as_subclass(KINDS[options["device"]])
     return _plain_as_tensor(array, **options)
 
 
@@ -170,7 +196,7 @@ def _after_the_current_stream(original: Any) -> Any:
     def start(tensor: Any, *rest: Any) -> int:
         own = tensor[0] if isinstance(tensor, (tuple, list)) else tensor
         if own.is_cuda:
-            Stream.current().kernels.flush()
+            Stream.current(own.device).kernels.flush()
         return original(tensor, *rest)
 
     return start
@@ -189,12 +215,12 @@ def installed(
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "current_stream", Stream.current)
-        patch.setattr(torch.cuda, "default_stream", lambda device=None: Stream.default)
+        patch.setattr(torch.cuda, "default_stream", Stream.defaults.__getitem__)
         patch.setattr(torch.cuda, "ExternalStream", Stream)
-        patch.setattr(torch.cuda, "Stream", lambda device=None: Stream())
+        patch.setattr(torch.cuda, "Stream", lambda device=GPU: Stream(device=device))
         patch.setattr(torch.cuda, "stream", _entering)
-        # Whose memory is not given out again before the stream is done.
-        patch.setattr(torch.Tensor, "record_stream", lambda own, _: fake_cupy._kept.append(own))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch.Tensor, "record_stream", _record_stream)
         patch.setattr(torch.Tensor, "to", _to)
         patch.setattr(torch, "as_tensor", _as_tensor)
         patch.setattr(buckets, "written", lambda values: Written() if values.is_cuda else None)
@@ -204,11 +230,12 @@ def installed(
             patch.setattr(hvd_ops, name, _after_the_current_stream(getattr(hvd_ops, name)))
         for cached in gpus.CACHED:
             cached.cache_clear()
-        crossings.clear()
-        fake_cupy.downloads.clear()
+        for noted in (crossings, readers, recorded, Stream.waits, fake_cupy.downloads):
+            noted.clear()
         places = set() if (library := numbering.library()) is None else {*library.places}
         yield device
-        device.own_stream(0).flush()
+        for number in range(fake_cupy.DEVICES):
+            device.own_stream(number).flush()
         if (library := numbering.library()) is not None:
             library.places = places
     for cached in gpus.CACHED:
