@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,86 @@ def test_buckets_of_several_steps(
         check_replicas(other)
 
 
+HOST = torch.device("cpu")
 DEVICES = [fake_gpu.GPU, fake_gpu.SECOND]
+
+
+def trained(
+    name: str,
+    compression: Any,
+    shapes: list[tuple[int, ...]],
+    places: list[torch.device],
+    dtype: torch.dtype = torch.float32,
+    spoilt: float | None = None,
+) -> list[torch.Tensor]:
+    """Reduced gradients of two steps of an optimizer, whose parameters lie at these places.
+
+    `spoilt` is an element of the last rank's first gradient in the first step.
+    """
+    options = {place: {} if place == HOST else {"device": place} for place in places}
+    move = [(on_gpu if options[place] else torch.clone) for place in places]
+    parameters = [
+        torch.nn.Parameter(there(torch.zeros(shape, dtype=dtype), **options[place]))
+        for there, place, shape in zip(move, places, shapes, strict=True)
+    ]
+    named = [(f"{name}.{number}", one) for number, one in enumerate(parameters)]
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=1.0), named, compression=compression
+    )
+    results = []
+    for step in range(2):
+        for number, (parameter, place) in enumerate(zip(parameters, places, strict=True)):
+            own = gradients(parameter.shape, tag=10 * step + number, dtype=dtype)[hvd.rank()]
+            if spoilt is not None and (step, number, hvd.rank()) == (0, 0, hvd.size() - 1):
+                own.view(-1)[7] = spoilt
+            parameter.grad = move[number](own, **options[place])
+            optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+        optimizer.synchronize()
+        assert [own.grad.device for own in parameters] == places
+        results += [plain(own.grad).clone() for own in parameters]
+    return results
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    # Lanes whose radix is no power of two.
+    **{f"{bits} bits": {"bits": bits} for bits in (3, 5, 6)},
+    "rules": {"rules": {"*.0": {"bits": 4, "block_size": 64}, "*.1": {"levels": "standard"}}},
+    "L2 norms": {"norm": "l2", "block_size": 256},
+    "small chunks": {"bucket_bytes": 30_000},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_give_the_same_bytes(
+    option: str, resident: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 4096 * ranks)
+    shapes = [(70, 100), (5000,), (9001,)]
+    host, device = (plugin.GlobalQSGD(transport=TRANSPORT, **OPTIONS[option]) for _ in range(2))
+    expected = trained(name, host, shapes, [HOST] * len(shapes))
+    got = trained(name, device, shapes, [fake_gpu.GPU] * len(shapes))
+    _require_residence(resident)
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one, other)
+        check_replicas(other)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_overflow_of_one_rank_reaches_the_loss_scalers_of_all(
+    value: float, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of float16; each looks at its own rank's gradients, and leaves the step out or does not."""
+    shapes, dtype = [(70, 100), (5000,)], torch.float16
+    host, device = (plugin.GlobalQSGD(transport=TRANSPORT) for _ in range(2))
+    expected = trained(name, host, shapes, [HOST] * 2, dtype, spoilt=value)
+    with fake_gpu.installed(directory, monkeypatch, ("float32", "float16")):
+        got = trained(name, device, shapes, [fake_gpu.GPU] * 2, dtype, spoilt=value)
+        assert fake_gpu.crossings == []
+    assert [bool(own.isfinite().all()) for own in got] == [False, True, True, True]
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one.nan_to_num(8.0), other.nan_to_num(8.0))
+        check_replicas(other)
 
 
 @pytest.mark.parametrize("levels", ["standard", "two-hop"])
@@ -187,26 +265,10 @@ def test_an_optimizer_of_parameters_on_two_gpus(levels: Any, resident: bool, nam
     shapes = [(70, 100), (5000,), (9001,), (30,)] * 2
 
     def train(places: list[torch.device]) -> list[torch.Tensor]:
-        there = [
-            torch.clone if own.type == "cpu" else partial(on_gpu, device=own) for own in places
-        ]
-        pairs = list(zip(there, shapes, strict=True))
-        parameters = [torch.nn.Parameter(move(torch.zeros(shape))) for move, shape in pairs]
-        named = [(f"{name}.{number}", one) for number, one in enumerate(parameters)]
-        optimizer = hvd.DistributedOptimizer(
-            torch.optim.SGD(parameters, lr=1.0),
-            named,
-            compression=plugin.GlobalQSGD(levels=levels, transport=TRANSPORT),
-        )
-        for step in range(2):
-            for place, (parameter, (move, shape)) in enumerate(zip(parameters, pairs, strict=True)):
-                parameter.grad = move(gradients(shape, tag=10 * step + place)[hvd.rank()])
-                optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
-            optimizer.synchronize()
-        assert [own.grad.device for own in parameters] == places
-        return [plain(own.grad) for own in parameters]
+        compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
+        return trained(name, compression, shapes, places)
 
-    expected = train([torch.device("cpu")] * len(shapes))
+    expected = train([HOST] * len(shapes))
     fake_cupy.Module.launches.clear()
     got = train([device for device in DEVICES for _ in shapes[::2]])
     _require_residence(resident)
