@@ -185,7 +185,10 @@ class Bucket:
                 self.group.exchanges or (self.group.nodes and self.group.nodes.exchanges)
             )
             self._memory = Memory() if on_host else memory_for(x, self.group.resident)
-            numbering.note_operation(isinstance(self._memory, Resident))
+            stays = isinstance(self._memory, Resident)
+            numbering.note_operation(stays)
+            if stays and not (self.plan.in_flight and self.group.nodes is None):
+                gpus.say_what_waits(self.members[0].device, self.maker.config.FUNCTION)
         return self._memory
 
     def places(self) -> list[Member]:

@@ -81,6 +81,22 @@ def say_once(index: int) -> None:
         )
 
 
+@cache
+def say_what_waits(device: torch.device, function: str) -> None:
+    """Log, on the first rank, that codes wait for the backward pass, if they do on this GPU."""
+    stream = torch.cuda.current_stream(device)
+    if hvd.rank() != 0 or stream != torch.cuda.default_stream(device):
+        return
+    _log.say(
+        logging.INFO,
+        "gpu-stream",
+        f"{function}: gradients are reduced by Alltoall, for which Horovod waits until PyTorch's "
+        "default stream has nothing to do, so little of it hides behind the backward pass; train "
+        f"within torch.cuda.stream(torch.cuda.Stream()), or compare with {VARIABLE}=0",
+        function=function,
+    )
+
+
 def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small tensor in host memory on a device. Does not wait for it."""
     return tensor.to(device, non_blocking=True)
@@ -166,4 +182,4 @@ def refuse_capture(device: torch.device, function: str) -> None:
         )
 
 
-CACHED = (kernels_problem, say_once, kernel_stream, _side_stream)
+CACHED = (kernels_problem, say_once, say_what_waits, kernel_stream, _side_stream)

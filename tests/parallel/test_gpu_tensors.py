@@ -508,6 +508,25 @@ def test_training_on_a_stream_of_its_own(
     assert set(fake_gpu.readers) == {DEFAULT if early == "1" else gpus._side_stream(fake_gpu.GPU)}
 
 
+@pytest.mark.parametrize("levels", LEVELS)
+def test_what_waits_for_the_default_stream_is_said_once(
+    levels: Any, resident: bool, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
+    gradient = on_gpu(gradients((5000,))[hvd.rank()])
+    with caplog.at_level(logging.INFO):
+        for stream in (torch.cuda.Stream(), DEFAULT):
+            gpus.say_what_waits.cache_clear()
+            caplog.clear()
+            with torch.cuda.stream(stream):
+                for number in range(2):
+                    tag = f"{name}.{stream is DEFAULT}.{number}"
+                    plugin.allreduce(gradient, tag, compression=compression)
+            said = [own for own in caplog.records if getattr(own, "event", "") == "gpu-stream"]
+            alltoall = resident and (levels != "standard" or by_nodes())
+            assert len(said) == int(alltoall and stream is DEFAULT and hvd.rank() == 0)
+
+
 def test_a_copy_outlives_all_who_use_it(name: str, gpu: Any) -> None:
     """Our kernels, and the stream on which its mean is asked for; its hook may have had another."""
     own = gradients((8, 16, 8, 8), tag=3)[hvd.rank()].to(memory_format=torch.channels_last)
