@@ -22,7 +22,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ops import codec
 from mpi_ops.codec import Payload
 from mpi_ops.kernels.interface import Tensors
 from mpi_ops.layout import Parcel
@@ -30,15 +29,15 @@ from mpi_ops.stages import Stages
 
 
 class Feedback(Protocol):
-    """The residuals of a bucket's tensors, in host memory."""
+    """The residuals of a bucket's tensors, where these lie."""
 
     residuals: Tensors  # memory for them: as many elements as x has, of its dtype
 
-    def subtract(self, tensor: int, start: int, stop: int) -> None:
-        """Replace what codes stand for, in a part of the residuals, by what they leave out of x."""
+    def subtract(self, tensor: int, start: int, stop: int, norms: NDArray[np.int32]) -> None:
+        """Replace what codes stand for, in a part of a residual, by what they leave out of x.
 
-    def drop(self, tensor: int) -> None:
-        """Make the residual of a tensor zero."""
+        Or by zeros, where one of the `norms` of all ranks is not finite. They are the tensor's.
+        """
 
 
 def keep(
@@ -52,15 +51,12 @@ def keep(
     """Write what a parcel's codes leave out of `x` to its residuals.
 
     That of a tensor with a norm that is NaN or Inf, on any rank, becomes zero: its gradient is lost
-    in this step, and with it the residual that was added.
+    in this step, and with it the residual that was added. On a GPU nothing waits for any of it.
     """
     own.decode_own(parcel, codes, norms, feedback.residuals)
     ends = [*own.layout.norm_places[1:], own.layout.norm_count]
     for piece in parcel.pieces:
         if x.pointers[piece.tensor] == 0:  # this rank has none, and what is left stays
             continue
-        begin = own.layout.norm_places[piece.tensor]
-        if norms[begin : ends[piece.tensor]].max() < codec.INFINITY:
-            feedback.subtract(piece.tensor, piece.start, piece.stop)
-        else:
-            feedback.drop(piece.tensor)
+        span = slice(own.layout.norm_places[piece.tensor], ends[piece.tensor])
+        feedback.subtract(piece.tensor, piece.start, piece.stop, norms[span])

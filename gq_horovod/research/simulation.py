@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpi_ops import codec
 from mpi_ops.kernels.host import Buffer, Tensors
 from mpi_ops.stages import tensor_name
 
@@ -113,12 +114,12 @@ class _Residual:
         self._values, self._left = values, left
         self.x, self.residuals = Tensors.of(Buffer.of(values)), Tensors.of(Buffer.of(left))
 
-    def subtract(self, tensor: int, start: int, stop: int) -> None:
+    def subtract(self, tensor: int, start: int, stop: int, norms: NDArray[np.int32]) -> None:
         part = self._left[start:stop]
-        np.subtract(self._values[start:stop], part, out=part)
-
-    def drop(self, tensor: int) -> None:
-        self._left.fill(0)
+        if norms.max() < codec.INFINITY:
+            np.subtract(self._values[start:stop], part, out=part)
+        else:
+            part.fill(0)
 
 
 class SimulatedRanks:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpi_ops import stages
+from mpi_ops import codec, stages
 from mpi_ops.chunks import Chunk
 from mpi_ops.dither import Stage, dither
 from mpi_ops.kernels.host import Tensors
@@ -29,7 +29,7 @@ from ..path.config import Config, Plan
 from ..path.memory import Memory, Resident, memory_for
 from ..path.pipeline import Handle, InFlight, Method, Task
 from . import gpus, numbering, tensors
-from .collectives import Every, written
+from .collectives import Every, Written, written
 from .group import Group
 
 # Tensors that arrive until somebody asks how far earlier buckets are.
@@ -241,7 +241,7 @@ class Run:
         self.step: Any = None  # whose tensors these are; see Settled.arrive
         self.last: dict[int, Any] = {}  # of each thread, the parameter whose gradient came last
         self._reduction: InFlight | None = None
-        self._written: list[Handle] = []
+        self._written: list[Written] = []
         self._ours = [False] * count  # whether the result may lie where the values do
         self._results: list[torch.Tensor | None] = []
         self._samples: dict[int, Sample] = {}
@@ -273,8 +273,8 @@ class Run:
         self._ours[place] = bucket.in_place or copied
         if (handle := written(values)) is not None:
             self._written.append(handle)
-            if copied:  # whoever drops it may be ahead of our kernels
-                values.record_stream(gpus.kernel_stream(values.device))
+            if copied:
+                _for_kernels(values)
         if not bucket.plan.nearest:
             self._sample(place, step)
         self.arrived += 1
@@ -298,6 +298,12 @@ class Run:
         if bucket.group.pipeline.has_abandoned(bucket.name):
             bucket.drop_residuals()
         residuals: list[torch.Tensor | None] = [None] * len(self.values)
+        present = next(own for own in self.values if own is not None)
+        if present.is_cuda:  # this stream may be none of those that gradients were written on
+            stream = torch.cuda.current_stream(present.device)
+            for handle in self._written:
+                handle.precede(stream)
+            gpus.follow_kernels(present.device)  # which have written the residuals
         for place, own in enumerate(self.values):
             if own is None:
                 continue
@@ -305,13 +311,19 @@ class Run:
             residual = kept.get(key)
             if residual is None or (residual.shape, residual.dtype) != (own.shape, own.dtype):
                 with torch.inference_mode(False):  # it outlives a region of that mode
-                    residual = kept[key] = torch.zeros_like(own)
-            elif self._ours[place]:
-                own.add_(residual)
+                    kept[key] = _for_kernels(torch.zeros_like(own))
             else:
-                self.values[place], self._ours[place] = own + residual, True
-            residuals[place] = residual
+                if residual.device != own.device:  # of a checkpoint
+                    with torch.inference_mode(False):
+                        residual = kept[key] = _for_kernels(residual.to(own.device))
+                if self._ours[place]:
+                    own.add_(residual)
+                else:
+                    self.values[place], self._ours[place] = _for_kernels(own + residual), True
+            residuals[place] = kept[key]
             self._sample(place, int(self.steps[place]))
+        if (added := written(present)) is not None:
+            self._written = [added]
         return Residuals(self.values, residuals)
 
     def start(self) -> None:
@@ -416,6 +428,16 @@ def _tensors(own: Sequence[torch.Tensor | None]) -> Tensors:
     return Tensors(pointers, tensors.DTYPES[first.dtype], owner, memory, stream)
 
 
+def _for_kernels(own: torch.Tensor) -> torch.Tensor:
+    """The same tensor, whose memory is not given out again while our kernels are at it.
+
+    They work on a stream of their own, and whoever drops the tensor may be ahead of them.
+    """
+    if own.is_cuda:
+        own.record_stream(gpus.kernel_stream(own.device))
+    return own
+
+
 class Residuals:
     """What the codes of a run leave out of its tensors; `Feedback` of `path.feedback`."""
 
@@ -423,19 +445,22 @@ class Residuals:
         self, values: Sequence[torch.Tensor | None], residuals: Sequence[torch.Tensor | None]
     ) -> None:
         self._values, self._left = list(values), residuals
+        self._spoilt: dict[int, torch.Tensor] = {}  # whether a tensor on a GPU has norms like that
         self.residuals = _tensors(residuals)
 
-    def subtract(self, tensor: int, start: int, stop: int) -> None:
+    def subtract(self, tensor: int, start: int, stop: int, norms: Any) -> None:
         values, left = self._values[tensor], self._left[tensor]
         assert values is not None
         assert left is not None
         part = left.view(-1)[start:stop]
-        torch.sub(values.view(-1)[start:stop], part, out=part)
-
-    def drop(self, tensor: int) -> None:
-        left = self._left[tensor]
-        assert left is not None
-        left.zero_()
+        with gpus.on_kernel_stream(left.device):
+            torch.sub(values.view(-1)[start:stop], part, out=part)
+            if not isinstance(norms, np.ndarray):
+                if tensor not in self._spoilt:
+                    self._spoilt[tensor] = gpus.as_tensor(norms).max() >= codec.INFINITY
+                part.masked_fill_(self._spoilt[tensor], 0)
+            elif norms.max() >= codec.INFINITY:
+                part.zero_()
 
 
 class _Alone:

@@ -30,6 +30,10 @@ class Written(NamedTuple):
     def wait(self) -> None:
         self.event.synchronize()
 
+    def precede(self, stream: torch.cuda.Stream) -> None:
+        """Let what the stream is given from here on wait for it."""
+        stream.wait_event(self.event)
+
 
 class Every(NamedTuple):
     """Several of them; complete when all are."""

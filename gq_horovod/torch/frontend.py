@@ -745,10 +745,6 @@ class GlobalQSGD(TorchFrontend, Compression):
     HIERARCHICAL = ("auto", False, True)
     ERROR_FEEDBACK = (False, True)
 
-    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Residuals are in host memory.
-        return super()._stage(tensor.to("cpu") if self.config.error_feedback else tensor)
-
     def begin_log(self, process_set: Any, plan: Plan, ranks_per_node: int = 1) -> log.Census | None:
         if self.stats_interval and ranks_per_node > 1 and process_set.rank() == 0:
             nodes.say_without_stats(self.config.FUNCTION)

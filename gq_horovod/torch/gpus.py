@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from functools import cache
@@ -108,6 +109,20 @@ def kernel_stream(device: torch.device) -> torch.cuda.ExternalStream:
     from mpi_ops.kernels.device import own_stream  # imports CuPy
 
     return torch.cuda.ExternalStream(own_stream(device.index).ptr, device=device)
+
+
+def on_kernel_stream(device: torch.device) -> Any:
+    """Let PyTorch work on the stream of our kernels, in `with`, if that is a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.stream(kernel_stream(device))
+    return contextlib.nullcontext()
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory of what our kernels have written, if they have. Blocks."""
+    if tensor.is_cuda:
+        follow_kernels(tensor.device)
+    return tensor.to("cpu", copy=True)
 
 
 def as_tensor(array: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ..path.auto import Trials, Way
 from ..path.config import Plan
 from ..path.nodes import Nodes
 from ..path.pipeline import Exchanges, Pipeline
+from . import gpus
 from .collectives import Collectives
 
 _NOBODY = object()  # who calls hvd.allreduce, in the place of an optimizer
@@ -51,8 +52,9 @@ class Group:
     steps: dict[str, int] = field(default_factory=dict)  # the next one of each tensor, by its key
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)  # of methods, by tensor key
     # What codes have left out so far of each tensor's gradients on this rank, by its key, where
-    # error_feedback=True. All begin at zero with hvd.init(). There are as many as tensors in use:
-    # an optimizer's go with it (`_forget`), and names of hvd.allreduce stay as long as the group.
+    # error_feedback=True. They lie where the gradients do, and begin at zero with hvd.init(). There
+    # are as many as tensors in use: an optimizer's go with it (`_forget`), and names of
+    # hvd.allreduce stay as long as the group.
     residuals: dict[str, torch.Tensor] = field(default_factory=dict)
     # Steps of the optimizers, where their parameters are compared between ranks.
     checked: weakref.WeakKeyDictionary[Any, replicas.Steps] = field(
@@ -156,7 +158,7 @@ class Group:
             "memories": memories,
             # Copies, because the next step writes to them. Other ranks begin with zeros.
             "residuals_of_rank": self.rank if self.residuals else None,
-            "residuals": {key: own.clone() for key, own in self.residuals.items()},
+            "residuals": {key: gpus.on_host(own) for key, own in self.residuals.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -53,6 +53,11 @@ class _Event:
             self._tensor.copy_(self._values)
         return self._asked >= 3
 
+    def come(self) -> None:
+        """Another stream of the GPU has waited for it."""
+        self._asked = 2
+        self.query()
+
     def synchronize(self) -> None:
         assert self._asked >= 3, "a hook waits for the GPU"
 
@@ -121,18 +126,48 @@ def test_the_same_bytes_as_in_host_memory(
     check_replicas(plain(result))
 
 
-@pytest.mark.usefixtures("resident")
-def test_error_feedback_is_computed_on_the_host(name: str) -> None:
-    options: dict[str, Any] = {"levels": "two-hop", "bits": 3, "error_feedback": True}
+@pytest.mark.parametrize(("levels", "bits"), [("standard", 4), ("two-hop", 3)])
+def test_residuals_lie_where_gradients_do(
+    levels: Any, bits: int, resident: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are added and computed there, in order, and never waited for."""
+    monkeypatch.setattr(
+        buckets, "written", lambda own: Written(_Event(own)) if own.is_cuda else None
+    )
+    monkeypatch.setattr(pipeline, "chunk_elements", lambda ranks: 2048 * ranks)
+    options: dict[str, Any] = {"levels": levels, "bits": bits, "error_feedback": True}
     host, device = (plugin.GlobalQSGD(transport=TRANSPORT, **options) for _ in range(2))
-    for step in range(3):
+    for step in range(4):
         own = gradients((7, 1003), tag=step)[hvd.rank()]
+        if step == 2 and hvd.rank() == 0:
+            own[3, 3] = torch.inf
         expected = plugin.allreduce(own, name, compression=host)
         given = on_gpu(own.clone())
         result = plugin.allreduce(given, name, compression=device)
         assert result.is_cuda
-        assert torch.equal(plain(result), expected)
+        assert torch.equal(plain(result).nan_to_num(), expected.nan_to_num())
         assert torch.equal(plain(given), own)  # not modified
+        if step != 2:  # its norms are looked at for the log
+            _require_residence(resident)
+        kept, there = (_residual(compression, name) for compression in (host, device))
+        assert there.is_cuda
+        torch.cuda.current_stream().wait_stream(gpus.kernel_stream(fake_gpu.GPU))
+        assert torch.equal(plain(there), kept)
+        assert bool(kept.any()) == (step != 2)
+        if step == 0:  # as files have them, they are in host memory
+            state = device.state_dict()
+            device.load_state_dict(state)
+            (saved,) = (own["residuals"] for own in state["process_sets"].values())
+            assert torch.equal(saved[name], kept)
+            assert saved[name].is_cpu
+        fake_gpu.crossings.clear()
+        fake_cupy.downloads.clear()
+
+
+def _residual(compression: Any, name: str) -> torch.Tensor:
+    (group,) = compression._groups.values()
+    residual: torch.Tensor = group.residuals[name]
+    return residual
 
 
 @pytest.mark.parametrize(
@@ -224,6 +259,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rules": {"rules": {"*.0": {"bits": 4, "block_size": 64}, "*.1": {"levels": "standard"}}},
     "L2 norms": {"norm": "l2", "block_size": 256},
     "small chunks": {"bucket_bytes": 30_000},
+    "error feedback": {"bits": 3, "error_feedback": True},
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from horovod.torch import mpi_ops as hvd_ops
 
-from gq_horovod.torch import buckets, gpus, numbering
+from gq_horovod.torch import buckets, collectives, gpus, numbering
 
 GPU = torch.device("cuda", 0)
 SECOND = torch.device("cuda", 1)
@@ -66,6 +66,8 @@ class GpuTensor(torch.Tensor):
         args = tuple(
             "cpu" if isinstance(own, torch.device) and own in KINDS else own for own in args
         )
+        if Stream.entered and name not in ("empty_like", "record_stream"):
+            Stream.current(args[0].device).kernels.flush()  # it comes after what that has to do
         result = super().__torch_function__(function, types, args, kwargs)
         if "meta" in map(str, places):
             return result.as_subclass(torch.Tensor)
@@ -142,6 +144,10 @@ class Stream:
         self.waits.append((self, stream))
         stream.kernels.flush()
 
+    def wait_event(self, event: Any) -> None:
+        if event is not None:
+            event.come()
+
     def synchronize(self) -> None:
         raise AssertionError("waits for all that a stream has to do")
 
@@ -169,7 +175,7 @@ def _record_stream(tensor: torch.Tensor, stream: Stream) -> None:
     fake_cupy._kept.append(tensor)
 
 
-class Written:
+class Written(collectives.Written):
     """A gradient that was written when its hook came; `Handle` of the pipeline."""
 
     def ready(self) -> bool:
@@ -223,7 +229,7 @@ def installed(
         patch.setattr(torch.Tensor, "record_stream", _record_stream)
         patch.setattr(torch.Tensor, "to", _to)
         patch.setattr(torch, "as_tensor", _as_tensor)
-        patch.setattr(buckets, "written", lambda values: Written() if values.is_cuda else None)
+        patch.setattr(buckets, "written", lambda values: Written(None) if values.is_cuda else None)
         patch.setattr(gpus, "horovod_takes_them", lambda: True)
         patch.setattr(hvd, "nccl_built", lambda: 1)
         for name in ("_allreduce_async", "_alltoall_async", "_allgather_async"):
