@@ -278,15 +278,19 @@ def test_options_give_the_same_bytes(
         check_replicas(other)
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float16, torch.inf), (torch.bfloat16, torch.nan), (torch.float64, torch.inf)],
+)
 def test_an_overflow_of_one_rank_reaches_the_loss_scalers_of_all(
-    value: float, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, value: float, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of float16; each looks at its own rank's gradients, and leaves the step out or does not."""
-    shapes, dtype = [(70, 100), (5000,)], torch.float16
+    """Each looks at its own rank's gradients, and leaves the step out or does not."""
+    shapes = [(70, 100), (5000,)]
     host, device = (plugin.GlobalQSGD(transport=TRANSPORT) for _ in range(2))
     expected = trained(name, host, shapes, [HOST] * 2, dtype, spoilt=value)
-    with fake_gpu.installed(directory, monkeypatch, ("float32", "float16")):
+    kinds = ("float32", str(dtype).removeprefix("torch."))
+    with fake_gpu.installed(directory, monkeypatch, kinds):
         got = trained(name, device, shapes, [fake_gpu.GPU] * 2, dtype, spoilt=value)
         assert fake_gpu.crossings == []
     assert [bool(own.isfinite().all()) for own in got] == [False, True, True, True]
