@@ -20,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Path("mpi_ops/kernels")
 # The flags are part of the arithmetic: no contraction into fused multiply-add, so that every CPU
 # and the GPU give the same bytes. The -Wno- silence notes about vector types that never leave a
-# file, GCC's false positives in its own intrinsics and in unrolled loops, and clang's complaint that
-# it does not know these.
+# file, GCC's false positives in its own intrinsics and in unrolled loops, and that clang does not
+# know these.
 FLAGS = [
     *["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     *["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],
