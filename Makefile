@@ -25,6 +25,9 @@ ifneq ($(origin CXX),default)
 export CXX
 endif
 
+# Every rank, worker and script of the tests would compile all that it imports of this checkout.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup build lint format check test docs wheel demo bench gpu-check clean distclean
@@ -62,16 +65,19 @@ check: setup lint ## lint, and the tests of a gradient's path, in some four minu
 	$(VENV)/python -m pytest tests -m check $(PYTEST_ARGS)
 
 # Tests of one process go several at a time. So do jobs, two at a time, of which ranks mostly wait
-# for each other; the others look at clocks and links, and want the cores for themselves. The
-# longest jobs come first (tests/conftest.py), and are handed out one by one.
+# for each other; the longest come first (tests/conftest.py), and are handed out one by one. What
+# waits for links, time limits and the ends of jobs goes two files at a time, since the tests of a
+# file share hosts. The others measure, or have four ranks, and want the cores for themselves.
 ALONE := tests/single tests/deploy
 JOBS := $(patsubst %,tests/launch/test_%.py,parallel tensorflow tensorflow_saved tensorflow_join \
 	unnamed log_on_ranks mpi_libraries quickstart elastic gpu_check workloads doctor_on_ranks timeline \
 	mistakes ends)
+WAITING := tests/cluster tests/launch/test_faults.py tests/launch/test_tensorflow_guards.py
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(call tests,$(ALONE) -n logical --maxprocesses 8)
 	$(call tests,$(JOBS) -n 2 --maxschedchunk 1)
-	$(call tests,tests $(addprefix --ignore=,$(ALONE) $(JOBS)))
+	$(call tests,$(WAITING) -n 2 --dist loadfile)
+	$(call tests,tests $(addprefix --ignore=,$(ALONE) $(JOBS) $(WAITING)))
 
 # Where PYTEST_ARGS selects none of them (exit status 5), the others may still have some.
 tests = $(VENV)/python -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; \

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from launcher import Job, launch
-from seldom import rare
 
 # Several times what they take on two idle cores.
 LIMIT_SECONDS = 720
@@ -104,34 +103,6 @@ def test_with_transport_mpi(
     job = launch("mpirun", ranks, [*PYTEST, *files], LIMIT_SECONDS, tmp_path)
     check(job, ranks)
     record_property("job", f"transport='mpi', {ranks} ranks: {summary(job)}")
-
-
-# Two nodes of two ranks: over Gloo Horovod sees two hosts, over MPI the tests say that there are.
-BY_NODES = ["mpirun", "mpirun, transport='mpi'", "nodes"]
-# What a flat reduction has to do as well.
-ALSO = ["allreduce", "buckets", "gpu_tensors", "join", "optimizer", "state", "unnamed"]
-
-
-@pytest.mark.parametrize(
-    ("way", "files"),
-    [*((way, ["nodes"]) for way in BY_NODES), *(rare(way, ALSO) for way in BY_NODES[:2])],
-)
-def test_by_nodes(
-    way: str,
-    files: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
-) -> None:
-    transport, *over = way.split(", ")
-    if over:
-        monkeypatch.setenv("GQ_TEST_TRANSPORT", "mpi")
-    if transport == "mpirun":
-        monkeypatch.setenv("GQ_TEST_RANKS_PER_NODE", "2")
-    command = [*PYTEST, *(f"tests/parallel/test_{own}.py" for own in files)]
-    job = launch(transport, 4, command, LIMIT_SECONDS, tmp_path)
-    check(job, 4)
-    record_property("job", f"{way}, 4 ranks on 2 nodes: {summary(job)}")
 
 
 def check(job: Job, ranks: int) -> None:
