@@ -14,7 +14,6 @@ import pytest
 import tensorflow as tf
 from seldom import rare
 from tf_helpers import (
-    DTYPES,
     SHAPES,
     check_all,
     check_replicas,
@@ -138,7 +137,8 @@ def test_all_ranks_take_one_decision(
 
 @pytest.mark.parametrize(
     ("mode", "dtype"),
-    [("eager", tf.bfloat16), *(("graph", own) for own in DTYPES if own != tf.float32)],
+    # The next test has float16, all others float32.
+    [("eager", tf.bfloat16), ("graph", tf.bfloat16), ("graph", tf.float64)],
     ids=str,
 )
 def test_one_tensor_of_every_dtype(mode: str, dtype: Any, name: str, chosen: Any) -> None:
@@ -290,7 +290,7 @@ def test_ranks_that_disagree_about_a_tensor(name: str) -> None:
     hvd.allreduce(tf.constant(0.0), name=f"{name}.after")
 
 
-@pytest.mark.parametrize("together", ["a bucket", "buckets", "each by itself", "groups"])
+@pytest.mark.parametrize("together", ["buckets", "groups"])
 def test_replicas_are_compared(together: str, name: str, chosen: Any) -> None:
     options, tape = TOGETHER[together]
     compression = GlobalQSGD(levels="auto", min_elements=0, check_replicas=1, **options)

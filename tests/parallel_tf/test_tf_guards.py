@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -54,7 +55,12 @@ def changed_on_the_last_rank(variable: tf.Variable) -> None:
 
 @pytest.mark.parametrize(
     ("place", "options", "levels"),
-    in_pairs([0, 1, 2], [{}, {"groups": 2}, {"bucket_bytes": 0}], ["standard", "two-hop"]),
+    [
+        (place, options, levels)
+        for options, place, levels in in_pairs(
+            [{}, {"groups": 2}, {"bucket_bytes": 0}], [0, 1], ["standard", "two-hop"]
+        )
+    ],
     ids=str,
 )
 def test_a_replica_that_differs_is_named(place: int, options: dict[str, Any], levels: str) -> None:
@@ -188,9 +194,11 @@ def expected_stats(x: Any, result: Any, name: str, step: int, compression: Globa
     return sample.stats(plan, step, "horovod")
 
 
-@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
-@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("levels", "dtype", "mode"),
+    in_pairs(["standard", "exponential", "two-hop"], [tf.float32, tf.bfloat16], ["eager", "graph"]),
+    ids=str,
+)
 def test_statistics_of_a_tensor(mode: str, dtype: Any, levels: str, name: str) -> None:
     """Those of the codes that were sent, on the steps that are sampled."""
     compression = GlobalQSGD(levels=levels, min_elements=0, stats=2)
@@ -244,8 +252,8 @@ def test_statistics_for_tensorboard(tmp_path: Any, name: str) -> None:
 # -------------------------------------------------------------------------------------------- state
 
 
-def reduced(compression: GlobalQSGD, tag: int, **options: Any) -> bytes:
-    """The bytes of the means of three gradients."""
+def reducer(compression: GlobalQSGD, **options: Any) -> Callable[[int], bytes]:
+    """A traced step: from a tag, the bytes of the means of some gradients."""
     model = [tf.Variable(tf.zeros(x.shape)) for x in own(0)]
 
     @tf.function
@@ -256,16 +264,17 @@ def reduced(compression: GlobalQSGD, tag: int, **options: Any) -> bytes:
         tape = hvd.DistributedGradientTape(tape, compression=compression, **options)
         return tape.gradient(loss, model)
 
-    return b"".join(np.array(x).tobytes() for x in step(own(tag)))
+    return lambda tag: b"".join(np.array(x).tobytes() for x in step(own(tag)))
 
 
 @pytest.mark.parametrize(("way", "levels"), [("dictionary", "standard"), ("checkpoint", "two-hop")])
 def test_a_loaded_state_goes_on(way: str, levels: str, tmp_path: Any) -> None:
     """With the same dither."""
     first, second = (GlobalQSGD(levels=levels, bits=4, min_elements=0) for _ in range(2))
+    train = reducer(first)
     for tag in (1, 2):
-        reduced(first, tag)
-    reduced(first, 3, groups=2)
+        train(tag)
+    reducer(first, groups=2)(3)
     if way == "dictionary":
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     else:
@@ -273,9 +282,9 @@ def test_a_loaded_state_goes_on(way: str, levels: str, tmp_path: Any) -> None:
         path = saved.write(str(tmp_path / f"state {hvd.rank()}"))
         tf.train.Checkpoint(compression=second.trackable()).read(path).assert_consumed()
     fresh = GlobalQSGD(levels=levels, bits=4, min_elements=0)
-    expected = reduced(first, 4)
-    assert reduced(second, 4) == expected
-    assert reduced(fresh, 4) != expected
+    expected = train(4)
+    assert reducer(second)(4) == expected
+    assert reducer(fresh)(4) != expected
 
 
 def test_a_state_is_loaded_into_graphs_that_are_there() -> None:

@@ -67,8 +67,13 @@ def test_unnamed_operations_keep_their_names(levels: str) -> None:
 
 
 @pytest.mark.usefixtures("several_ranks")
-@pytest.mark.parametrize("mode", ["eager", "graph", "traced at different times"])
-@EACH
+@pytest.mark.parametrize(
+    ("mode", "levels"),
+    [
+        *zip(["eager", "graph"], LEVELS, strict=True),
+        *(("traced at different times", levels) for levels in LEVELS),
+    ],
+)
 def test_unnamed_operations_between_compressed_ones(levels: str, mode: str) -> None:
     compression = compressor(levels)
     # TensorFlow computes that allgather when it optimizes the graph, since its input is a shape: a

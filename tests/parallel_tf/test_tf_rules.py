@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
+from functools import cache
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -28,7 +30,8 @@ RULES: dict[str, Any] = {
     "small/*": {"min_elements": 1000},
 }
 # Beside trials each rule has to name its levels.
-FIXED = {"body/bias": None, "head/*": {"levels": "standard", "bits": 4, "block_size": 64}}
+BESIDE: dict[str, Any] = {"levels": "standard", "bits": 4, "block_size": 64}
+FIXED = {"body/bias": None, "head/*": BESIDE}
 # What RULES say of each variable; None: Horovod reduces its gradient.
 OPTIONS: dict[str, dict[str, Any] | None] = {
     "body/kernel": {},
@@ -61,12 +64,19 @@ def reduce(compression: Any, mode: str, steps: int = 2, **options: Any) -> list[
     return found
 
 
+@cache
+def alone(options: str, steps: int) -> list[dict[str, Any]]:
+    """What all variables have where all have these options; eagerly, which computes the same."""
+    own = literal_eval(options)
+    choice = hvd.Compression.none if own is None else GlobalQSGD(**{**COMMON, **own})
+    return reduce(choice, "eager", steps)
+
+
 @pytest.mark.parametrize(
     ("mode", "options"), [("eager", {}), ("graph", {}), ("graph", {"grouped": True})], ids=str
 )
 def test_each_variable_has_its_options(mode: str, options: dict[str, Any]) -> None:
     found = reduce(GlobalQSGD(rules=RULES, **COMMON), mode, **options)
-    alone: dict[str, list[dict[str, Any]]] = {}  # what all have where they have the same options
     for name, own in OPTIONS.items():
         if options and name == "small/kernel":
             continue  # a group takes small tensors along
@@ -76,18 +86,14 @@ def test_each_variable_has_its_options(mode: str, options: dict[str, Any]) -> No
                 assert step[name].dtype == tf.float32
                 np.testing.assert_allclose(step[name], mean, rtol=1e-6, atol=1e-7)
             continue
-        if str(own) not in alone:
-            choice = hvd.Compression.none if own is None else GlobalQSGD(**{**COMMON, **own})
-            alone[str(own)] = reduce(choice, mode, **options)
-        for step, mean in zip(found, alone[str(own)], strict=True):
+        for step, mean in zip(found, alone(str(own), len(found)), strict=True):
             np.testing.assert_array_equal(step[name], mean[name], err_msg=name)
 
 
 @MODES
 def test_beside_trials(mode: str) -> None:
     found = reduce(GlobalQSGD(levels="auto", rules=FIXED, **COMMON), mode, 5)
-    expected = reduce(GlobalQSGD(levels="standard", bits=4, block_size=64, **COMMON), mode, 5)
-    plain = reduce(hvd.Compression.none, mode, 5)
+    expected, plain = alone(str(BESIDE), 5), alone(str(None), 5)
     for step, quantized, exact in zip(found, expected, plain, strict=True):
         for name in ("head/kernel", "head/bias"):
             np.testing.assert_array_equal(step[name], quantized[name], err_msg=name)
