@@ -157,15 +157,14 @@ def test_rules_go_by_the_paths_of_variables() -> None:
 
 def test_the_loss_of_a_training_is_that_without_compression() -> None:
     losses = []
-    ours = [GlobalQSGD(levels=levels, min_elements=1024) for levels in ("standard", "exponential")]
-    for compression in (hvd.Compression.none, *ours):
+    for compression in (hvd.Compression.none, GlobalQSGD(min_elements=1024)):
         model = model_of(seed=0)
         optimizer = DistributedOptimizer(keras.optimizers.SGD(0.002), compression=compression)
         losses.append(fit(model, optimizer, epochs=10)[-1])
         check_replicas(*state_of(model))
-    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=0.005)
+    assert losses[1] == pytest.approx(losses[0], rel=0.005)
     if hvd.size() > 1:
-        assert len(set(losses)) == 3
+        assert losses[1] != losses[0]
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -318,14 +317,14 @@ def test_the_mean_of_several_passes_is_reduced(option: dict[str, float], way: st
         assert set(steps_of(compression)) == {1}
 
 
-@pytest.mark.parametrize("way", ["eagerly", "graph"])
-def test_fit_with_several_passes(way: str) -> None:
+def test_fit_with_several_passes() -> None:
+    """In a graph; the test before takes steps eagerly, too."""
     compression = GlobalQSGD(min_elements=1024)
     model = model_of(seed=hvd.rank())
     optimizer = DistributedOptimizer(
         keras.optimizers.Adam(0.01, gradient_accumulation_steps=4), compression=compression
     )
-    fit(model, optimizer, epochs=1, **WAYS[way])
+    fit(model, optimizer, epochs=1)
     check_replicas(*state_of(model))
     if hvd.size() > 1:
         assert steps_of(compression) == [SAMPLES // BATCH // 4]
