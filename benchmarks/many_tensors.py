@@ -8,9 +8,10 @@ One job of two ranks, a core each, for each model and rate, on the hosts of tool
 there are links to shape, else over loopback. Its methods take turns, round after round. There is no
 model and no backward pass: every gradient is handed to Horovod's hook, the last layer's first, and
 then the optimizer synchronizes. Prints, for each method, the median of a step and its spread, the
-ratio to no compression, microseconds in a hook and in synchronize() for each tensor, and operations
-of Horovod in a step. In TensorFlow a step is a tf.function with the gradients of a sum, and what is
-printed beside it is the time to trace it. Writes many_tensors.json and many_tensors.png.
+ratio to no compression, the CPU time of all threads of rank 0, which spend some of it on waiting,
+microseconds in a hook and in synchronize() for each tensor, and operations of Horovod in a step. In
+TensorFlow a step is a tf.function with the gradients of a sum, and what is printed beside it is the
+time to trace it. Writes many_tensors.json and many_tensors.png.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto": {"levels": "auto"},
     "standard, mpi": {"levels": "standard", "transport": "mpi"},
     "two-hop, mpi": {"levels": "two-hop", "transport": "mpi"},
+    "two-hop, 3 bit": {"levels": "two-hop", "bits": 3},
+    "two-hop, 3 bit, feedback": {"levels": "two-hop", "bits": 3, "error_feedback": True},
 }
 SYNTHETIC = ("300x16384", "900x16384")
 # Horovod's default is 1024 names; all methods share a job here.
@@ -78,17 +81,17 @@ class Torch:
             )
 
     def step(self, method: str) -> dict[str, float]:
-        """Seconds of a step and of its hooks."""
+        """Seconds of a step and of its hooks, and of all cores for it."""
         optimizer = self._optimizers[method]
         handles, hook = optimizer._handles, optimizer._allreduce_grad_async
-        began = time.perf_counter()
+        began, before = time.perf_counter(), time.process_time()
         for parameter in reversed(self.parameters):
             handles[parameter] = hook(parameter)
         hooks = time.perf_counter() - began
         optimizer.synchronize()
-        taken = time.perf_counter() - began
+        taken, cpu = time.perf_counter() - began, time.process_time() - before
         optimizer._synchronized = False
-        return {"step": taken, "hooks": hooks}
+        return {"step": taken, "hooks": hooks, "cpu": cpu}
 
     def operations(self, method: str) -> int:
         """Operations of Horovod in a step."""
@@ -163,12 +166,12 @@ class TensorFlow:
         return step
 
     def step(self, method: str) -> dict[str, float]:
-        """Seconds of a step; the first one traces it."""
-        began = time.perf_counter()
+        """Seconds of a step, and of all cores for it; the first one traces it."""
+        began, before = time.perf_counter(), time.process_time()
         float(self._functions[method]())
-        taken = time.perf_counter() - began
+        taken, cpu = time.perf_counter() - began, time.process_time() - before
         self.traced.setdefault(method, taken)
-        return {"step": taken, "hooks": 0.0}
+        return {"step": taken, "hooks": 0.0, "cpu": cpu}
 
     def operations(self, method: str) -> int:
         """Not counted."""
@@ -261,6 +264,7 @@ def summarize(found: dict[str, Any]) -> dict[str, dict[str, float]]:
             "mean": 1e3 * statistics.mean(taken),
             "spread": 1e3 * (quarters[2] - quarters[0]),
             "ratio": median / baseline,
+            "cpu": 1e3 * statistics.median(own["cpu"] for own in steps),
             "hook": 1e6 * hooks / count,
             "synchronize": 1e6 * (median - hooks) / count,
             "operations": found["operations"][method],
@@ -276,19 +280,19 @@ def print_table(job: dict[str, Any], torch: bool) -> None:
 
     table = Table(title=f"{job['model']}: {job['tensors']} tensors, {job['where']}")
     table.add_column("method", no_wrap=True)
-    headings = ["ms", "mean", "spread", "/ none"]
+    headings = ["ms", "mean", "spread", "/ none", "CPU, ms"]
     headings += ["hook, µs", "synchronize, µs", "operations"] if torch else ["tracing, s"]
     for heading in headings:
         table.add_column(heading, justify="right")
     for method, row in job["rows"].items():
         cells = [f"{row[key]:.1f}" for key in ("milliseconds", "mean", "spread")]
-        cells.append(f"{row['ratio']:.2f}")
+        cells += [f"{row['ratio']:.2f}", f"{row['cpu']:.1f}"]
         if torch:
             cells += [f"{row['hook']:.0f}", f"{row['synchronize']:.0f}", str(row["operations"])]
         else:
             cells.append(f"{row['traced']:.1f}")
         table.add_row(method, *cells)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def plot(jobs: list[dict[str, Any]], path: Path) -> None:
