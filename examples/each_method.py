@@ -10,7 +10,7 @@ What stands behind `--` is the command. In its --compression, --metrics and --ch
 A method that fails does not stop the others. At the end there is a report of all runs in the folder
 of the metrics (report.txt, and plots), and the exit status is 1 if any method has failed. Started
 again with the same command, it leaves out the methods that have finished; one that was cut off
-resumes from its checkpoint.
+resumes from its checkpoint, or begins anew where the command has no --checkpoint.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from common import methods
 from gq_horovod.research import report
 
 ALL = "all"
-# The options that name the method.
-_NAMING = ("--compression", "--metrics", "--checkpoint")
+# The options that name the method, and how often they have to be there.
+_NAMING = {"--compression": {1}, "--metrics": {1}, "--checkpoint": {0, 1}}
 _ALL = re.compile(rf"\b{ALL}\b(?=[^/]*$)")  # in the last part of a path
 
 
@@ -42,7 +42,7 @@ def command_for(method: str, command: Sequence[str]) -> list[str]:
         method: a name that --compression takes, and -BITS behind it where bits are meant.
         command: with `all` in each of the options that name the method.
 
-    Raises ValueError where one of them is missing, or has no `all` in it.
+    Raises ValueError where one of them has no `all` in it, or is missing; --checkpoint may be.
     """
     made, seen = [], []
     for word in command:
@@ -56,8 +56,8 @@ def command_for(method: str, command: Sequence[str]) -> list[str]:
                 continue
             word = f"{option}={_ALL.sub(method, value)}"
         made.append(word)
-    for option in _NAMING:
-        if seen.count(option) != 1:
+    for option, often in _NAMING.items():
+        if seen.count(option) not in often:
             raise ValueError(
                 f"{option}: expected it once in the command, as {option}=...{ALL}..., got it "
                 f"{seen.count(option)} times."

@@ -36,7 +36,8 @@ What a workload has to keep to, so that a resumed run continues the same curve b
 
 Rank 0 appends what it measures to --metrics, one JSON object a line: "start"; "step" after each
 step, with its own loss; "eval" after each evaluation, with the loss of every step since the last
-one, averaged over the ranks; "final". Seconds and bytes are those of training: evaluation,
+one, averaged over the ranks; "final", whose `peak_memory` is the most that a rank had of its
+host's memory, in bytes. Seconds and bytes are those of training: evaluation,
 checkpoints and start-up are left out. A run that was resumed has a second "start" line, whose
 `resumed_from` is the step after which it goes on; what was written of later steps before is void.
 
@@ -59,6 +60,7 @@ import shutil
 import statistics
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -259,6 +261,15 @@ def bytes_sent(interface: str) -> int:
         if name.strip() == interface:
             return int(counters.split()[8])
     raise ValueError(f"--interface {interface}: expected one that /proc/net/dev lists")
+
+
+def peak_memory() -> int:
+    """Bytes of this host's memory that this process had at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            return 1024 * int(value.split()[0])  # in kB
+    raise OSError("/proc/self/status: expected a line VmHWM, as Linux has it, got none.")
 
 
 # ------------------------------------------------------------------------------------- measurements
@@ -495,6 +506,12 @@ def train(workload: Workload) -> None:
     options = workload.options
     device = device_of(options)
     compression = compression_of(options)
+    if hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
+        warnings.warn(
+            f"--compression {options.compression}: one rank, for which Horovod reduces and "
+            "compresses nothing; start more, or set HOROVOD_ELASTIC=1.",
+            stacklevel=1,
+        )
     torch.manual_seed(options.seed)
     model = workload.model().to(device)
     optimizer = hvd.DistributedOptimizer(
@@ -644,6 +661,7 @@ def train(workload: Workload) -> None:
     # The first steps set up connections and Horovod's cache of responses.
     times = measured.times[5:] or measured.times
     counted = hvd.allgather_object(workload.counters(), name="counters")
+    peaks = hvd.allgather(torch.tensor([peak_memory()]), name="peaks")
     report(
         "final",
         steps=step,
@@ -652,6 +670,7 @@ def train(workload: Workload) -> None:
         step_seconds_deviation=statistics.pstdev(times),
         bytes_per_step=measured.bytes_per_rank() / step,
         seconds=measured.seconds(),
+        peak_memory=int(peaks.max()),
         replicas_equal=replicas_equal(model),
         **{key: sum(one[key] for one in counted) for key in counted[0]},
         **metrics,

@@ -204,7 +204,9 @@ class Sample(Repeated):
 
 
 class Synthetic(Repeated):
-    """Samples of the same form that need no file, different ones on each rank."""
+    """Samples of the same form that need no file, the same ones for any number of ranks."""
+
+    MADE_AT_ONCE = 4096  # of which each rank keeps its share
 
     def samples(self) -> criteo.Samples:
         options = self._options
@@ -213,15 +215,21 @@ class Synthetic(Repeated):
         self.held_out = torch.from_numpy(fields), torch.from_numpy(clicked)
         self.sizes = {
             "train_samples": options.samples,
-            "test_samples": len(clicked) * hvd.size(),
+            "test_samples": held_out,
             "synthetic": True,
         }
         return self._made(options.samples, 0)
 
     def _made(self, count: int, part: int) -> criteo.Samples:
-        """This rank's share of so many samples."""
-        share = -(-count // hvd.size())
-        return criteo.synthetic(share, self.rows, (self._options.seed, part, hvd.rank()))
+        """This rank's share of so many samples: each n-th with n ranks."""
+        shares = []
+        for first in range(0, count, self.MADE_AT_ONCE):
+            seed = (self._options.seed, part, first)
+            made = criteo.synthetic(min(self.MADE_AT_ONCE, count - first), self.rows, seed)
+            own = slice((hvd.rank() - first) % hvd.size(), None, hvd.size())
+            shares.append([array[own] for array in made])
+        fields, clicked = (np.concatenate(arrays) for arrays in zip(*shares, strict=True))
+        return fields, clicked
 
     def counters(self) -> dict[str, int]:
         return {}
@@ -258,6 +266,13 @@ CRITEO = {
 }
 
 
+# SGD is for machines whose memory does not hold Adam's moments, twice the model.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+
+
 class DeepLight(loop.Workload):
     """DeepFwFM, the click model of DeepLight, on flights or on Criteo's clicks."""
 
@@ -291,7 +306,8 @@ class DeepLight(loop.Workload):
         parser.add_argument("--dim", type=int, help="length of an embedding")
         parser.add_argument("--units", type=int, help="of a hidden layer")
         parser.add_argument("--layers", type=int, help="hidden layers")
-        parser.add_argument("--l2", type=float, default=0.0, help="weight decay of Adam")
+        parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam")
+        parser.add_argument("--l2", type=float, default=0.0, help="weight decay")
         parser.add_argument("--prune-from", type=int, help="epoch, from 1 on, that begins to prune")
         parser.add_argument("--prune-every", type=int, default=10, help="steps (default 10)")
         parser.add_argument("--sparsity", type=float, help="share of zeros that pruning comes to")
@@ -329,7 +345,8 @@ class DeepLight(loop.Workload):
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         options = self.options
-        return torch.optim.Adam(model.parameters(), lr=options.lr, weight_decay=options.l2)
+        kind = OPTIMIZERS[options.optimizer]
+        return kind(model.parameters(), lr=options.lr, weight_decay=options.l2)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int | None) -> Any:
         if steps is None:

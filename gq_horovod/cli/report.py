@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..research import report
+from ..research.beside import how_many
 from .output import new_plot, rich
 
 
@@ -48,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
         names[name] = names.get(name, 0) + 1  # groups may differ in hosts or batches alone
         number = f"-{names[name]}" if names[name] > 1 else ""
         path = folder / f"{name}{number}.png"
-        figure.suptitle(f"{group['workload']} ({group['preset']}), {group['ranks']} ranks")
+        ranks = how_many(group["ranks"], "rank")
+        figure.suptitle(f"{group['workload']} ({group['preset']}), {ranks}")
         figure.savefig(path, dpi=120)
         if not options.json:
             print(f"Plot: {path}")

@@ -28,6 +28,11 @@ EXPECTED = (
 )
 
 
+def how_many(number: int, what: str) -> str:
+    """A number with its noun: "1 rank", "4 ranks"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def authors_logs(workload: str) -> dict[str, Any] | None:
     """What the authors' logs say of a workload, with ratios to their own baseline."""
     if workload not in AUTHORS_LOGS:
@@ -143,7 +148,7 @@ def print_speed_ups(
     found = group["speed_ups"]
     if not found["columns"]:
         return
-    here = f"{group['ranks']} ranks, {group['hosts']} host{'s' if group['hosts'] > 1 else ''}"
+    here = f"{how_many(group['ranks'], 'rank')}, {how_many(group['hosts'], 'host')}"
     title = f"{group['workload']} ({group['preset']}): times as fast as float32"
     table = table_of(title, ["method"], [f"here: {here}", *found["columns"]])
     for row in found["rows"]:

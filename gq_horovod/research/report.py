@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .beside import authors_logs, missing_workloads, print_speed_ups, short, speed_ups
+from .beside import (
+    authors_logs,
+    how_many,
+    missing_workloads,
+    print_speed_ups,
+    short,
+    speed_ups,
+)
 from .published import PUBLISHED_PARAMETERS, PUBLISHED_QUALITY, SOURCE
 
 # --------------------------------------------------------------------------------------------- runs
@@ -65,6 +72,7 @@ _NUMBERS = {
     "eval": ("step", "seconds", "bytes"),
     "final": ("steps", "step_seconds", "bytes_per_step", "seconds"),
 }
+_OPTIONAL = ("peak_memory",)  # of "final": runs of older versions lack it
 _TEXTS = ("workload", "preset", "compression", "metric")
 
 
@@ -96,7 +104,8 @@ def read(path: Path) -> Run:
                 _require_numbers(path, number, event, (run.metric,))
                 run.evals.append(event)
             elif kind == "final":
-                _require_numbers(path, number, event, (run.metric,))
+                also = [key for key in _OPTIONAL if key in event]
+                _require_numbers(path, number, event, (run.metric, *also))
                 run.final = event
     if run is None:
         raise DamagedRunError(f'{path}:1: expected an event "start", got no complete line.')
@@ -213,7 +222,7 @@ def _group(runs: list[Run]) -> dict[str, Any]:
     first = runs[0]
     workload = first.start["workload"]
     by_setting: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=_order):
+    for run in sorted(runs, key=order):
         by_setting.setdefault(run.setting, []).append(run)
     rows = {name: _row(name, own) for name, own in by_setting.items()}
     none = rows.get("none")
@@ -256,7 +265,8 @@ def _place(setting: str) -> tuple[int, str]:
     return place, setting
 
 
-def _order(run: Run) -> tuple[Any, ...]:
+def order(run: Run) -> tuple[Any, ...]:
+    """Where a run stands among others: by method, settings, and seed."""
     return *_place(run.setting), run.start["seed"]
 
 
@@ -275,6 +285,8 @@ def _row(name: str, runs: list[Run]) -> dict[str, Any]:
     }
     for key in ("step_seconds", "bytes_per_step", "seconds"):
         row[key] = _mean([final[key] for final in finals])
+    peaks = [final["peak_memory"] for final in finals if "peak_memory" in final]
+    row["peak_memory"] = max(peaks, default=None)
     return row
 
 
@@ -315,11 +327,11 @@ def print_tables(
         return "" if value is None else format(value, form)
 
     for group in groups:
-        hosts = f"{group['hosts']} host{'s' if group['hosts'] > 1 else ''}"
+        ranks, hosts = how_many(group["ranks"], "rank"), how_many(group["hosts"], "host")
         title = f"{group['workload']} ({group['preset']}), {group['parameters']:,} parameters\n"
-        title += f"{group['ranks']} ranks on {hosts}, {group['batch_size']} samples each"
+        title += f"{ranks} on {hosts}, {group['batch_size']} samples each"
         headings = ["runs", "steps", group["metric"], "vs none", "paper", "ms/step"]
-        headings += ["× none", "× fp16", "MB/step", "less"]
+        headings += ["× none", "× fp16", "MB/step", "less", "GB"]
         table = table_of(title, ["method"], headings)
         for row in group["rows"]:
             quality = cell(row["quality"], ".4f")
@@ -336,6 +348,7 @@ def print_tables(
                 cell(row["faster_than_fp16"], ".2f"),
                 f"{row['bytes_per_step'] / 1e6:.2f}" if _counted(row) else "",
                 cell(row["fewer_bytes"], ".2f"),
+                cell(row["peak_memory"] and row["peak_memory"] / 1e9, ".2f"),
             )
         console.print(table)
         for remark in _remarks_on(group):
@@ -360,6 +373,8 @@ def _remarks_on(group: dict[str, Any]) -> Iterator[str]:
             "MB/step is empty where the ranks sent nothing through the interface (--interface): "
             "on one host they use its memory."
         )
+    if any(row["peak_memory"] for row in group["rows"]):
+        yield "GB: most memory of its host that a rank had, Python and libraries included."
     if group["synthetic"]:
         yield "Synthetic data: speed compares with the paper's, quality does not."
     parameters = group["published_parameters"]
@@ -382,7 +397,7 @@ def plot(runs: Sequence[Run], axes: Sequence[Any]) -> None:
     """
     drawn: set[str] = set()
     any_counted = False
-    for run in sorted(runs, key=_order):
+    for run in sorted(runs, key=order):
         if run.setting in drawn or not run.evals:
             continue
         look = f"C{len(drawn) % 10}"

@@ -83,6 +83,7 @@ def test_the_loss_goes_down(name: str, method: str, shared: Path) -> None:
     final = events[-1]
     assert final["event"] == "final"
     assert final["replicas_equal"]
+    assert 1e8 < final["peak_memory"] < 1e10  # bytes: Python and libraries, and a small model
     metric = final[WORKLOADS[name][0].METRIC]
     assert 1 < metric < 100 if name == "transformer-xl" else 0 < metric <= 1
 

@@ -348,6 +348,33 @@ def test_synthetic_samples() -> None:
     assert (other != fields).any()
 
 
+def test_synthetic_samples_are_the_same_for_any_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = pytest.importorskip("train", reason="needs Horovod", exc_type=ImportError)
+    monkeypatch.setattr(train.Synthetic, "MADE_AT_ONCE", 50)
+    options = ["--preset=criteo-small", "--data=synthetic", "--samples=192", "--batch-size=8"]
+    parsed = train.loop.parse(train.DeepLight, [*options, "--eval-rows=70"])
+
+    def of_rank(rank: int, size: int) -> tuple[criteo.Samples, criteo.Samples]:
+        monkeypatch.setattr(train.hvd, "rank", lambda: rank)
+        monkeypatch.setattr(train.hvd, "size", lambda: size)
+        data = train.Synthetic(parsed)
+        assert (data.sizes["train_samples"], data.sizes["test_samples"]) == (192, 70)
+        return data.samples(), tuple(part.numpy() for part in data.held_out)
+
+    alone = of_rank(0, 1)
+    assert (len(alone[0][1]), len(alone[1][1])) == (192, 70)
+    for size in (3, 24):
+        ranks = [of_rank(rank, size) for rank in range(size)]
+        for part in range(2):
+            for column in range(2):
+                together = np.empty_like(alone[part][column])
+                for rank, found in enumerate(ranks):
+                    together[rank::size] = found[part][column]
+                np.testing.assert_array_equal(together, alone[part][column])
+
+
 def test_synthetic_categories_follow_zipf_s_law() -> None:
     """The k-th category comes with probability log((k + 1) / k) / log(n + 1): nearly 1 / k."""
     size, count = 1000, 200_000

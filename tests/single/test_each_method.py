@@ -97,12 +97,23 @@ def test_a_method_is_put_where_all_stands() -> None:
         ]
 
 
+def test_a_command_without_checkpoints() -> None:
+    assert each_method.command_for("none", COMMAND[:-1]) == [
+        *("mpirun", "x.py", "--compression=none", "--lr=1", "--metrics=/all/run-none.jsonl"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
         ("--compression=all", "--compression=none", "--compression: expected the word all"),
         ("--metrics=/all/run-all.jsonl", "--metrics=/all/run.jsonl", "--metrics: expected the wo"),
-        ("--checkpoint=/all/checkpoints/run-all", "", "--checkpoint: expected it once .* 0 times"),
+        ("--metrics=/all/run-all.jsonl", "", "--metrics: expected it once .* 0 times"),
+        (
+            "--checkpoint=/all/checkpoints/run-all",
+            "--checkpoint=/all/run",
+            "--checkpoint: expected",
+        ),
         ("--lr=1", "--compression=all", "--compression: expected it once .* 2 times"),
     ],
 )

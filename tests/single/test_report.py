@@ -300,6 +300,22 @@ def test_the_paper_s_figures_stand_beside(
     assert rows[f"{method} 4 bit"]["published_quality"] is None
 
 
+def test_the_most_memory_of_a_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all runs of a setting the largest; runs of older versions have none."""
+    for seed, peak in enumerate((1_250_000_000, 3_750_000_000)):
+        run = events("standard", seed)
+        run[-1]["peak_memory"] = peak
+        write(tmp_path / f"{seed}.jsonl", run)
+    write(tmp_path / "old.jsonl", events())
+    rows = rows_of(tmp_path)
+    assert (rows["standard"]["peak_memory"], rows["none"]["peak_memory"]) == (3_750_000_000, None)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "3.75" in capsys.readouterr().out
+    run[-1]["peak_memory"] = "much"
+    with pytest.raises(report.DamagedRunError, match='a number "peak_memory"'):
+        report.read(write(tmp_path / "bad.jsonl", run))
+
+
 def test_tables_and_plots_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "none.jsonl", events())
     write(tmp_path / "fp16.jsonl", events("fp16", bytes=0.0, steps=4))
