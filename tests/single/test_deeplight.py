@@ -190,7 +190,9 @@ class TestModel:
 
 def test_evaluation_agrees_with_counting_pairs(monkeypatch):
     train = pytest.importorskip("train", reason="needs Horovod", exc_type=ImportError)
+    monkeypatch.setattr(train.hvd, "rank", lambda: 0)
     monkeypatch.setattr(train.hvd, "allgather", lambda tensor, name: tensor)
+    monkeypatch.setattr(train.hvd, "broadcast", lambda tensor, root_rank, name: tensor)
     torch.manual_seed(1)
     model = DeepFwFM(100, 4, dim=2, hidden=(8,))
     torch.nn.init.normal_(model.linear.weight)
