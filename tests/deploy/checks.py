@@ -11,7 +11,6 @@ import ast
 import copy
 import re
 import shutil
-import subprocess
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +22,15 @@ import pytest
 import tomllib
 import yaml
 
+from tools import rehearse
+from tools.rehearse import IN_IMAGE
+
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(
     str(path.parent.relative_to(K8S)) for path in K8S.glob("overlays/*/*/*/kustomization.yaml")
 )
 CRD = ROOT.parent / "shared" / "data" / "mpijob-crd.yaml"
-IN_IMAGE = "/opt/gq-horovod/"  # where the Dockerfile puts the repository
 KUBERNETES = "1.31"  # schemas of the built-in kinds
 # Beside what the launcher's command names: Open MPI's session directory, on launcher and workers,
 # and Python's temporary files. test_images.py checks that the image's settings name no other place.
@@ -53,10 +54,7 @@ def kustomized(folder: Path) -> str:
     """Return what `kubectl kustomize` makes of a folder."""
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(done.stderr.strip())
-    return done.stdout
+    return rehearse.kustomized(folder)
 
 
 def render(folder: Path) -> list[Document]:
