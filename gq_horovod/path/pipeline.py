@@ -383,8 +383,9 @@ def by_shares(task: Task, deliver: Deliver) -> Reduction:
     means = []
     for parcel, name, handle in received:
         pieces = memory.receive(name, (yield handle))
-        name = stages.mean(parcel.index)
+        # The share's mean takes the place of this rank's codes, which have been sent.
         out = memory.take(name, parcel.reduced_size, codec.payload_dtype(own.plan))
+        name = stages.mean(parcel.index)
         with memory.entered():
             share = own.reduce(parcel, pieces, task.steps, norms, out)
         sent = yield from memory.send(name, share)
