@@ -62,7 +62,7 @@ format: setup ## let ruff and clang-format rewrite the sources
 	$(if $(CXX_FILES),$(VENV)/clang-format -i $(CXX_FILES))
 
 check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
-	$(VENV)/python -m pytest tests -m check $(PYTEST_ARGS)
+	$(VENV)/python -m pytest tests -m check -n 2 --maxschedchunk 1 $(PYTEST_ARGS)
 
 # Tests of one process go several at a time. So do jobs, two at a time, of which ranks mostly wait
 # for each other; the longest come first (tests/conftest.py), and are handed out one by one. What
@@ -72,7 +72,8 @@ ALONE := tests/single tests/deploy
 JOBS := $(patsubst %,tests/launch/test_%.py,parallel tensorflow tensorflow_saved tensorflow_join \
 	unnamed log_on_ranks mpi_libraries quickstart elastic gpu_check workloads doctor_on_ranks timeline \
 	mistakes ends)
-WAITING := tests/cluster tests/launch/test_faults.py tests/launch/test_tensorflow_guards.py
+WAITING := $(patsubst %,tests/cluster/test_%.py,hosts link_faults testbed) \
+	$(patsubst %,tests/launch/test_%.py,faults tensorflow_guards)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(call tests,$(ALONE) -n logical --maxprocesses 8)
 	$(call tests,$(JOBS) -n 2 --maxschedchunk 1)
