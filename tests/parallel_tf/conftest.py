@@ -34,10 +34,20 @@ def horovod() -> Iterator[None]:
     # They ask the Horovod of the framework that was imported last; init() changes that too late.
     process_sets._setup(hvd.mpi_ops._basics)
     hvd.init(process_sets="dynamic")
-    if os.environ.get("GQ_TEST_ELASTIC"):  # graphs as in an elastic job; Horovod itself asks it too
-        os.environ["HOROVOD_ELASTIC"] = "1"
     yield
     hvd.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elastic_graphs(request: pytest.FixtureRequest, horovod: None) -> Iterator[None]:
+    """Graphs as in an elastic job, in the module that GQ_TEST_ELASTIC names.
+
+    Not before hvd.init(), which asks for the variable too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("GQ_TEST_ELASTIC") == request.module.__name__:
+            patch.setenv("HOROVOD_ELASTIC", "1")
+        yield
 
 
 @pytest.fixture
