@@ -242,6 +242,7 @@ class Run:
         self.last: dict[int, Any] = {}  # of each thread, the parameter whose gradient came last
         self._reduction: InFlight | None = None
         self._written: list[Written] = []
+        self._copied_on: dict[int, Any] = {}  # streams of a GPU that have copied our values
         self._ours = [False] * count  # whether the result may lie where the values do
         self._results: list[torch.Tensor | None] = []
         self._samples: dict[int, Sample] = {}
@@ -274,7 +275,7 @@ class Run:
         if (handle := written(values)) is not None:
             self._written.append(handle)
             if copied:
-                _for_kernels(values)
+                self._copied(place, values)
         if not bucket.plan.nearest:
             self._sample(place, step)
         self.arrived += 1
@@ -283,6 +284,12 @@ class Run:
         elif self.arrived % _NUDGE == 0:
             bucket.group.pipeline.nudge()
         return Context(self, place, tensors.dense_strides(tensor))
+
+    def _copied(self, place: int, values: torch.Tensor) -> None:
+        """Values are a copy of ours, in memory of the stream that is the current one."""
+        if values.is_cuda:
+            _for_kernels(values)
+            self._copied_on[place] = torch.cuda.current_stream(values.device)
 
     def _sample(self, place: int, step: int) -> None:
         """Collect statistics of a tensor, if that is wanted in this step."""
@@ -319,7 +326,9 @@ class Run:
                 if self._ours[place]:
                     own.add_(residual)
                 else:
-                    self.values[place], self._ours[place] = _for_kernels(own + residual), True
+                    own = own + residual
+                    self.values[place], self._ours[place] = own, True
+                    self._copied(place, own)
             residuals[place] = kept[key]
             self._sample(place, int(self.steps[place]))
         if (added := written(present)) is not None:
@@ -405,8 +414,9 @@ class Run:
         assert result is not None
         if result.is_cuda:
             gpus.follow_kernels(result.device)
-            # It may have memory of another stream, such as that on which its hook has copied it.
-            result.record_stream(torch.cuda.current_stream(result.device))
+            stream = torch.cuda.current_stream(result.device)
+            if self._copied_on.get(place, stream) != stream:
+                result.record_stream(stream)
         sample = self._samples.get(place)
         if sample is not None:
             bucket = self.bucket

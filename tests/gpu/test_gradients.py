@@ -98,3 +98,60 @@ def test_the_same_bytes_as_in_host_memory(
             results.append(result.cpu())
     for step in range(3):
         assert torch.equal(results[step], results[step + 3])
+
+
+@pytest.mark.parametrize("stays", ["0", "1"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bits": 5}, {"bits": 3, "error_feedback": True}, {"levels": "standard", "norm": "l2"}],
+    ids=["default", "dense lanes", "error feedback", "L2 norms"],
+)
+def test_a_stream_of_its_own_gives_the_same_bytes(
+    options: dict[str, Any], stays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward passes on one stream, steps on another; gradients that have to be copied."""
+    from gq_horovod.torch import GlobalQSGD, gpus
+
+    monkeypatch.setenv(gpus.VARIABLE, stays)
+    shape = (64, 33, 17)
+
+    def train(place: str) -> list[torch.Tensor]:
+        parameter = torch.nn.Parameter(torch.zeros(shape, device=place))
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([parameter], lr=1.0),
+            [("parameter", parameter)],
+            compression=GlobalQSGD(block_size=256, **options),
+        )
+        side = torch.cuda.Stream() if place == "cuda" else None
+        results = []
+        for step in range(3):
+            own = torch.randn(shape[::-1], generator=torch.Generator().manual_seed(step))
+            own = own.permute(2, 1, 0)
+            with torch.cuda.stream(side):  # none on a CPU
+                if side is not None:
+                    side.wait_stream(torch.cuda.default_stream())
+                    torch.cuda._sleep(LONG // 20)
+                parameter.grad = own.to(place)
+                optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
+            optimizer.synchronize()
+            results.append(parameter.grad.cpu())
+            parameter.grad = None
+        return results
+
+    for one, other in zip(train("cpu"), train("cuda"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_graph_is_captured_meanwhile() -> None:
+    from gq_horovod.torch import GlobalQSGD
+
+    parameter = torch.nn.Parameter(torch.zeros(ELEMENTS, device="cuda"))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=1.0),
+        [("parameter", parameter)],
+        compression=GlobalQSGD(),
+    )
+    parameter.grad = torch.ones(ELEMENTS, device="cuda")
+    refused = pytest.raises(RuntimeError, match="make_graphed_callables")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer._allreduce_grad_async(parameter)
