@@ -319,7 +319,8 @@ def gradients(rehearse: bool) -> Iterator[Check]:
                 if not torch.equal(first, second):
                     different.append(name)
         everywhere = sorted({own for each in hvd.allgather_object(different) for own in each})
-        text = "the host's bytes" if not everywhere else f"other bytes: {', '.join(everywhere)}"
+        wrong = f"other bytes: {', '.join(everywhere)}"
+        text = wrong if everywhere else f"the host's bytes, on {device}"
         yield Check(part, levels, "failed" if everywhere else "passed", text)
 
         torch.manual_seed(rank)  # each rank begins with other weights
@@ -337,8 +338,8 @@ def gradients(rehearse: bool) -> Iterator[Check]:
         own = [each.detach().cpu().flatten() for each in model.parameters()]
         replicas = {each.numpy().tobytes() for each in hvd.allgather_object(torch.cat(own))}
         status: Status = "passed" if len(replicas) == 1 else "failed"
-        text = f"parameters of {size} ranks: "
-        text += "the same bytes" if len(replicas) == 1 else f"{len(replicas)} different ones"
+        different = f"parameters of {len(replicas)} kinds on {size} ranks"
+        text = "the same parameters on all ranks" if len(replicas) == 1 else different
         yield Check(part, f"{levels}, replicas", status, text)
     hvd.shutdown()
 
