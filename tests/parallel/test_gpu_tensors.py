@@ -20,7 +20,7 @@ from gq_horovod import log
 from gq_horovod import torch as plugin
 from gq_horovod.path import pipeline
 from gq_horovod.path.config import DEFAULT_MIN_ELEMENTS
-from gq_horovod.torch import buckets, gpus, tensors
+from gq_horovod.torch import buckets, gpus, numbering, tensors
 from gq_horovod.torch.collectives import Written
 
 LEVELS = ["standard", "exponential", "two-hop"]
@@ -589,6 +589,18 @@ def test_a_copy_outlives_all_who_use_it(several: bool, name: str, gpu: Any) -> N
     assert stream is gpus.kernel_stream(fake_gpu.GPU)
     optimizer.synchronize()
     assert ((copy, DEFAULT) in fake_gpu.recorded) == several
+
+
+def test_memory_of_operations_that_are_over_is_given_back(name: str, resident: bool) -> None:
+    """Of gradients that are left to Horovod, of tokens, of codes and of what came of them."""
+    shapes = [(30,), (9000,)]
+    compression = plugin.GlobalQSGD(levels="two-hop", transport=TRANSPORT)
+    plugin.allreduce(gradients((9000,))[hvd.rank()], f"{name}.first", compression=compression)
+    library = numbering.library()
+    assert library is not None
+    before = set(library._held)  # of other tests, which have given up operations
+    trained(name, compression, shapes, [fake_gpu.GPU] * 2)
+    assert set(library._held) == before
 
 
 def test_kernels_are_waited_for_after_an_error(
