@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-hop, 3 bit": {"levels": "two-hop", "bits": 3},
     "two-hop, 3 bit, feedback": {"levels": "two-hop", "bits": 3, "error_feedback": True},
 }
+# Options that TensorFlow refuses.
+PYTORCH_ONLY = {"transport", "error_feedback"}
 SYNTHETIC = ("300x16384", "900x16384")
 # Horovod's default is 1024 names; all methods share a job here.
 CACHE_CAPACITY = 32768
@@ -339,7 +341,9 @@ def main() -> None:
         default=",".join(SYNTHETIC),
         help=f"of {', '.join(PARAMETERS)}, or COUNTxELEMENTS; separated by commas",
     )
-    parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
+    parser.add_argument(
+        "--methods", help="separated by semicolons (default: all that the framework takes)"
+    )
     parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
@@ -350,7 +354,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)  # be a rank of it
     options = parser.parse_args()
-    options.methods = options.methods.split(";")
+    if options.methods is None:
+        refused = PYTORCH_ONLY if options.framework == "tensorflow" else set()
+        options.methods = [name for name, own in METHODS.items() if not refused & own.keys()]
+    else:
+        options.methods = options.methods.split(";")
     models = options.models.split(",")
     if options.job:
         run_rank(options, models[0])

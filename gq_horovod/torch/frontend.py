@@ -114,7 +114,8 @@ class TorchFrontend(Frontend):
 
     def _compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start reducing `tensor`, which must not change until decompress(), and return a token."""
-        gpus.refuse_capture(tensor.device, self.config.FUNCTION)
+        if tensor.is_cuda:
+            gpus.refuse_capture(tensor.device, self.config.FUNCTION)
         frame = sys._getframe(1)
         if frame.f_back is not None and frame.f_code is CALL_CODE:
             frame = frame.f_back
