@@ -21,7 +21,7 @@ from gq_horovod import torch as plugin
 from gq_horovod.path import pipeline
 from gq_horovod.path.config import DEFAULT_MIN_ELEMENTS
 from gq_horovod.torch import buckets, gpus, numbering, tensors
-from gq_horovod.torch.collectives import Written
+from gq_horovod.torch.collectives import Written, written
 
 LEVELS = ["standard", "exponential", "two-hop"]
 BLOCK_SIZES = [(levels, "auto") for levels in LEVELS]
@@ -567,6 +567,16 @@ def test_what_waits_for_the_default_stream_is_said_once(
             assert len(said) == int(alltoall and stream is DEFAULT and hvd.rank() == 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_is_written_on_the_stream_of_its_hook(device: torch.device, gpu: Any) -> None:
+    assert written(torch.zeros(3)) is None
+    for stream in (torch.cuda.Stream(device), fake_gpu.Stream.defaults[device]):
+        with torch.cuda.stream(stream):
+            handle = written(on_gpu(torch.zeros(3), device))
+        assert handle is not None
+        assert handle.event.stream is stream
+
+
 @pytest.mark.parametrize("several", [True, False])
 def test_a_copy_outlives_all_who_use_it(several: bool, name: str, gpu: Any) -> None:
     """Our kernels, and the stream on which its mean is asked for; its hook may have had another.
@@ -729,6 +739,7 @@ def test_a_mean_is_where_its_gradient_is_and_has_its_strides(
         optimizer.synchronize()
         result = parameter.grad
     assert result.device == fake_gpu.GPU
+    assert fake_gpu.crossings == []
     assert result.stride() == own.stride() != torch.empty(own.shape).stride()
     error = as_numpy(result) - sum(every.numpy() for every in gradients(own.shape, 3)) / hvd.size()
     assert 0 < abs(error).max() < 0.1

@@ -7,6 +7,7 @@ says when the GPU has done what it was given.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,9 +57,11 @@ class GpuTensor(torch.Tensor):
         name = getattr(function, "__name__", "")
         places = [*args[1:], kwargs.get("device")]
         leaves = name == "to" and any(str(place).partition(":")[0] == "cpu" for place in places)
+        leaves = leaves or (name == "copy_" and not isinstance(args[0], GpuTensor))
         if leaves or name in _TO_HOST:
-            crossings.append(args[0].nbytes)
-            readers.append(Stream.current(args[0].device))
+            source = next(own for own in args if isinstance(own, GpuTensor))
+            crossings.append(source.nbytes)
+            readers.append(Stream.current(source.device))
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*(plain(own) for own in args), **kwargs)
         if kwargs.get("device") in KINDS:
@@ -143,6 +146,9 @@ class Stream:
     def wait_stream(self, stream: Stream) -> None:
         self.waits.append((self, stream))
         stream.kernels.flush()
+
+    def record_event(self) -> Any:
+        return types.SimpleNamespace(stream=self)
 
     def wait_event(self, event: Any) -> None:
         if event is not None:
