@@ -375,9 +375,11 @@ def _remarks_on(group: dict[str, Any]) -> Iterator[str]:
         )
     if any(row["peak_memory"] for row in group["rows"]):
         yield "GB: most memory of its host that a rank had, Python and libraries included."
-    if group["synthetic"]:
-        yield "Synthetic data: speed compares with the paper's, quality does not."
     parameters = group["published_parameters"]
+    if group["synthetic"]:
+        speed = "speed compares with the paper's, quality does not"
+        same = parameters == group["parameters"]
+        yield f"Synthetic data: {speed if same else 'quality does not compare'}."
     if any(row["published_quality"] is not None for row in group["rows"]):
         yield f"paper: {SOURCE}, full runs, 8 bits."
     if parameters and parameters != group["parameters"]:

@@ -276,6 +276,9 @@ def test_quality_on_synthetic_data_does_not_compare(
     write(tmp_path / "a.jsonl", events("powersgd", **run))
     assert rows_of(tmp_path)["powersgd"]["published_quality"] is None
     assert cli.main(["report", str(tmp_path)]) == 0
+    assert "speed compares" not in capsys.readouterr().out  # of another model
+    write(tmp_path / "a.jsonl", events("powersgd", parameters=126_886_696, **run))
+    assert cli.main(["report", str(tmp_path)]) == 0
     assert "Synthetic data: speed compares with the paper's" in capsys.readouterr().out
 
 
