@@ -24,7 +24,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import horovod.torch as hvd
@@ -269,17 +269,18 @@ def _held(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
     the rank stands still for ever, also without this package. A view has a reference of its own to
     the tensor that it is of, so Horovod's is never the last.
     """
-    with torch.no_grad():
-        return [own.view_as(own) for own in _tensors(arguments)]
-
-
-def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Of an operation, one by one or in lists."""
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from _tensors(argument)
+    held: list[torch.Tensor] = []
+    last = None
+    for own in arguments:
+        if isinstance(own, torch.Tensor):
+            if own is not last:  # the result may take the place of the input
+                held.append(own.view_as(own))
+                last = own
+        elif isinstance(own, list | tuple):
+            held += [each.view_as(each) for each in own]
+        elif isinstance(own, bytes | str):
+            break  # the name stands behind all tensors
+    return held
 
 
 def _named(arguments: tuple[Any, ...], number: int | None) -> tuple[tuple[Any, ...], str | None]:
