@@ -46,6 +46,11 @@ def evaluate(model: nn.Module, fields: Tensor, clicked: Tensor) -> tuple[float, 
     model.train()
     logits = hvd.allgather(logits, name="test.logits")
     clicked = hvd.allgather(clicked, name="test.clicked")
+    if not logits.isfinite().all():  # on all ranks, of which one alone goes on
+        raise ValueError(
+            "evaluation: expected finite predictions, got NaN or infinity; training has diverged, "
+            "so pass a smaller --lr."
+        )
     auc = torch.zeros(1, dtype=torch.float64)
     if hvd.rank() == 0:
         from sklearn.metrics import roc_auc_score  # 55 MB of memory, a second of a core

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,6 +374,30 @@ def test_synthetic_samples_are_the_same_for_any_number_of_ranks(
                 for rank, found in enumerate(ranks):
                     together[rank::size] = found[part][column]
                 np.testing.assert_array_equal(together, alone[part][column])
+
+
+def test_the_optimizer_is_the_one_asked_for() -> None:
+    train = pytest.importorskip("train", reason="needs Horovod", exc_type=ImportError)
+    model = torch.nn.Linear(2, 1)
+    for asked, expected in (([], torch.optim.Adam), (["--optimizer=sgd"], torch.optim.SGD)):
+        options = train.loop.parse(train.DeepLight, [*asked, "--lr=0.5", "--l2=0.25"])
+        made = train.DeepLight.optimizer(SimpleNamespace(options=options), model)
+        assert type(made) is expected
+        assert (made.defaults["lr"], made.defaults["weight_decay"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_says_that_training_has_diverged(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though one rank alone computes the AUC, which the others wait for."""
+    train = pytest.importorskip("train", reason="needs Horovod", exc_type=ImportError)
+    monkeypatch.setattr(train.hvd, "rank", lambda: rank)
+    monkeypatch.setattr(train.hvd, "allgather", lambda tensor, name: tensor)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Flatten(0))
+    fields, clicked = torch.tensor([[1.0, np.nan], [0.0, 1.0]]), torch.tensor([0.0, 1.0])
+    with pytest.raises(ValueError, match=r"finite predictions.*smaller --lr"):
+        train.evaluate(model, fields, clicked)
 
 
 def test_synthetic_categories_follow_zipf_s_law() -> None:
