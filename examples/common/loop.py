@@ -71,6 +71,8 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
+from gq_horovod.path import agreement
+
 from . import methods
 
 T = TypeVar("T")
@@ -264,7 +266,10 @@ def bytes_sent(interface: str) -> int:
 
 
 def peak_memory() -> int:
-    """Bytes of this host's memory that this process had at most so far."""
+    """Bytes of this host's memory that this process had at most so far.
+
+    The `resource` module has that of the process that started this one, too, if it had more.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "VmHWM":
@@ -506,7 +511,7 @@ def train(workload: Workload) -> None:
     options = workload.options
     device = device_of(options)
     compression = compression_of(options)
-    if hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
+    if hvd.size() == 1 and not agreement.elastic():
         warnings.warn(
             f"--compression {options.compression}: one rank, for which Horovod reduces and "
             "compresses nothing; start more, or set HOROVOD_ELASTIC=1.",
