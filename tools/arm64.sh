@@ -4,9 +4,8 @@
 #     tools/arm64.sh FOLDER [arguments of pytest]
 #
 # Debian and root, and its packages qemu-user-static, g++-aarch64-linux-gnu and debootstrap. FOLDER
-# gets Debian's arm64 Python once, and a copy of what is committed. No time is measured: emulated
-# tests take some fifty times as long. Three or four of them start Python anew, which works where
-# the kernel runs arm64 programs by itself (binfmt_misc).
+# gets Debian's arm64 Python once, and a copy of what is committed. No time is measured. A few tests
+# start Python anew, which works where the kernel runs arm64 programs by itself (binfmt_misc).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
