@@ -64,14 +64,14 @@ format: setup ## let ruff and clang-format rewrite the sources
 check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
 	$(VENV)/python -m pytest tests -m check -n 2 --maxschedchunk 1 $(PYTEST_ARGS)
 
-# Tests of one process go several at a time. So do jobs, two at a time, of which ranks mostly wait
-# for each other; the longest come first (tests/conftest.py), and are handed out one by one. What
-# waits for links, time limits and the ends of jobs goes two files at a time, since the tests of a
-# file share hosts. The others measure, or have four ranks, and want the cores for themselves.
+# Tests of one process go several at a time. So do jobs, two at a time, whose ranks sleep while they
+# wait for each other. The longest come first (tests/conftest.py), and are handed out one by one.
+# What waits for links, time limits and the ends of jobs goes two files at a time, since the tests
+# of a file share hosts. The others measure, and want the cores for themselves.
 ALONE := tests/single tests/deploy
-JOBS := $(patsubst %,tests/launch/test_%.py,parallel tensorflow tensorflow_saved tensorflow_join \
-	unnamed log_on_ranks mpi_libraries quickstart elastic gpu_check workloads doctor_on_ranks timeline \
-	mistakes ends)
+JOBS := $(patsubst %,tests/launch/test_%.py,parallel by_nodes tensorflow tensorflow_saved \
+	tensorflow_join unnamed log_on_ranks mpi_libraries quickstart elastic gpu_check workloads \
+	doctor_on_ranks timeline mistakes ends)
 WAITING := $(patsubst %,tests/cluster/test_%.py,hosts link_faults testbed) \
 	$(patsubst %,tests/launch/test_%.py,faults tensorflow_guards)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects

@@ -36,6 +36,7 @@ LONGEST = {
     "launch/test_tensorflow.py::test_in_every_rank": 60,
     "launch/test_parallel.py": 55,
     "launch/test_tensorflow_saved.py": 50,
+    "launch/test_by_nodes.py": 50,
     "launch/test_elastic.py": 50,
     "launch/test_mpi_libraries.py::test_open_mpi": 45,
     "launch/test_gpu_check.py::test_operations": 30,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .testbed import Testbed
 
+PATIENCE = Path(__file__).with_name("patience.cpp")
 LOOPBACK = "lo"  # the interface that ranks of one host use
 
 
@@ -72,3 +74,18 @@ def environment() -> dict[str, str]:
     if os.geteuid() == 0:  # Open MPI wants to be told twice
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return variables
+
+
+def patience(folder: Path, microseconds: int) -> dict[str, str]:
+    """Return the variables with which ranks sleep so long, again and again, while they wait.
+
+    They name a library that this makes in `folder`. Raises FileNotFoundError without a compiler,
+    subprocess.CalledProcessError if it fails.
+    """
+    library = folder / "patience.so"
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise FileNotFoundError(f"{PATIENCE.name}: expected the C++ compiler {compiler}; set CXX.")
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-DMICROSECONDS={microseconds}"]
+    subprocess.run([compiler, *options, "-o", str(library), str(PATIENCE)], check=True)
+    return {"LD_PRELOAD": str(library)}

@@ -43,7 +43,6 @@ from tools import ranks as launcher  # noqa: E402
 
 OVERLAYS = ROOT / "k8s" / "overlays"
 IN_IMAGE = "/opt/gq-horovod/"  # where the Dockerfile puts the repository
-PATIENCE = ROOT / "tools" / "patience.cpp"
 MANY = 4  # ranks of a core, beyond which those that wait have to sleep
 # What fits this machine in place of the cluster's: several ranks on a core, and no GPU.
 HERE = {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
@@ -117,20 +116,6 @@ def environment(words: Sequence[str], settings: Mapping[str, str], ranks: int) -
     if ranks == 1:
         given["HOROVOD_ELASTIC"] = "1"
     return launcher.environment() | given | {"LD_LIBRARY_PATH": "", "PYTHONPATH": path}
-
-
-def patience(folder: Path) -> dict[str, str]:
-    """The variables with which ranks sleep while they wait for others, by a library in `folder`.
-
-    Raises FileNotFoundError without a compiler, subprocess.CalledProcessError if it fails.
-    """
-    library = folder / "patience.so"
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
-        raise FileNotFoundError(f"{PATIENCE.name}: expected the C++ compiler {compiler}; set CXX.")
-    options = ["-std=c++17", "-O2", "-shared", "-fPIC"]
-    subprocess.run([compiler, *options, "-o", str(library), str(PATIENCE)], check=True)
-    return {"LD_PRELOAD": str(library)}
 
 
 def rows_of(runs: Sequence[report.Run], some: int) -> list[dict[str, Any]]:
@@ -230,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = command(words, settings, ranks, folder, more, not options.no_checkpoints)
         variables = environment(words, settings, ranks)
         if ranks > MANY * len(os.sched_getaffinity(0)):
-            variables |= patience(folder)
+            variables |= launcher.patience(folder, 2000)
         print("rehearse:", " ".join(made), file=sys.stderr, flush=True)
         failed |= subprocess.run(made, env=variables).returncode != 0
     return 1 if not summarize(options.output, options.some) or failed else 0

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tools.ranks import patience
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 # Beside .venv, whose mpiexec is Open MPI's; the one place that names a version of MPICH.
@@ -22,6 +24,8 @@ MPICH_PIN = ROOT / "tests" / "launch" / "requirements-mpich.txt"
 MPICH = ROOT / "build" / MPICH_PIN.read_text().split()[-1].replace("==", "-")
 # From SIGTERM, on which a launcher ends its ranks, to SIGKILL.
 _GRACE_SECONDS = 10.0
+# Short beside what a message costs where ranks share cores.
+_SLEEP_MICROSECONDS = 50
 # What only one rank has done for this long is reported in its output.
 _STALL_SECONDS = 20
 
@@ -54,6 +58,7 @@ def launch(
     directory: Path,
     variables: Mapping[str, str] | None = None,
     fewest: int | None = None,
+    patient: bool = True,
 ) -> Job:
     """Run a Python command in `ranks` ranks on this machine.
 
@@ -67,6 +72,8 @@ def launch(
         directory: an empty one, for the output.
         variables: more environment variables.
         fewest: ranks that an elastic job goes on with; by default one may be lost.
+        patient: ranks sleep for moments while they wait. They would take half of the processor time
+            of the tests from those that compute.
     """
     output = directory / "ranks"
     log = directory / "launcher.txt"
@@ -79,7 +86,11 @@ def launch(
                 *(str(part) for part in command),
             ],
             cwd=ROOT,
-            env={**_environment(transport, directory), **(variables or {})},
+            env={
+                **_environment(transport, directory),
+                **(patience(directory, _SLEEP_MICROSECONDS) if patient else {}),
+                **(variables or {}),
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -1,8 +1,4 @@
-"""Runs tests/parallel/test_nodes.py in two nodes of two ranks, over MPI and over Gloo.
-
-One job after the other (Makefile): four ranks that wait for each other take two cores. Two such
-jobs side by side took more than twice as long.
-"""
+"""Runs tests/parallel/test_nodes.py in two nodes of two ranks, over MPI and over Gloo."""
 
 from __future__ import annotations
 

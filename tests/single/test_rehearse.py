@@ -13,6 +13,7 @@ from test_report import events, write
 
 from gq_horovod.cli import output
 from gq_horovod.research import report
+from tools import ranks as launcher
 from tools import rehearse
 
 WORDS = ["mpirun", "--bind-to", "none", "-x", "OMP_NUM_THREADS", "-x", "LD_LIBRARY_PATH", "python"]
@@ -75,7 +76,7 @@ def test_ranks_get_the_variables_that_the_manifest_passes() -> None:
 
 
 def test_ranks_that_wait_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = rehearse.patience(tmp_path)
+    variables = launcher.patience(tmp_path, 2000)
     program = "import os, time; t = time.perf_counter(); os.sched_yield()\n"
     program += "print(time.perf_counter() - t)"
     done = subprocess.run(
@@ -88,7 +89,7 @@ def test_ranks_that_wait_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert float(done.stdout) >= 2e-3
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(FileNotFoundError, match="no-such-compiler"):
-        rehearse.patience(tmp_path)
+        launcher.patience(tmp_path, 2000)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return Done()
 
     monkeypatch.setattr(rehearse, "kustomized", lambda folder: JOB)
-    monkeypatch.setattr(rehearse, "patience", lambda folder: {})
+    monkeypatch.setattr(launcher, "patience", lambda folder, microseconds: {})
     monkeypatch.setattr(rehearse.subprocess, "run", run)
     return commands
 
