@@ -1,19 +1,26 @@
 """Messages and bytes of the exchanges of two-hop codes: counted in a real job, and predicted.
 
-    python benchmarks/messages.py                      # 32 ranks over loopback, some 15 seconds
+    python benchmarks/messages.py                      # 32 ranks over loopback, some 20 seconds
+    python benchmarks/messages.py --ranks 64
 
 The advisor's model (gq_horovod/advisor/model.py) says for thousands of ranks how many messages a
 rank sends, and how large they are. This counts them among as many ranks as a machine can start.
 Messages of `mpi_ops.allreduce`, which are those of transport="mpi", are counted where they are
 sent. Of MPI's Alltoallv and Allgatherv, which Horovod calls, the kernel counts what this process
-writes: over TCP a message of up to 64 KiB is one write, with a header of 22 bytes. Times are not
-measured: ranks share cores. Prints a table and writes messages.json.
+writes: over TCP a message of up to 64 KiB is one write, with a header of 22 bytes.
+
+Times of these exchanges are not measured, since ranks share cores. In a second job two ranks, with
+a core each, send each other as many messages as a rank of 32 to 1024 sends: of pieces that go
+straight to their ranks, and of pieces that go through a rank between, as short ones do
+(mpi_ops/exchange.py). So it measures what messages cost, over loopback, and no link. Prints tables
+and writes messages.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -25,13 +32,16 @@ import numpy as np
 from allreduce import RESULT, result_in
 
 from gq_horovod.advisor.model import TWO_HOP_MPI, Cluster, Pattern
-from mpi_ops import wire
+from mpi_ops import chunks, wire
 from tools import ranks as launcher
 
 # Bytes of a piece, which one rank has for another: Allgatherv takes Bruck's algorithm for the first
 # and a ring for the second. Larger than 64 KiB they would be several writes.
 PIECES = (1024, 16384)
 ELEMENTS = 3_000_000
+SHORT_ELEMENTS = 20_000  # whose pieces go through a rank between
+RANKS_TIMED, PIECES_TIMED = (32, 64, 256, 1024), (16, 256, 1024, 4096)
+ROUNDS, CALLS = 20, 10
 _QUIET_SECONDS = 0.5  # until messages of a barrier are through
 
 Counts = tuple[int, int]  # messages, bytes
@@ -73,13 +83,14 @@ def run_rank(elements: int) -> None:
         comm.Barrier()
         found[name] = comm.gather((after[0] - before[0], after[1] - before[1])) or []
 
-    gradient = np.random.default_rng(comm.rank).standard_normal(elements, dtype=np.float32)
     counted = Counted(comm.Dup())
-    count(
-        f"messages of {elements:,} elements",
-        lambda: allreduce(gradient, counted, levels="two-hop"),
-        lambda: (len(Counted.sent), sum(Counted.sent)),
-    )
+    for size in (elements, SHORT_ELEMENTS):
+        gradient = np.random.default_rng(comm.rank).standard_normal(size, dtype=np.float32)
+        count(
+            f"messages of {size:,} elements",
+            lambda: allreduce(gradient, counted, levels="two-hop"),  # noqa: B023
+            lambda: (len(Counted.sent), sum(Counted.sent)),
+        )
     for piece in PIECES:
         data = np.zeros((comm.size, piece), np.uint8)
         received, sizes = np.empty_like(data), [piece] * comm.size
@@ -93,22 +104,76 @@ def run_rank(elements: int) -> None:
         print(RESULT + json.dumps(found), flush=True)
 
 
+def run_pair() -> None:
+    """One of two ranks that send each other what a rank of many sends: rank 0 prints the times."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    other = 1 - comm.rank
+    most = 1 << 22  # bytes of one message
+    here, there = np.zeros(most, np.uint8), np.zeros((max(RANKS_TIMED), most), np.uint8)
+
+    def swap(count: int, size: int) -> None:
+        """Messages at once, as mpi_ops.exchange sends them."""
+        requests = [comm.Irecv(there[place, :size], other) for place in range(count)]
+        requests += [comm.Isend(here[:size], other) for _ in range(count)]
+        while not MPI.Request.Testall(requests):
+            pass
+
+    def seconds(rounds: list[tuple[int, int]]) -> list[float]:
+        found = []
+        for _ in range(ROUNDS):
+            comm.Barrier()
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                for count, size in rounds:
+                    swap(count, size)
+            found.append((time.perf_counter() - began) / CALLS)
+        return found
+
+    rows = []
+    for ranks in RANKS_TIMED:
+        columns = chunks.columns(ranks)
+        lines = ranks // columns
+        for size in PIECES_TIMED:
+            # Codes to a row and along a column, shares along a column and to a row.
+            between = [(columns - 1, lines * size), (lines - 1, columns * size)]
+            between += [(lines - 1, size), (columns - 1, lines * size)]
+            own = {"ranks": ranks, "piece": size}
+            rows.append(
+                {
+                    **own,
+                    "straight": seconds([(ranks - 1, size)] * 2),
+                    "forwarded": seconds(between),
+                    "messages": [2 * (ranks - 1), sum(count for count, _ in between)],
+                }
+            )
+    if comm.rank == 0:
+        print(RESULT + json.dumps(rows), flush=True)
+
+
 def predictions(ranks: int, elements: int) -> dict[str, dict[str, float]]:
     """The same by the model: messages and bytes that a rank sends, and rounds."""
     cluster = Cluster(ranks, 1e9)
     assert TWO_HOP_MPI.config is not None
-    parcels = wire.parcel_bytes((elements,), TWO_HOP_MPI.config.plan(ranks), "mpi")
 
-    def row(pattern: Pattern, size: float, times: int = 1) -> dict[str, float]:
-        sent = {"messages": times * pattern.messages, "rounds": times * pattern.rounds}
-        return {**sent, "bytes": (ranks - 1) / ranks * size}
+    def row(pattern: Pattern, size: float) -> dict[str, float]:
+        sent = {"messages": pattern.messages, "rounds": pattern.rounds}
+        return {**sent, "bytes": pattern.leaving * size}
 
     # Each parcel twice: codes to their shares, and shares back.
-    found = {
-        f"messages of {elements:,} elements": row(
-            cluster.to_each, 2 * sum(parcels), 2 * len(parcels)
-        )
-    }
+    found = {}
+    for own in (elements, SHORT_ELEMENTS):
+        parcels = wire.parcel_bytes((own,), TWO_HOP_MPI.config.plan(ranks), "mpi")
+        hops = [pattern for size in parcels for pattern in cluster.hops(size)]
+        found[f"messages of {own:,} elements"] = {
+            "messages": sum(pattern.messages for pattern in hops),
+            "rounds": sum(pattern.rounds for pattern in hops),
+            # Each parcel twice: codes to their shares, and shares back.
+            "bytes": sum(
+                round(pattern.leaving * size) for size in parcels for pattern in cluster.hops(size)
+            ),
+        }
     for piece in PIECES:
         size = ranks * piece
         found[f"Alltoallv of {piece:,} bytes"] = row(cluster.to_each, size)
@@ -137,6 +202,44 @@ def print_table(ranks: int, rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
+def print_times(rows: list[dict[str, Any]]) -> None:
+    """Of both hops, straight and forwarded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Both hops of a rank among so many, sent between two ranks: µs ± spread")
+    headings = ("ranks", "bytes of a piece", "messages straight", "µs", "forwarded", "µs", "ratio")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ways = [row["straight"], row["forwarded"]]
+        medians = [1e6 * statistics.median(own) for own in ways]
+        cells = [
+            f"{median:,.0f} ± {1e6 * statistics.stdev(own):.0f}"
+            for median, own in zip(medians, ways, strict=True)
+        ]
+        straight, forwarded = map(str, row["messages"])
+        table.add_row(
+            *(f"{row['ranks']}", f"{row['piece']:,}", straight, cells[0], forwarded, cells[1]),
+            f"{medians[1] / medians[0]:.2f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def started(ranks: int, arguments: list[str], limit: float) -> Any:
+    """The result that ranks of this script print."""
+    words = [*launcher.mpirun(None, ranks), sys.executable, str(Path(__file__).resolve())]
+    done = subprocess.run(
+        [*words, *arguments],
+        env=launcher.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=limit,
+    )
+    return result_in(done.stdout)
+
+
 def main() -> None:
     """Launch the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -144,25 +247,17 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=ELEMENTS)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for the job")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--rank", "--pair"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.pair:
+        run_pair()
+        return
     if options.rank:
         run_rank(options.elements)
         return
-    script = [sys.executable, str(Path(__file__).resolve())]
-    output = subprocess.run(
-        [
-            *launcher.mpirun(None, options.ranks),
-            *script,
-            *("--rank", "--elements", str(options.elements)),
-        ],
-        env=launcher.environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=options.timeout,
-    ).stdout
-    counted = result_in(output)
+    arguments = ["--rank", "--elements", str(options.elements)]
+    counted = started(options.ranks, arguments, options.timeout)
     rows = []
     for exchange, predicted in predictions(options.ranks, options.elements).items():
         messages, sizes = zip(*counted[exchange], strict=True)
@@ -175,9 +270,12 @@ def main() -> None:
             }
         )
     print_table(options.ranks, rows)
+    timed = started(2, ["--pair"], options.timeout)
+    print_times(timed)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "messages.json"
-    path.write_text(json.dumps({"ranks": options.ranks, "rows": rows}, indent=2) + "\n")
+    document = {"ranks": options.ranks, "rows": rows, "timed": timed}
+    path.write_text(json.dumps(document, indent=2) + "\n")
     print(f"Wrote {path}")
 
 

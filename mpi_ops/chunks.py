@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,13 @@ MINIMUM_CHUNKS = 8
 MAXIMUM_CHUNK = 1 << 20  # elements
 MINIMUM_CHUNK = 1 << 17  # elements
 MESSAGE_RANKS = 64
+
+# Pieces that one rank has for another, of at most so many bytes, go through a rank between where
+# there are so many ranks. In rows and columns of them a rank sends some 2√n messages in place of
+# n-1, and codes twice. With fewer ranks the latency of another round would cost more than the
+# messages do, and with larger pieces the bytes would on links of 2.5 Gbit/s (docs/advisor.md).
+FORWARDED_BYTES = 1024
+FORWARDING_RANKS = 32
 
 # Chunks begin at whole blocks and at whole words of lanes of any width, so they share neither norms
 # nor words.
@@ -65,6 +73,22 @@ def message_elements(count: int, ranks: int) -> int:
     most = MAXIMUM_CHUNK * ranks // MESSAGE_RANKS
     least = min(MINIMUM_CHUNK * ranks**2 // MESSAGE_RANKS**2, most)
     return min(max(count // MINIMUM_CHUNKS, least), most)
+
+
+@cache
+def columns(ranks: int) -> int:
+    """Ranks in a row, where so many ranks make as many rows: the divisor that is next to the root.
+
+    At least as many as there are rows. All of them, where the number is prime.
+    """
+    rows = next(own for own in range(math.isqrt(ranks), 0, -1) if ranks % own == 0)
+    return ranks // rows
+
+
+def forwarded(ranks: int, size: int) -> bool:
+    """Whether pieces of `size` bytes, of each rank for each, go through ranks between."""
+    several = ranks >= FORWARDING_RANKS and columns(ranks) < ranks
+    return several and size <= FORWARDED_BYTES
 
 
 def spans(count: int, plan: Plan, wanted: int) -> Iterator[tuple[int, int]]:

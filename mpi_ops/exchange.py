@@ -5,6 +5,11 @@ Each rank sends every other rank its share of the codes, reduces its own share f
 result to every other rank. A rank sends 2(n-1)/n times the compressed size, the least that an
 Allreduce can do, and one rank decides each share, so all ranks get the same bytes.
 
+Short pieces among many ranks go through a rank between (`chunks.forwarded`). Ranks stand in rows
+and columns. A rank sends what is for a column to the rank there in its own row, which sends it
+along the column. Shares go back along the column, and all of its shares along the rows. Nothing is
+rounded between, so the results are the same bytes.
+
 Parcels are chunks of this transport's own size, and several are in flight: while some travel,
 others are quantized, reduced or decoded. Importing this module imports mpi4py, and calls nothing of
 MPI.
@@ -22,7 +27,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from . import codec
-from .chunks import CHUNKS_IN_FLIGHT
+from .chunks import CHUNKS_IN_FLIGHT, columns, forwarded
 from .kernels.host import Tensors
 from .layout import Parcel
 from .stages import Stages
@@ -32,6 +37,7 @@ Steps = Generator[None, None, None]  # yields whenever there is nothing to do bu
 
 # What one exchange uses: one for each of the two messages of every parcel in flight. MPI delivers
 # messages of one tag in the order in which they were sent, so later parcels use them again.
+# The two messages by rows and by columns have one tag: they are between other ranks.
 TAGS = 2 * CHUNKS_IN_FLIGHT
 
 
@@ -60,24 +66,21 @@ class Exchange:
         """
         comm, stages = self.comm, self.stages
         tag = self.first_tag + 2 * (parcel.index % CHUNKS_IN_FLIGHT)
-        others = _others(comm)
 
         # Reduced shares come where the codes have been. They may be longer.
         dtype = codec.payload_dtype(stages.plan)
         reduced = np.empty((comm.size, parcel.reduced_size), dtype)
         payload = reduced.reshape(-1)[: parcel.size].reshape(comm.size, parcel.share_size)
         pieces = np.empty_like(payload)
-        requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
+        codes = alltoall(comm, tag, payload, pieces)
+        next(codes)  # receives are there before the codes are
         stages.quantize(parcel, self.x, self.steps, near, payload.reshape(-1))
-        requests += [comm.Isend(payload[rank], rank, tag) for rank in others]
-        pieces[comm.rank] = payload[comm.rank]
-        yield from finish(requests)
-
-        requests = [comm.Irecv(reduced[rank], rank, tag + 1) for rank in reversed(others)]
+        yield from codes
+        shares = allgather(comm, tag + 1, reduced[comm.rank], reduced)
+        next(shares)
         stages.reduce(parcel, pieces, self.steps, self.norms, reduced[comm.rank])
         del pieces
-        requests += [comm.Isend(reduced[comm.rank], rank, tag + 1) for rank in others]
-        yield from finish(requests)
+        yield from shares
         self.deliver(parcel, reduced.reshape(-1))
 
 
@@ -90,14 +93,22 @@ def alltoall(
 ) -> Steps:
     """Piece i of rank j becomes piece j of rank i, in `out`.
 
-    Pieces of `array` have so many elements, or are equal parts; the same on every rank.
+    Pieces of `array` have so many elements, or are equal parts; the same on every rank. They are
+    read from the second step on.
     """
-    own, pieces = _pieces(array, comm.size, sizes), out.reshape(comm.size, -1)
-    others = _others(comm)
-    requests = [comm.Irecv(pieces[rank], rank, tag) for rank in reversed(others)]
-    requests += [comm.Isend(own[rank], rank, tag) for rank in others]
-    pieces[comm.rank] = own[comm.rank]
-    yield from finish(requests)
+    pieces = out.reshape(comm.size, -1)
+    if sizes is not None or not forwarded(comm.size, pieces[0].nbytes):
+        own = _pieces(array, comm.size, sizes)
+        yield from _swap(comm, tag, range(comm.size), own, pieces)
+        return
+    row, column = _row(comm), _column(comm)
+    # By column, and there by row; pieces for a column are copied as they are sent.
+    wanted = array.reshape(len(column), len(row), -1).swapaxes(0, 1)
+    held = np.empty(wanted.shape, array.dtype)
+    yield from _swap(comm, tag, row, wanted, held)
+    yield from _swap(
+        comm, tag, column, held.swapaxes(0, 1), out.reshape(wanted.swapaxes(0, 1).shape)
+    )
 
 
 def allgather(
@@ -107,11 +118,55 @@ def allgather(
     out: NDArray[Any],
     sizes: Sequence[int] | None = None,
 ) -> Steps:
-    """The arrays of all ranks, in `out`; they have so many elements each, or are equally large."""
-    rows, others = _pieces(out, comm.size, sizes), _others(comm)
-    requests = [comm.Irecv(rows[rank], rank, tag) for rank in reversed(others)]
-    requests += [comm.Isend(array, rank, tag) for rank in others]
-    rows[comm.rank][:] = array
+    """The arrays of all ranks, in `out`; they have so many elements each, or are equally large.
+
+    `array` is read from the second step on.
+    """
+    rows = _pieces(out, comm.size, sizes)
+    if sizes is not None or not forwarded(comm.size, array.nbytes):
+        yield from _swap(comm, tag, range(comm.size), [array] * comm.size, rows)
+        return
+    row, column = _row(comm), _column(comm)
+    held = np.empty((len(column), array.size), array.dtype)
+    yield from _swap(comm, tag, column, [array] * len(column), held)
+    found = np.empty((len(row), *held.shape), array.dtype)
+    yield from _swap(comm, tag, row, [held] * len(row), found)
+    out.reshape(len(column), len(row), -1)[:] = found.swapaxes(0, 1)
+
+
+def _row(comm: MPI.Intracomm) -> range:
+    """The ranks of this rank's row."""
+    size = columns(comm.size)
+    begin = comm.rank // size * size
+    return range(begin, begin + size)
+
+
+def _column(comm: MPI.Intracomm) -> range:
+    """The ranks of this rank's column."""
+    size = columns(comm.size)
+    return range(comm.rank % size, comm.size, size)
+
+
+def _swap(
+    comm: MPI.Intracomm,
+    tag: int,
+    ranks: Sequence[int],
+    own: Sequence[NDArray[Any]] | NDArray[Any],
+    pieces: Sequence[NDArray[Any]] | NDArray[Any],
+) -> Steps:
+    """Among some ranks, this one too: own[i] goes to ranks[i], and pieces[i] comes from there.
+
+    Yields once when receives are there; `own` is read after that.
+    """
+    here = ranks.index(comm.rank)
+    # The neighbour first: so not all of them send to the same one at first.
+    others = [(here + step) % len(ranks) for step in range(1, len(ranks))]
+    requests = [comm.Irecv(pieces[place], ranks[place], tag) for place in reversed(others)]
+    yield
+    requests += [
+        comm.Isend(np.ascontiguousarray(own[place]), ranks[place], tag) for place in others
+    ]
+    pieces[here][...] = own[here]
     yield from finish(requests)
 
 
@@ -133,11 +188,6 @@ def _pieces(array: NDArray[Any], ranks: int, sizes: Sequence[int] | None) -> Seq
     if sizes is None:
         return list(array.reshape(ranks, -1))
     return np.split(array.reshape(-1), np.cumsum(sizes)[:-1])
-
-
-def _others(comm: MPI.Intracomm) -> list[int]:
-    """The other ranks, the neighbour first: so not all of them send to the same one at first."""
-    return [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
 
 def finish(requests: list[MPI.Request]) -> Steps:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_ops import wire
-from mpi_ops.chunks import chunk_elements
+from mpi_ops.chunks import chunk_elements, columns, forwarded
 from mpi_ops.dither import MAXIMUM_RANK
 
 from ..path import token
@@ -257,22 +257,30 @@ class Cluster:
     def by_rows_and_columns(self) -> tuple[Pattern, Pattern]:
         """As `to_each`, and then shares to all, through one rank between: some 2√n messages each.
 
-        A rank sends what is for a column of ranks to the rank of its own row in that column, which
-        sends it on: twice the bytes. Shares go to the column, which sends all that it has to its
-        rows: no more bytes. Nothing is rounded between. Nothing that we start does this.
+        That is how `mpi_ops.exchange` does it where pieces are short. Of R rows of C ranks one
+        sends R pieces of codes to C-1 of its row and C to R-1 of its column, but of shares one to
+        R-1 and R to C-1: n-1, as without them.
         """
-        columns = math.ceil(math.sqrt(self.ranks))
-        rows = math.ceil(self.ranks / columns)
+        n, c = self.ranks, columns(self.ranks)
+        r = n // c
         leaving, inside = self._direct
-        back = Pattern(2, rows + columns - 2, leaving, inside)
-        return back._replace(leaving=2 * leaving, inside=2 * inside), back
+        back = Pattern(2, r + c - 2, leaving, inside)
+        twice = (2 * n - r - c) / (n - 1)
+        return back._replace(leaving=twice * leaving, inside=twice * inside), back
 
-    def messages_by_rows_and_columns(self, size: float) -> float:
-        """Seconds of both hops of `size` bytes; each as `messages` where that is faster."""
-        return sum(
-            min(self.messages(size), self._seconds(own, size, self.message_efficiency))
-            for own in self.by_rows_and_columns
-        )
+    def hops(self, size: float) -> tuple[Pattern, Pattern]:
+        """The messages that bring `size` bytes of codes to their shares, and these to all ranks.
+
+        Arguments:
+            size: of one rank's codes, which are as many pieces as there are ranks.
+        """
+        if forwarded(self.ranks, math.ceil(size / self.ranks)):
+            return self.by_rows_and_columns
+        return self.to_each, self.to_each
+
+    def both_hops(self, size: float) -> float:
+        """Seconds of them."""
+        return sum(self._seconds(own, size, self.message_efficiency) for own in self.hops(size))
 
     def allreduce(self, size: float) -> float:
         """Seconds of a bare Allreduce of `size` bytes: the fastest of three, and the sums.
@@ -581,7 +589,7 @@ def _quantized(sizes: Sequence[int], method: Method, cluster: Cluster) -> Cost:
 
     way = _way(config)
     if way == "message":
-        network = 2 * _total(parties.messages, payloads)
+        network = _total(parties.both_hops, payloads)
     elif way == "allreduce":
         network = _operations(payloads, parties)
     else:

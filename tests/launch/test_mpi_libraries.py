@@ -46,8 +46,9 @@ def run(
     return job
 
 
-# Four are two nodes of two ranks; five are no power of two, for which algorithms have other rounds.
-@pytest.mark.parametrize("ranks", [2, rare(3), 4, 5, rare(8)])
+# Four are two nodes of two ranks, and two rows of two. Six are no power of two, for which
+# algorithms have other rounds, and have more columns than rows.
+@pytest.mark.parametrize("ranks", [2, rare(3), 4, rare(5), 6, rare(8)])
 def test_open_mpi(ranks: int, tmp_path: Path, record_property: Record) -> None:
     run("mpirun", "Open MPI", ranks, tmp_path, record_property)
 

@@ -18,7 +18,7 @@ import pytest
 from mpi4py import MPI
 from mpi_cases import COMM, check_same_bytes, check_unbiased, rank_inputs
 
-from mpi_ops import allreduce, codec, exponential_sum, iallreduce, lanes, reduction
+from mpi_ops import allreduce, chunks, codec, exponential_sum, iallreduce, lanes, reduction
 from mpi_ops.nodes import ROUNDS_IN_FLIGHT
 from mpi_ops.scheme import ConfigMismatchError
 
@@ -60,6 +60,53 @@ def test_repeated_calls_round_anew_and_approach_the_mean(levels: Any, bits: int 
     check_unbiased(np.array(results), mean)
     # Student's t of 63 degrees of freedom is wider than the normal law: 8 in place of Z.
     assert (off[random] <= 8 * spread[random] / 8 + 1e-6).all()
+
+
+class Counted(MPI.Intracomm):
+    """A communicator that counts messages; so do its duplicates."""
+
+    receivers: list[int] = []  # noqa: RUF012
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
+        self.receivers.append(dest)
+        return super().Isend(buf, dest, tag)
+
+
+@pytest.mark.skipif(chunks.columns(COMM.size) == COMM.size, reason="they have one row")
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_short_pieces_go_by_rows_and_columns(levels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, with fewer messages; with long pieces in flight beside them."""
+    counts = [3000, 1, 300_000, 300, 20_000, 0, 2000]
+
+    def reduce() -> tuple[list[np.ndarray], list[int]]:
+        comm, sent = Counted(COMM.Dup()), []
+        for count in counts:  # one after the other: what each of them sends
+            before = len(Counted.receivers)
+            allreduce(rank_inputs(count)[COMM.rank], comm, levels=levels)
+            sent.append(len(Counted.receivers) - before)
+        requests = [
+            iallreduce(rank_inputs(count)[COMM.rank], comm, levels=levels) for count in counts
+        ]
+        order = np.random.default_rng(COMM.rank).permutation(len(counts))
+        for place in order:
+            requests[place].wait()
+        found = [request.wait() for request in requests]
+        comm.Free()
+        return found, sent
+
+    expected, direct = reduce()
+    monkeypatch.setattr(chunks, "FORWARDING_RANKS", 4)
+    found, forwarded = reduce()
+    for own, result in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(result, own)
+        check_same_bytes(result)
+    columns = chunks.columns(COMM.size)
+    fewer = columns + COMM.size // columns - 2
+    for count, sent, less in zip(counts, direct, forwarded, strict=True):
+        if count in (300_000, 20_000):  # pieces of some thousand bytes
+            assert sent == less
+        else:
+            assert (sent, less) == (2 * (COMM.size - 1) * (count > 0), 2 * fewer * (count > 0))
 
 
 def test_parts_of_a_communicator_and_no_leak() -> None:
@@ -487,7 +534,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return [own for own in (list(range(first, COMM.size, 2)) for first in (0, 1)) if own]
 
 
-NODES = pytest.mark.skipif(COMM.size < 4 or COMM.size % 2, reason="needs two nodes of two ranks")
+NODES = pytest.mark.skipif(
+    COMM.size not in (4, 8), reason="needs two nodes whose ranks take means that floats have exactly"
+)
 PLANS = pytest.mark.parametrize(
     ("levels", "bits", "block_size"),
     [

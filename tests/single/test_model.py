@@ -28,7 +28,7 @@ from gq_horovod.advisor.model import (
 )
 from gq_horovod.path import token
 from gq_horovod.path.config import Config
-from mpi_ops import codec, lanes, sizes, wire
+from mpi_ops import chunks, codec, lanes, sizes, wire
 
 ROOT = Path(__file__).resolve().parents[2]
 positive = st.floats(1e-3, 1e3)
@@ -195,7 +195,10 @@ def test_latency_terms_of_collectives() -> None:
 def test_rows_and_columns_by_hand(ranks: int, messages: int) -> None:
     there, back = Cluster(ranks, 1e9).by_rows_and_columns
     assert back == (2, messages, (ranks - 1) / ranks, 0)
-    assert there == (2, messages, 2 * (ranks - 1) / ranks, 0)
+    assert there[:2] == (2, messages)
+    # Of all pieces two ways, but for those of a row and a column that need one.
+    assert there.leaving == pytest.approx((2 * (ranks - 1) - messages) / ranks)
+    assert there.inside == 0
 
 
 @pytest.mark.parametrize("ranks", [100, 1024, 4096])
@@ -204,15 +207,32 @@ def test_where_rows_and_columns_are_faster(ranks: int) -> None:
     cluster = Cluster(ranks, 1e10)
     saved = cluster.to_each.messages - cluster.by_rows_and_columns[0].messages + 1
     seconds = saved * cluster.message_overhead - cluster.latency
-    limit = seconds * cluster.bandwidth * 0.6 / 8 * ranks / (ranks - 1)
-    back = cluster._seconds(cluster.by_rows_and_columns[1], limit, 0.6)
-    assert cluster.messages_by_rows_and_columns(limit) == pytest.approx(
-        cluster.messages(limit) + back
-    )
+    there, back = cluster.by_rows_and_columns
+    limit = seconds * cluster.bandwidth * 0.6 / 8 / (there.leaving - back.leaving)
     for size in (limit / 2, limit / 1.01):
-        there, _ = cluster.by_rows_and_columns
         assert cluster._seconds(there, size, 0.6) < cluster.messages(size)
     assert cluster._seconds(there, 1.01 * limit, 0.6) > cluster.messages(1.01 * limit)
+
+
+@pytest.mark.parametrize("ranks", [32, 64, 1024])
+def test_short_pieces_go_by_rows_and_columns(ranks: int) -> None:
+    """At 2.5 Gbit/s and more that is faster."""
+    cluster = Cluster(ranks, 2.5e9)
+    short, long = ranks * chunks.FORWARDED_BYTES, ranks * (chunks.FORWARDED_BYTES + 1)
+    assert cluster.hops(short) == cluster.by_rows_and_columns
+    assert cluster.both_hops(short) < 2 * cluster.messages(short)
+    assert cluster.hops(long) == (cluster.to_each, cluster.to_each)
+    assert cluster.both_hops(long) == 2 * cluster.messages(long)
+    fewer = replace(cluster, ranks=chunks.FORWARDING_RANKS - 1)
+    assert fewer.hops(31) == (fewer.to_each, fewer.to_each)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "columns"), [(1, 1), (2, 2), (6, 3), (12, 4), (37, 37), (64, 8), (96, 12)]
+)
+def test_rows_and_columns_of_any_number_of_ranks(ranks: int, columns: int) -> None:
+    assert chunks.columns(ranks) == columns
+    assert chunks.forwarded(ranks, 1) == (ranks in (64, 96))  # a prime number has one row
 
 
 @pytest.mark.parametrize("bandwidth", [1e10, 2.5e10])
