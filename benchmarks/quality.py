@@ -171,8 +171,7 @@ def _buffer(tensor: torch.Tensor) -> Buffer:
 
 def train(
     workload: Any,
-    method: str,
-    ranks: int,
+    reducer: Reducer,
     seed: int,
     steps: int,
     evaluations: int,
@@ -194,7 +193,7 @@ def train(
     # Without the rise, runs of the same method end far apart; without the fall, a run's end is one
     # of many noisy steps.
     schedule = warm_linear(optimizer, max(steps // 10, 1), steps)
-    reducer = Reducer(method, ranks)
+    ranks = reducer.ranks
     named = dict(net.named_parameters())
     losses = {}
     for step in range(steps):
@@ -466,7 +465,7 @@ def main() -> None:
     runs: Runs = {}
     jobs = []
     for ranks in map(int, options.ranks.split(",")):
-        usable = [name for name in names if _fits(name, ranks)]
+        usable = [name for name in names if fits(name, ranks)]
         runs[ranks] = {name: [] for name in usable}
         jobs += [(ranks, name, seed) for seed in range(options.seeds) for name in usable]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -479,7 +478,7 @@ def main() -> None:
             else:
                 progress.update(bar, description=f"{ranks} ranks, {name}, seed {seed}")
                 run = train(
-                    *(workload, name, ranks, seed, steps, evaluations, options.sgd),
+                    *(workload, Reducer(name, ranks), seed, steps, evaluations, options.sgd),
                     lambda: progress.advance(bar),
                 )
                 path.write_text(json.dumps(run))
@@ -521,7 +520,7 @@ def _version() -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
-def _fits(name: str, ranks: int) -> bool:
+def fits(name: str, ranks: int) -> bool:
     """Whether a method's codes can be summed over so many ranks."""
     make = METHODS[name]
     try:

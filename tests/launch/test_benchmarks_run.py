@@ -137,6 +137,26 @@ def test_quality_to_the_end(tmp_path: Path) -> None:
     assert (tmp_path / "quality-convnet-to-the-end.png").stat().st_size > 0
 
 
+def test_gradients(tmp_path: Path) -> None:
+    methods = ["standard", "two-hop-4", "two-hop-6", "two-hop"]
+    options = ["--seeds", "2", "--steps", "9", "--methods", ",".join(methods)]
+    printed = run("gradients.py", "convnet", *options, output=tmp_path)
+    rows = json.loads((tmp_path / "gradients.json").read_text())["convnet"]
+    assert (tmp_path / "gradients.png").stat().st_size > 0
+    assert [row["method"] for row in rows] == methods
+    by_name = {row["method"]: row for row in rows}
+    for name, row in by_name.items():
+        assert name in printed
+        assert list(row["errors"]) == ["early", "middle", "late"]
+        assert all(len(own) == 2 for own in row["errors"].values())
+    for moment in ("early", "middle", "late"):
+        four, six, eight = (by_name[name]["errors"][moment] for name in methods[1:])
+        for seed in range(2):
+            assert four[seed] > 10 * six[seed] > 20 * eight[seed] > 0
+    shares = [by_name[name]["share"] for name in methods[1:]]
+    assert shares == sorted(shares)
+
+
 def test_memory(tmp_path: Path) -> None:
     options = ["--model", "3x4000000", "--methods", "none;standard"]
     printed = run("memory.py", *options, output=tmp_path)

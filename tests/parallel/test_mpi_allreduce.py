@@ -535,7 +535,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 NODES = pytest.mark.skipif(
-    COMM.size not in (4, 8), reason="needs two nodes whose ranks take means that floats have exactly"
+    COMM.size not in (4, 8),
+    reason="needs two nodes whose ranks take means that floats have exactly",
 )
 PLANS = pytest.mark.parametrize(
     ("levels", "bits", "block_size"),
