@@ -72,15 +72,18 @@ class Exchange:
         reduced = np.empty((comm.size, parcel.reduced_size), dtype)
         payload = reduced.reshape(-1)[: parcel.size].reshape(comm.size, parcel.share_size)
         pieces = np.empty_like(payload)
-        codes = alltoall(comm, tag, payload, pieces)
-        next(codes)  # receives are there before the codes are
-        stages.quantize(parcel, self.x, self.steps, near, payload.reshape(-1))
-        yield from codes
-        shares = allgather(comm, tag + 1, reduced[comm.rank], reduced)
-        next(shares)
-        stages.reduce(parcel, pieces, self.steps, self.norms, reduced[comm.rank])
-        del pieces
-        yield from shares
+
+        def quantize() -> None:
+            stages.quantize(parcel, self.x, self.steps, near, payload.reshape(-1))
+
+        yield from alltoall(comm, tag, payload, pieces, before=quantize)
+
+        def reduce() -> None:
+            nonlocal pieces
+            stages.reduce(parcel, pieces, self.steps, self.norms, reduced[comm.rank])
+            del pieces
+
+        yield from allgather(comm, tag + 1, reduced[comm.rank], reduced, before=reduce)
         self.deliver(parcel, reduced.reshape(-1))
 
 
@@ -90,22 +93,23 @@ def alltoall(
     array: NDArray[Any],
     out: NDArray[Any],
     sizes: Sequence[int] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Steps:
     """Piece i of rank j becomes piece j of rank i, in `out`.
 
-    Pieces of `array` have so many elements, or are equal parts; the same on every rank. They are
-    read from the second step on.
+    Pieces of `array` have so many elements, or are equal parts; the same on every rank. `before`
+    fills it, when receives are there.
     """
     pieces = out.reshape(comm.size, -1)
     if sizes is not None or not forwarded(comm.size, pieces[0].nbytes):
         own = _pieces(array, comm.size, sizes)
-        yield from _swap(comm, tag, range(comm.size), own, pieces)
+        yield from _swap(comm, tag, range(comm.size), own, pieces, before)
         return
     row, column = _row(comm), _column(comm)
     # By column, and there by row; pieces for a column are copied as they are sent.
     wanted = array.reshape(len(column), len(row), -1).swapaxes(0, 1)
     held = np.empty(wanted.shape, array.dtype)
-    yield from _swap(comm, tag, row, wanted, held)
+    yield from _swap(comm, tag, row, wanted, held, before)
     yield from _swap(
         comm, tag, column, held.swapaxes(0, 1), out.reshape(wanted.swapaxes(0, 1).shape)
     )
@@ -117,18 +121,19 @@ def allgather(
     array: NDArray[Any],
     out: NDArray[Any],
     sizes: Sequence[int] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Steps:
     """The arrays of all ranks, in `out`; they have so many elements each, or are equally large.
 
-    `array` is read from the second step on.
+    `before` fills `array`, when receives are there.
     """
     rows = _pieces(out, comm.size, sizes)
     if sizes is not None or not forwarded(comm.size, array.nbytes):
-        yield from _swap(comm, tag, range(comm.size), [array] * comm.size, rows)
+        yield from _swap(comm, tag, range(comm.size), [array] * comm.size, rows, before)
         return
     row, column = _row(comm), _column(comm)
     held = np.empty((len(column), array.size), array.dtype)
-    yield from _swap(comm, tag, column, [array] * len(column), held)
+    yield from _swap(comm, tag, column, [array] * len(column), held, before)
     found = np.empty((len(row), *held.shape), array.dtype)
     yield from _swap(comm, tag, row, [held] * len(row), found)
     out.reshape(len(column), len(row), -1)[:] = found.swapaxes(0, 1)
@@ -153,16 +158,18 @@ def _swap(
     ranks: Sequence[int],
     own: Sequence[NDArray[Any]] | NDArray[Any],
     pieces: Sequence[NDArray[Any]] | NDArray[Any],
+    before: Callable[[], None] | None = None,
 ) -> Steps:
     """Among some ranks, this one too: own[i] goes to ranks[i], and pieces[i] comes from there.
 
-    Yields once when receives are there; `own` is read after that.
+    The first step sends: whoever waits for another exchange need not ask for this one.
     """
     here = ranks.index(comm.rank)
     # The neighbour first: so not all of them send to the same one at first.
     others = [(here + step) % len(ranks) for step in range(1, len(ranks))]
     requests = [comm.Irecv(pieces[place], ranks[place], tag) for place in reversed(others)]
-    yield
+    if before is not None:
+        before()
     requests += [
         comm.Isend(np.ascontiguousarray(own[place]), ranks[place], tag) for place in others
     ]
