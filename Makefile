@@ -71,7 +71,7 @@ check: setup lint ## lint, and the tests of a gradient's path, in some four minu
 ALONE := tests/single tests/deploy
 JOBS := $(patsubst %,tests/launch/test_%.py,parallel by_nodes tensorflow tensorflow_saved \
 	tensorflow_join unnamed log_on_ranks mpi_libraries quickstart elastic gpu_check workloads \
-	doctor_on_ranks timeline mistakes ends)
+	doctor_on_ranks timeline mistakes ends benchmarks_run)
 WAITING := $(patsubst %,tests/cluster/test_%.py,hosts link_faults testbed) \
 	$(patsubst %,tests/launch/test_%.py,faults tensorflow_guards)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects

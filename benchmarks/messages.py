@@ -42,7 +42,7 @@ PIECES = (1024, 16384)
 ELEMENTS = 3_000_000
 SHORT_ELEMENTS = 20_000  # whose pieces go through a rank between
 RANKS_TIMED, PIECES_TIMED = (32, 64, 256, 1024), (16, 256, 1024, 4096)
-ROUNDS, CALLS = 20, 10
+CALLS = 10  # of each round that is timed
 _SLEEP_MICROSECONDS = 1000
 _QUIET_SECONDS = 0.5  # until messages of a barrier are through
 
@@ -106,7 +106,7 @@ def run_rank(elements: int) -> None:
         print(RESULT + json.dumps(found), flush=True)
 
 
-def run_pair() -> None:
+def run_pair(rounds: int) -> None:
     """One of two ranks that send each other what a rank of many sends: rank 0 prints the times."""
     from mpi4py import MPI
 
@@ -122,13 +122,13 @@ def run_pair() -> None:
         while not MPI.Request.Testall(requests):
             pass
 
-    def seconds(rounds: list[tuple[int, int]]) -> list[float]:
+    def seconds(swaps: list[tuple[int, int]]) -> list[float]:
         found = []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             comm.Barrier()
             began = time.perf_counter()
             for _ in range(CALLS):
-                for count, size in rounds:
+                for count, size in swaps:
                     swap(count, size)
             found.append((time.perf_counter() - began) / CALLS)
         return found
@@ -249,13 +249,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, default=32)
     parser.add_argument("--elements", type=int, default=ELEMENTS)
+    parser.add_argument("--rounds", type=int, default=20, help="that are timed, 2 or more")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for the job")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     for name in ("--rank", "--pair"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.pair:
-        run_pair()
+        run_pair(options.rounds)
         return
     if options.rank:
         run_rank(options.elements)
@@ -274,7 +275,7 @@ def main() -> None:
             }
         )
     print_table(options.ranks, rows)
-    timed = started(2, ["--pair"], options.timeout, patient=False)
+    timed = started(2, ["--pair", f"--rounds={options.rounds}"], options.timeout, patient=False)
     print_times(timed)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "messages.json"

@@ -42,6 +42,7 @@ LONGEST = {
     "launch/test_gpu_check.py::test_operations": 30,
     "launch/test_tensorflow_join.py": 25,
     "launch/test_workloads.py": 25,
+    "launch/test_benchmarks_run.py": 20,
     # One worker builds the wheel, for all tests that want one.
     "single/test_packaging.py": 60,
 }

@@ -16,7 +16,7 @@ from tools import ranks, testbed
 pytestmark = needs_hosts
 
 HOSTS = 2
-RATE = "200mbit"
+RATE = "500mbit"
 
 
 def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +33,7 @@ def test_calibrate_measures_the_link(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cluster.inner_bandwidth != model.Cluster(2, 1e9).inner_bandwidth
     # No faster than the link, whatever else the machine does. (The filter lets the first of 8 MB
     # pass at once, which looks 1 % faster.)
-    assert 0 < cluster.bandwidth < 1.05 * 200e6
+    assert 0 < cluster.bandwidth < 1.05 * 500e6
     advise = ["advise", "--params", "16M", "--step-compute", "100ms", "--json"]
     assert cli.main([*advise, "--calibration", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["cluster"]["bandwidth"] == cluster.bandwidth
