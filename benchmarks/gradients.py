@@ -1,6 +1,6 @@
 """Error of the mean of gradients of models in training, early and late.
 
-    python benchmarks/gradients.py                         # 4 ranks, four models, ten minutes
+    python benchmarks/gradients.py                         # 4 ranks, four models, a minute or two
     python benchmarks/gradients.py transformer --ranks 4,64 --seeds 1
 
 Models, data and settings are those of benchmarks/quality.py. They train without compression. In
@@ -53,11 +53,12 @@ class Watched(quality.Reducer):
         self._calls[name] = step + 1
         if step in self._moments:
             exact = torch.stack(gradients).double().mean(dim=0)
+            size = float((exact**2).sum())
             for method, reducer in self._others.items():
                 off = reducer.mean(name, gradients).double() - exact
                 sums = self._sums.setdefault((self._moments[step], method), [0.0, 0.0])
                 sums[0] += float((off**2).sum())
-                sums[1] += float((exact**2).sum())
+                sums[1] += size
         return mean
 
     def errors(self) -> dict[str, dict[str, float]]:

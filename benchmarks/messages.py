@@ -112,7 +112,8 @@ def run_pair(rounds: int) -> None:
 
     comm = MPI.COMM_WORLD
     other = 1 - comm.rank
-    most = 1 << 22  # bytes of one message
+    # Bytes of one message: to a row at once what is for all of its column.
+    most = max(PIECES_TIMED) * chunks.columns(max(RANKS_TIMED))
     here, there = np.zeros(most, np.uint8), np.zeros((max(RANKS_TIMED), most), np.uint8)
 
     def swap(count: int, size: int) -> None:
@@ -141,10 +142,10 @@ def run_pair(rounds: int) -> None:
             # Codes to a row and along a column, shares along a column and to a row.
             between = [(columns - 1, lines * size), (lines - 1, columns * size)]
             between += [(lines - 1, size), (columns - 1, lines * size)]
-            own = {"ranks": ranks, "piece": size}
             rows.append(
                 {
-                    **own,
+                    "ranks": ranks,
+                    "piece": size,
                     "straight": seconds([(ranks - 1, size)] * 2),
                     "forwarded": seconds(between),
                     "messages": [2 * (ranks - 1), sum(count for count, _ in between)],
@@ -159,27 +160,23 @@ def predictions(ranks: int, elements: int) -> dict[str, dict[str, float]]:
     cluster = Cluster(ranks, 1e9)
     assert TWO_HOP_MPI.config is not None
 
-    def row(pattern: Pattern, size: float) -> dict[str, float]:
-        sent = {"messages": pattern.messages, "rounds": pattern.rounds}
-        return {**sent, "bytes": pattern.leaving * size}
+    def row(sent: list[tuple[Pattern, int]]) -> dict[str, float]:
+        return {
+            "messages": sum(pattern.messages for pattern, _ in sent),
+            "rounds": sum(pattern.rounds for pattern, _ in sent),
+            "bytes": sum(round(pattern.leaving * size) for pattern, size in sent),
+        }
 
-    # Each parcel twice: codes to their shares, and shares back.
     found = {}
     for own in (elements, SHORT_ELEMENTS):
         parcels = wire.parcel_bytes((own,), TWO_HOP_MPI.config.plan(ranks), "mpi")
-        hops = [pattern for size in parcels for pattern in cluster.hops(size)]
-        found[f"messages of {own:,} elements"] = {
-            "messages": sum(pattern.messages for pattern in hops),
-            "rounds": sum(pattern.rounds for pattern in hops),
-            # Each parcel twice: codes to their shares, and shares back.
-            "bytes": sum(
-                round(pattern.leaving * size) for size in parcels for pattern in cluster.hops(size)
-            ),
-        }
+        # Each parcel twice: codes to their shares, and shares back.
+        hops = [(pattern, size) for size in parcels for pattern in cluster.hops(size)]
+        found[f"messages of {own:,} elements"] = row(hops)
     for piece in PIECES:
         size = ranks * piece
-        found[f"Alltoallv of {piece:,} bytes"] = row(cluster.to_each, size)
-        found[f"Allgatherv of {piece:,} bytes"] = row(cluster.to_all(size), size)
+        found[f"Alltoallv of {piece:,} bytes"] = row([(cluster.to_each, size)])
+        found[f"Allgatherv of {piece:,} bytes"] = row([(cluster.to_all(size), size)])
     return found
 
 

@@ -110,9 +110,8 @@ def alltoall(
     wanted = array.reshape(len(column), len(row), -1).swapaxes(0, 1)
     held = np.empty(wanted.shape, array.dtype)
     yield from _swap(comm, tag, row, wanted, held, before)
-    yield from _swap(
-        comm, tag, column, held.swapaxes(0, 1), out.reshape(wanted.swapaxes(0, 1).shape)
-    )
+    found = out.reshape(len(column), len(row), -1)
+    yield from _swap(comm, tag, column, held.swapaxes(0, 1), found)
 
 
 def allgather(
@@ -127,8 +126,8 @@ def allgather(
 
     `before` fills `array`, when receives are there.
     """
-    rows = _pieces(out, comm.size, sizes)
     if sizes is not None or not forwarded(comm.size, array.nbytes):
+        rows = _pieces(out, comm.size, sizes)
         yield from _swap(comm, tag, range(comm.size), [array] * comm.size, rows, before)
         return
     row, column = _row(comm), _column(comm)

@@ -373,8 +373,8 @@ def _payload(
 ) -> tuple[Call, int, Callable[[Cluster], float]]:
     """An exchange of `size` bytes, how many operations of Horovod it has, and its model."""
     if way == "message":
-        phases = 2 * MINIMUM_CHUNKS
-        return _message_call(comm, size), 0, lambda cluster: phases * cluster.messages(size)
+        call = _message_call(comm, size)
+        return call, 0, lambda cluster: MINIMUM_CHUNKS * cluster.both_hops(size)
     reduce, gather = (_mpi_calls if horovod is None else _horovod_calls)(comm, size)
     if way == "allreduce":
         return reduce, 1, lambda cluster: cluster.allreduce(size)
@@ -416,19 +416,15 @@ def _message_call(comm: MPI.Intracomm, size: int) -> Call:
 
     With chunks in flight together, as there: one after the other they reach a smaller share.
     """
-    from mpi_ops.exchange import Steps, finish
+    from mpi_ops.exchange import Steps, allgather, alltoall
 
     shape = (CHUNKS_IN_FLIGHT, comm.size, size // comm.size)
     here, there = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-    others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
 
     def chunks(place: int) -> Steps:
         for _ in range(MINIMUM_CHUNKS // CHUNKS_IN_FLIGHT):
-            for phase, (sent, received) in enumerate(((here, there), (there, here))):
-                tag = 2 * place + phase
-                requests = [comm.Irecv(received[place, r], r, tag) for r in reversed(others)]
-                requests += [comm.Isend(sent[place, r], r, tag) for r in others]
-                yield from finish(requests)
+            yield from alltoall(comm, 2 * place, here[place], there[place])
+            yield from allgather(comm, 2 * place + 1, there[place, comm.rank], here[place])
 
     def exchange() -> None:
         running = [chunks(place) for place in range(CHUNKS_IN_FLIGHT)]
