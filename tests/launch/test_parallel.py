@@ -37,8 +37,6 @@ WITH_FOUR = [
 # Three over Gloo: what depends on its own operations, of which three ranks have other rings.
 GLOO_WITH_THREE = [f"tests/parallel/test_{part}.py" for part in ("allreduce", "process_sets")]
 FILES = {("mpirun", 4): WITH_FOUR, ("horovodrun", 3): GLOO_WITH_THREE}
-# Ranks wait as Horovod and the MPI do it, in one job that has most of the files.
-WITHOUT_PATIENCE = ("horovodrun", 2)
 # Some files take long for what another number of ranks would add to them.
 NOT_EVERYWHERE = {
     "tests/parallel/test_baselines.py": [("mpirun", 3)],
@@ -79,10 +77,19 @@ def test_in_every_rank(
     ]
     files = FILES.get((transport, ranks), ["tests/parallel"])
     command = [*PYTEST, *left_out, *files]
-    patient = (transport, ranks) != WITHOUT_PATIENCE
-    job = launch(transport, ranks, command, LIMIT_SECONDS, tmp_path, patient=patient)
+    job = launch(transport, ranks, command, LIMIT_SECONDS, tmp_path)
     check(job, ranks)
     record_property("job", f"{transport}, {ranks} ranks: {summary(job)}")
+
+
+def test_ranks_that_wait_as_those_of_users_do(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """In the other jobs they sleep meanwhile (tools/patience.cpp), which leaves cores to others."""
+    command = [*PYTEST, "tests/parallel/test_buckets.py"]
+    job = launch("horovodrun", 2, command, LIMIT_SECONDS, tmp_path, patient=False)
+    check(job, 2)
+    record_property("job", f"horovodrun, 2 ranks that do not sleep: {summary(job)}")
 
 
 # What depends on the option of that name. It has nothing to do with tests/launch's transports.
