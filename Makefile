@@ -64,7 +64,7 @@ format: setup ## let ruff and clang-format rewrite the sources
 check: setup lint ## lint, and the tests of a gradient's path, in some four minutes
 	$(VENV)/python -m pytest tests -m check -n 2 --maxschedchunk 1 $(PYTEST_ARGS)
 
-# Tests of one process go several at a time. So do jobs, three at a time, whose ranks sleep while they
+# Tests of one process go several at a time. So do jobs, two at a time, whose ranks sleep while they
 # wait for each other. The longest come first (tests/conftest.py), and are handed out one by one.
 # What waits for links, time limits and the ends of jobs goes two files at a time, since the tests
 # of a file share hosts. The others measure, and want the cores for themselves.
@@ -76,7 +76,7 @@ WAITING := $(patsubst %,tests/cluster/test_%.py,hosts link_faults testbed) \
 	$(patsubst %,tests/launch/test_%.py,faults tensorflow_guards)
 test: setup lint ## lint, then all tests; PYTEST_ARGS="-k name" selects
 	$(call tests,$(ALONE) -n logical --maxprocesses 8)
-	$(call tests,$(JOBS) -n 3 --maxschedchunk 1)
+	$(call tests,$(JOBS) -n 2 --maxschedchunk 1)
 	$(call tests,$(WAITING) -n 2 --dist loadfile)
 	$(call tests,tests $(addprefix --ignore=,$(ALONE) $(JOBS) $(WAITING)))
 
