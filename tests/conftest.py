@@ -43,8 +43,9 @@ LONGEST = {
     "launch/test_tensorflow_join.py": 25,
     "launch/test_workloads.py": 25,
     "launch/test_benchmarks_run.py": 20,
-    # One worker builds the wheel, for all tests that want one.
+    # One worker builds the wheel, for all tests that want one, and the programs that are fuzzed.
     "single/test_packaging.py": 60,
+    "single/test_fuzz.py": 40,
 }
 
 
