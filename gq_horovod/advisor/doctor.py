@@ -307,7 +307,7 @@ def _of_mpi(found: Facts) -> list[Finding]:
     mpi = found["mpi"]
     needed = "for transport='mpi', mpi_ops and `gq-horovod calibrate`"
     if problem := _error(mpi):
-        remedy = f"`pip install gq-horovod[mpi]`, and an MPI library; needed {needed} only"
+        remedy = f"`pip install 'gq-horovod[mpi]'`, and an MPI library; needed {needed} only"
         return [Finding("MPI", "note", problem, remedy)]
     findings = [Finding("MPI", "ok", mpi["library"])]
     if mpi["threads"] != "multiple":
@@ -332,7 +332,7 @@ def _of_mpi(found: Facts) -> list[Finding]:
 
 def _of_frameworks(found: Facts) -> list[Finding]:
     if not (found["torch"] or found["tensorflow"]):
-        remedy = "`pip install gq-horovod[torch]` or `[tensorflow]`"
+        remedy = "`pip install 'gq-horovod[torch]'` or `'gq-horovod[tensorflow]'`"
         return [Finding("frameworks", "wrong", "neither PyTorch nor TensorFlow", remedy)]
     findings = []
     for package, name in (("torch", "PyTorch"), ("tensorflow", "TensorFlow")):
@@ -362,7 +362,10 @@ def _of_gpus(found: Facts) -> list[Finding]:
         return [Finding("GPU", "ok", "none")]
     findings = [Finding("GPU", "ok", ", ".join(gpus))]
     if found["cupy"] is None:
-        remedy = "`pip install gq-horovod[cuda12]`; without it gradients are quantized on the CPU"
+        remedy = (
+            "`pip install 'gq-horovod[cuda13]'` (or cuda12, for an older driver); without it "
+            "gradients are quantized on the CPU"
+        )
         findings.append(Finding("CuPy", "wrong", "not installed", remedy))
     elif problem := _error(found["gpu kernels"]) or found["gpu kernels"]:
         remedy = "install CuPy and NVRTC of the driver's CUDA: gq-horovod[cuda12] or [cuda13]"

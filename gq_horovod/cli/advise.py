@@ -41,15 +41,25 @@ def add_to(commands: Any) -> None:
         "the order of model.parameters(), with commas",
     )
     sub.add_argument("--workers", type=rank_count, help="ranks in all (default: the calibration's)")
-    sub.add_argument("--ranks-per-host", type=rank_count, help="(default: the calibration's, or 1)")
-    sub.add_argument("--bandwidth", type=bandwidth, help="of a host's link: 1Gbit, 200Mbit")
+    sub.add_argument(
+        "--ranks-per-host",
+        type=rank_count,
+        help="ranks on each host (default: the calibration's, or 1)",
+    )
+    sub.add_argument(
+        "--bandwidth",
+        type=bandwidth,
+        help="of a host's link: 1Gbit, 200Mbit (default: the calibration's)",
+    )
     sub.add_argument(
         "--inner-bandwidth",
         type=bandwidth,
         help="at which a rank exchanges with others of its host (default: the calibration's, or "
         "8Gbit; NVLink of an A100 has 2400Gbit)",
     )
-    sub.add_argument("--latency", type=duration, help="of a message: 50us")
+    sub.add_argument(
+        "--latency", type=duration, help="of a message (default: the calibration's, or 50us)"
+    )
     sub.add_argument(
         "--step-compute",
         type=duration,
