@@ -168,8 +168,8 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         f"{chunk_elements(cluster.ranks) / 1e6:.0f} M elements at the end."
         if tensors == 1
         else f"{tensors} tensors in the order of the model; the first is ready last.",
-        "4-bit settings are never recommended: try them for accuracy first. Standard levels use "
-        "the default width for this many ranks.",
+        "4-bit settings and exponential levels are never recommended: try them for accuracy "
+        "first. Standard levels use the default width for this many ranks.",
         f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended. "
         "What the model leaves out, and its measured error: docs/advisor.md.",
     ]
