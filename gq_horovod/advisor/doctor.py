@@ -264,9 +264,13 @@ def _of_the_temporary_folder(found: Facts) -> list[Finding]:
 def _of_horovod(found: Facts) -> list[Finding]:
     horovod = found["horovod"]
     if problem := _error(horovod):
+        names = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}
+        chosen = [name for package, name in names.items() if found[package]] or ["PYTORCH"]
+        switches = " ".join(f"HOROVOD_WITH_{name}=1" for name in (*chosen, "MPI", "GLOO"))
         remedy = (
-            "build Horovod against the PyTorch and MPI that are installed now: "
-            f"`HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 {_REBUILD}`"
+            f"build Horovod against what is installed now: `{switches} {_REBUILD}`; for a PyTorch "
+            "or TensorFlow whose headers need C++17, its sources have to be changed, as `make "
+            "setup` in a clone does"
         )
         return [Finding("Horovod", "wrong", problem, remedy)]
     having = [part for part in ("torch", "tensorflow", *_PARTS) if horovod.get(part)]

@@ -80,6 +80,10 @@ BREAKAGES = [
         *("temporary folder", "wrong", "`--tmpfs /tmp`"),
     ),
     ({"horovod": ERROR}, "Horovod", "wrong", "HOROVOD_WITH_PYTORCH=1"),
+    (
+        {"horovod": ERROR, "torch": None},
+        *("Horovod", "wrong", "`HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1"),
+    ),
     ({"horovod.version": "0.27.0"}, "Horovod", "note", "only 0.28.1 was tested"),
     (
         {"horovod.torch": False, "horovod.tensorflow": False},
