@@ -406,8 +406,8 @@ def _as_array(array: Any) -> tuple[Any, Any]:
         except ImportError as error:
             raise TypeError(
                 f"mpi_ops.allreduce: array must be in host memory where CuPy is missing, got "
-                f"{type(array).__name__} on a GPU; `pip install gq-horovod[cuda12]`, or copy it to "
-                "the host first."
+                f"{type(array).__name__} on a GPU; `pip install 'gq-horovod[cuda13]'` (or "
+                "cuda12, for an older driver), or copy it to the host first."
             ) from error
         return cupy, cupy.asarray(array)
     return np, np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)

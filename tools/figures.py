@@ -124,7 +124,7 @@ def table(results: Results) -> str:
     rows = results["methods"]
     none = rows["none"]
     lines = [
-        "| | step | mean ± s.d. | as fast | MB sent in a step | test loss beside none | AUC |",
+        "| | median step | mean ± s.d. | speed-up | MB sent per step | change of test loss | AUC |",
         "|---|---|---|---|---|---|---|",
     ]
     for method, row in rows.items():

@@ -264,9 +264,13 @@ def _of_the_temporary_folder(found: Facts) -> list[Finding]:
 def _of_horovod(found: Facts) -> list[Finding]:
     horovod = found["horovod"]
     if problem := _error(horovod):
+        names = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}
+        chosen = [name for package, name in names.items() if found[package]] or ["PYTORCH"]
+        switches = " ".join(f"HOROVOD_WITH_{name}=1" for name in (*chosen, "MPI", "GLOO"))
         remedy = (
-            "build Horovod against the PyTorch and MPI that are installed now: "
-            f"`HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 {_REBUILD}`"
+            f"build Horovod against what is installed now: `{switches} {_REBUILD}`; for a PyTorch "
+            "or TensorFlow whose headers need C++17, its sources have to be changed, as `make "
+            "setup` in a clone does"
         )
         return [Finding("Horovod", "wrong", problem, remedy)]
     having = [part for part in ("torch", "tensorflow", *_PARTS) if horovod.get(part)]
@@ -307,7 +311,7 @@ def _of_mpi(found: Facts) -> list[Finding]:
     mpi = found["mpi"]
     needed = "for transport='mpi', mpi_ops and `gq-horovod calibrate`"
     if problem := _error(mpi):
-        remedy = f"`pip install gq-horovod[mpi]`, and an MPI library; needed {needed} only"
+        remedy = f"`pip install 'gq-horovod[mpi]'`, and an MPI library; needed {needed} only"
         return [Finding("MPI", "note", problem, remedy)]
     findings = [Finding("MPI", "ok", mpi["library"])]
     if mpi["threads"] != "multiple":
@@ -332,7 +336,7 @@ def _of_mpi(found: Facts) -> list[Finding]:
 
 def _of_frameworks(found: Facts) -> list[Finding]:
     if not (found["torch"] or found["tensorflow"]):
-        remedy = "`pip install gq-horovod[torch]` or `[tensorflow]`"
+        remedy = "`pip install 'gq-horovod[torch]'` or `'gq-horovod[tensorflow]'`"
         return [Finding("frameworks", "wrong", "neither PyTorch nor TensorFlow", remedy)]
     findings = []
     for package, name in (("torch", "PyTorch"), ("tensorflow", "TensorFlow")):
@@ -362,7 +366,10 @@ def _of_gpus(found: Facts) -> list[Finding]:
         return [Finding("GPU", "ok", "none")]
     findings = [Finding("GPU", "ok", ", ".join(gpus))]
     if found["cupy"] is None:
-        remedy = "`pip install gq-horovod[cuda12]`; without it gradients are quantized on the CPU"
+        remedy = (
+            "`pip install 'gq-horovod[cuda13]'` (or cuda12, for an older driver); without it "
+            "gradients are quantized on the CPU"
+        )
         findings.append(Finding("CuPy", "wrong", "not installed", remedy))
     elif problem := _error(found["gpu kernels"]) or found["gpu kernels"]:
         remedy = "install CuPy and NVRTC of the driver's CUDA: gq-horovod[cuda12] or [cuda13]"

@@ -364,7 +364,7 @@ class Method:
     element_bytes: int = FLOAT32_BYTES  # on the wire, where nothing is quantized
     config: Config | None = None  # where GlobalQSGD quantizes
     # Whether the advisor may recommend it unasked. 4 bits are too coarse for some models: the
-    # paper's 4-bit runs diverged.
+    # paper's 4-bit runs diverged. Exponential levels have more error still (docs/tune.md).
     recommended: bool = True
     # Whether the ranks of a host first exchange floats, so that the codes are of their mean.
     hierarchical: bool = False
@@ -411,11 +411,13 @@ def global_qsgd(
 NONE = Method("none", "compression=hvd.Compression.none")
 FP16 = Method("fp16", "compression=hvd.Compression.fp16", element_bytes=FLOAT16_BYTES)
 STANDARD = global_qsgd("standard", Config(levels="standard"))
-EXPONENTIAL = global_qsgd("exponential", Config(levels="exponential"))
+EXPONENTIAL = global_qsgd("exponential", Config(levels="exponential"), recommended=False)
 TWO_HOP = global_qsgd("two-hop", Config())
 TWO_HOP_MPI = global_qsgd("two-hop, mpi", Config(transport="mpi"))
 STANDARD_MPI = global_qsgd("standard, mpi", Config(levels="standard", transport="mpi"))
-EXPONENTIAL_MPI = global_qsgd("exponential, mpi", Config(levels="exponential", transport="mpi"))
+EXPONENTIAL_MPI = global_qsgd(
+    "exponential, mpi", Config(levels="exponential", transport="mpi"), recommended=False
+)
 METHODS = (
     NONE,
     FP16,

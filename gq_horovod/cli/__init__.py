@@ -7,7 +7,7 @@
     gq-horovod env
     gq-horovod report results/
 
-Tables need rich, plots matplotlib (`pip install gq-horovod[cli]`); --json needs neither.
+Tables need rich, plots matplotlib (`pip install 'gq-horovod[cli]'`); --json needs neither.
 """
 
 from __future__ import annotations

@@ -41,15 +41,25 @@ def add_to(commands: Any) -> None:
         "the order of model.parameters(), with commas",
     )
     sub.add_argument("--workers", type=rank_count, help="ranks in all (default: the calibration's)")
-    sub.add_argument("--ranks-per-host", type=rank_count, help="(default: the calibration's, or 1)")
-    sub.add_argument("--bandwidth", type=bandwidth, help="of a host's link: 1Gbit, 200Mbit")
+    sub.add_argument(
+        "--ranks-per-host",
+        type=rank_count,
+        help="ranks on each host (default: the calibration's, or 1)",
+    )
+    sub.add_argument(
+        "--bandwidth",
+        type=bandwidth,
+        help="of a host's link: 1Gbit, 200Mbit (default: the calibration's)",
+    )
     sub.add_argument(
         "--inner-bandwidth",
         type=bandwidth,
         help="at which a rank exchanges with others of its host (default: the calibration's, or "
         "8Gbit; NVLink of an A100 has 2400Gbit)",
     )
-    sub.add_argument("--latency", type=duration, help="of a message: 50us")
+    sub.add_argument(
+        "--latency", type=duration, help="of a message (default: the calibration's, or 50us)"
+    )
     sub.add_argument(
         "--step-compute",
         type=duration,
@@ -158,8 +168,8 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         f"{chunk_elements(cluster.ranks) / 1e6:.0f} M elements at the end."
         if tensors == 1
         else f"{tensors} tensors in the order of the model; the first is ready last.",
-        "4-bit settings are never recommended: try them for accuracy first. Standard levels use "
-        "the default width for this many ranks.",
+        "4-bit settings and exponential levels are never recommended: try them for accuracy "
+        "first. Standard levels use the default width for this many ranks.",
         f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended. "
         "What the model leaves out, and its measured error: docs/advisor.md.",
     ]

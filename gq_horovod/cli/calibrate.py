@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..advisor import calibrate, doctor, model
-from .output import rich
+from .output import columns
 from .units import written_rate
 
 
@@ -16,7 +16,12 @@ def add_to(commands: Any) -> None:
     """The command's arguments."""
     sub = commands.add_parser("calibrate", help="measure this cluster; run it under mpirun")
     sub.set_defaults(run=run)
-    sub.add_argument("--output", type=Path, default=Path("calibration.json"))
+    sub.add_argument(
+        "--output",
+        type=Path,
+        default=Path("calibration.json"),
+        help="file for what was measured (default calibration.json)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,33 +31,34 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(
             "expected mpi4py, which is not installed or finds no MPI library; "
-            "`pip install gq-horovod[mpi]`."
+            "`pip install 'gq-horovod[mpi]'`."
         ) from error
     doctor.start_mpi()
     cluster, with_horovod = calibrate.measure(MPI.COMM_WORLD)
     if MPI.COMM_WORLD.rank:
         return
     calibrate.save(cluster, options.output)
-    console, table_of = rich()
-    table = table_of(f"{cluster.ranks} ranks", ["what"], ["measured"])
-    table.add_row("ranks on a host", str(cluster.ranks_per_host))
-    table.add_row("bandwidth of a pair", written_rate(cluster.bandwidth))
     inner = "default" if not cluster.hierarchical else written_rate(cluster.inner_bandwidth)
-    table.add_row("exchange inside a host", inner)
-    table.add_row("latency", f"{1e6 * cluster.latency:.0f} us")
-    table.add_row("further message", f"{1e6 * cluster.message_overhead:.1f} us")
+    rows = [
+        ("ranks", str(cluster.ranks)),
+        ("ranks on a host", str(cluster.ranks_per_host)),
+        ("bandwidth of a pair", written_rate(cluster.bandwidth)),
+        ("exchange inside a host", inner),
+        ("latency", f"{1e6 * cluster.latency:.0f} us"),
+        ("further message", f"{1e6 * cluster.message_overhead:.1f} us"),
+    ]
     for way in model.WAYS:
         for size, share in getattr(cluster, f"{way}_efficiency"):
-            table.add_row(f"efficiency, {way}, {size / 2**20:g} MiB", f"{share:.2f}")
+            rows.append((f"efficiency, {way}, {size / 2**20:g} MiB", f"{share:.2f}"))
         if with_horovod:
-            table.add_row(f"  exposed, {way}", f"{getattr(cluster, f'{way}_exposed'):.2f}")
-            table.add_row(f"  hidden, {way}", f"{getattr(cluster, f'{way}_hidden'):.2f}")
+            rows.append((f"  exposed, {way}", f"{getattr(cluster, f'{way}_exposed'):.2f}"))
+            rows.append((f"  hidden, {way}", f"{getattr(cluster, f'{way}_hidden'):.2f}"))
     if with_horovod:
-        table.add_row("Horovod, lone operation", f"{1e3 * cluster.cycle_time:.2f} ms")
-        table.add_row("Horovod, further operation", f"{1e6 * cluster.operation_overhead:.0f} us")
+        rows.append(("Horovod, lone operation", f"{1e3 * cluster.cycle_time:.2f} ms"))
+        rows.append(("Horovod, further operation", f"{1e6 * cluster.operation_overhead:.0f} us"))
     else:
-        table.add_row("Horovod", "not importable: defaults")
+        rows.append(("Horovod", "not importable: defaults"))
     for name, rate in asdict(cluster.kernels).items():
-        table.add_row(f"kernel, {name}", f"{rate / 1e9:.1f} GB/s")
-    console.print(table)
+        rows.append((f"kernel, {name}", f"{rate / 1e9:.1f} GB/s"))
+    print(columns(rows))
     print(f"Wrote {options.output}; use it with `gq-horovod advise --calibration`.")

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..advisor import doctor
-from .output import rich
+from .output import columns
 
 
 def add_to(commands: Any) -> None:
     """The command's arguments."""
     sub = commands.add_parser("doctor", help="what is wrong with this installation or cluster")
     sub.set_defaults(run=run_doctor)
-    sub.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    sub.add_argument("--json", action="store_true", help="print plain data")
 
     sub = commands.add_parser("env", help="what is installed here, for bug reports")
     sub.set_defaults(run=print_env)
@@ -39,13 +39,12 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def print_findings(findings: Sequence[doctor.Finding]) -> None:
-    """A table, and below it what to do."""
-    console, table_of = rich()
-    table = table_of("gq-horovod doctor", ["what", "", "found"], [])
+    """A line for each, and below them what to do."""
+    rows = []
     for finding in findings:
         short = finding.found if len(finding.found) <= 80 else f"{finding.found[:77]}..."
-        table.add_row(finding.what, finding.status, short)
-    console.print(table, markup=False)
+        rows.append((finding.what, finding.status, short))
+    print(columns(rows), end="\n\n")
     for finding in findings:
         if finding.remedy:
             print(f"{finding.what} ({finding.status}): {finding.found}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ def add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print plain data instead of a table")
 
 
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of as many cells each as aligned text, which needs nothing that may be missing."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def rich() -> tuple[Any, Callable[[str, list[str], list[str]], Any]]:
     """A console, and a maker of tables from title, left-aligned and right-aligned headings."""
     try:
@@ -35,7 +45,7 @@ def rich() -> tuple[Any, Callable[[str, list[str], list[str]], Any]]:
     except ImportError as error:
         raise ValueError(
             "expected rich for the table, which is not installed; "
-            "`pip install gq-horovod[cli]`, or pass --json."
+            "`pip install 'gq-horovod[cli]'`, or pass --json."
         ) from error
 
     def table_of(title: str, left: list[str], right: list[str]) -> Table:
@@ -61,7 +71,8 @@ def new_plot(panels: int = 1) -> tuple[Any, Any]:
         import matplotlib.figure
     except ImportError as error:
         raise ValueError(
-            "--plot: expected matplotlib, which is not installed; `pip install gq-horovod[cli]`."
+            "expected matplotlib for the plot, which is not installed; "
+            "`pip install 'gq-horovod[cli]'`."
         ) from error
     figure = matplotlib.figure.Figure(figsize=(4 + 4 * panels, 4.5), layout="constrained")
     axes = figure.subplots(1, panels, sharey=True)

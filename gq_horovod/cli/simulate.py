@@ -57,8 +57,8 @@ def add_to(commands: Any) -> None:
     sub.add_argument(
         "--bandwidth",
         type=listed(bandwidth),
-        help="with commas (default 200Mbit,1Gbit,5Gbit,10Gbit,25Gbit; with --paper or "
-        "--gpus-per-node 100Gbit,10Gbit,1Gbit)",
+        help="of a host's link, with commas (default 200Mbit,1Gbit,5Gbit,10Gbit,25Gbit; with "
+        "--paper or --gpus-per-node 100Gbit,10Gbit,1Gbit)",
     )
     defaults = ", ".join(f"{w.name}={written_seconds(w.compute)}" for w in model.WORKLOADS)
     sub.add_argument(

@@ -31,8 +31,9 @@ try:
     import tensorflow  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "gq_horovod.tensorflow: TensorFlow is not installed; `pip install gq-horovod[tensorflow]`, "
-        "or import GlobalQSGD from the module of the framework that you use."
+        "gq_horovod.tensorflow: TensorFlow is not installed; "
+        "`pip install 'gq-horovod[tensorflow]'`, or import GlobalQSGD from the module of the "
+        "framework that you use."
     ) from error
 
 try:

@@ -26,7 +26,7 @@ try:
     import torch  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "gq_horovod.torch: PyTorch is not installed; `pip install gq-horovod[torch]`, or import "
+        "gq_horovod.torch: PyTorch is not installed; `pip install 'gq-horovod[torch]'`, or import "
         "GlobalQSGD from the module of the framework that you use."
     ) from error
 try:

@@ -806,7 +806,7 @@ def _mpi_problem() -> str | None:
     try:
         from ..path import mpi
     except ImportError as error:
-        return f"because mpi4py does not import ({error}): `pip install gq-horovod[mpi]`"
+        return f"because mpi4py does not import ({error}): `pip install 'gq-horovod[mpi]'`"
     reason = mpi.problem(hvd.rank(), hvd.size())
     return None if reason is None else f"because {reason}"
 

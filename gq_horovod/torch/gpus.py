@@ -37,7 +37,10 @@ def kernels_problem(index: int) -> str | None:
     try:
         from mpi_ops.kernels import device
     except ImportError as error:
-        return f"CuPy does not import ({error}): `pip install gq-horovod[cuda12]`"
+        return (
+            f"CuPy does not import ({error}): `pip install 'gq-horovod[cuda13]'` (or cuda12, for "
+            "an older driver)"
+        )
     return device.problem(index)
 
 

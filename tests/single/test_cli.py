@@ -192,7 +192,7 @@ def test_advise_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     for method in METHODS:
         assert method.name in output
-    assert "Recommended: compression=GlobalQSGD(" in output
+    assert "Recommended: compression=GlobalQSGD   (" in output
     assert "Assumptions:" in output
     assert "defaults, not measured" in output
 

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ BREAKAGES = [
         *("temporary folder", "wrong", "`--tmpfs /tmp`"),
     ),
     ({"horovod": ERROR}, "Horovod", "wrong", "HOROVOD_WITH_PYTORCH=1"),
+    (
+        {"horovod": ERROR, "torch": None},
+        *("Horovod", "wrong", "`HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1"),
+    ),
     ({"horovod.version": "0.27.0"}, "Horovod", "note", "only 0.28.1 was tested"),
     (
         {"horovod.torch": False, "horovod.tensorflow": False},
@@ -89,7 +94,7 @@ BREAKAGES = [
         *("Horovod's controllers", "wrong", "HOROVOD_WITH_MPI=1 or HOROVOD_WITH_GLOO=1"),
     ),
     ({"horovod.torch": False}, "Horovod for PyTorch", "note", "HOROVOD_WITH_PYTORCH=1"),
-    ({"mpi": ERROR}, "MPI", "note", "pip install gq-horovod[mpi]"),
+    ({"mpi": ERROR}, "MPI", "note", "pip install 'gq-horovod[mpi]'"),
     ({"mpi.threads": "serialized"}, "threads of MPI", "wrong", "MPI_THREAD_MULTIPLE"),
     (
         {"variables": {"HOROVOD_MPI_THREADS_DISABLE": "1"}},
@@ -98,10 +103,10 @@ BREAKAGES = [
     ({"mpirun": None}, "mpirun", "note", "PATH"),
     ({"variables": {}}, "Horovod's response cache", "note", "HOROVOD_CACHE_CAPACITY=8192"),
     ({"mpirun": "mpirun (Open MPI) 5.0.1"}, "mpirun", "wrong", "put the mpirun of 4.1.8 first"),
-    ({"torch": None, "tensorflow": None}, "frameworks", "wrong", "pip install gq-horovod[torch]"),
+    ({"torch": None, "tensorflow": None}, "frameworks", "wrong", "pip install 'gq-horovod[torch]'"),
     ({"keras": "3.5.0"}, "Keras", "note", "TF_USE_LEGACY_KERAS=1"),
     ({"gpu": ERROR}, "GPU", "wrong", "nvidia-smi"),
-    ({**GPU, "cupy": None}, "CuPy", "wrong", "pip install gq-horovod[cuda12]"),
+    ({**GPU, "cupy": None}, "CuPy", "wrong", "pip install 'gq-horovod[cuda13]'"),
     ({"driver": ERROR}, "NVIDIA driver", "wrong", "nvidia-smi"),
     ({"driver": {**DRIVER, "cuda": None}}, "NVIDIA driver", "note", "version 580 or newer"),
     (
@@ -186,6 +191,7 @@ def test_status_and_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "world", lambda: None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # what is missing may be just that
     for changes, status in (({}, 0), ({"kernels": ERROR}, 1)):
         monkeypatch.setattr(doctor, "facts", lambda changes=changes: broken(changes))
         assert cli.main(["doctor", "--json"]) == status

@@ -233,7 +233,7 @@ def test_without_torch_the_error_says_so() -> None:
     kind, cause, text = python(BLOCKED.format(blocked="torch", present=())).strip().split("\n")
     assert (kind, cause) == ("ImportError", "ModuleNotFoundError")
     assert text == (
-        "gq_horovod.torch: PyTorch is not installed; `pip install gq-horovod[torch]`, or import "
+        "gq_horovod.torch: PyTorch is not installed; `pip install 'gq-horovod[torch]'`, or import "
         "GlobalQSGD from the module of the framework that you use."
     )
 

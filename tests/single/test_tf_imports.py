@@ -18,8 +18,9 @@ def test_without_tensorflow_the_error_says_so() -> None:
     assert blocked("tensorflow") == [
         "ImportError",
         "ModuleNotFoundError",
-        "gq_horovod.tensorflow: TensorFlow is not installed; `pip install gq-horovod[tensorflow]`, "
-        "or import GlobalQSGD from the module of the framework that you use.",
+        "gq_horovod.tensorflow: TensorFlow is not installed; "
+        "`pip install 'gq-horovod[tensorflow]'`, or import GlobalQSGD from the module of the "
+        "framework that you use.",
     ]
 
 
