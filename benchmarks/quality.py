@@ -74,7 +74,7 @@ class Transformer(workloads.Transformer):
 
 
 class Language(workloads.Language):
-    """As there: small enough for 16 ranks, a second or two a step."""
+    """As there: half a second a step, for up to 16 ranks."""
 
     steps = 300
 

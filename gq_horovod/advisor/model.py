@@ -369,6 +369,15 @@ class Method:
     # Whether the ranks of a host first exchange floats, so that the codes are of their mean.
     hierarchical: bool = False
 
+    @property
+    def complexity(self) -> int:
+        """0: nothing is quantized. 1: the default is. 2: something else, which has to be chosen."""
+        if self.config is None:
+            return 0
+        default = Config()
+        own = (self.config.levels, self.config.bits, self.config.transport)
+        return 1 if own == (default.levels, default.bits, default.transport) else 2
+
     def parties(self, cluster: Cluster) -> Cluster:
         """The ranks that exchange codes with each other."""
         return cluster.of_one_place if self.hierarchical else cluster

@@ -25,7 +25,7 @@ from .units import (
 )
 
 # Less is within the model's error: a setting is recommended from this speed-up over none, and the
-# simplest one (the first of METHODS) that the fastest one does not beat by so much.
+# simplest one that the fastest one does not beat by so much: the default before other settings.
 WORTHWHILE = 1.05
 
 
@@ -125,7 +125,9 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
                 "candidate": method.recommended,
             }
         )
+    complexity = {method.name: method.complexity for method in methods_for(cluster)}
     candidates = [row for row in rows if row["candidate"]]
+    candidates.sort(key=lambda row: complexity[row["method"]])
     fastest = min(row["step_seconds"] for row in candidates)
     best = next(row for row in candidates if row["step_seconds"] < WORTHWHILE * fastest)
     return {
@@ -170,8 +172,9 @@ def assumptions(options: argparse.Namespace, cluster: Cluster) -> list[str]:
         else f"{tensors} tensors in the order of the model; the first is ready last.",
         "4-bit settings and exponential levels are never recommended: try them for accuracy "
         "first. Standard levels use the default width for this many ranks.",
-        f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended. "
-        "What the model leaves out, and its measured error: docs/advisor.md.",
+        f"Of settings within {WORTHWHILE - 1:.0%} of the fastest, the simplest is recommended, "
+        "the default before others. What the model leaves out, and its measured error: "
+        "docs/advisor.md.",
     ]
 
 
