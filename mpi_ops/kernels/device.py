@@ -277,6 +277,12 @@ class Device(Kernels):
         if staged is not array:
             array[:] = begin_copy(staged, pinned(array.size, array.dtype)).wait()
 
+    def copy(self, source: Any, target: Any) -> None:
+        # For an assignment of one element CuPy would compile a kernel, in the middle of a step.
+        stream = cupy.cuda.get_current_stream()
+        pointers = target.data.ptr, source.data.ptr
+        runtime.memcpyAsync(*pointers, source.nbytes, runtime.memcpyDefault, stream.ptr)
+
     def wait(self) -> None:
         cupy.cuda.get_current_stream().synchronize()
 

@@ -103,8 +103,14 @@ def test_the_same_bytes_as_in_host_memory(
 @pytest.mark.parametrize("stays", ["0", "1"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bits": 5}, {"bits": 3, "error_feedback": True}, {"levels": "standard", "norm": "l2"}],
-    ids=["default", "dense lanes", "error feedback", "L2 norms"],
+    [
+        {},
+        {"bits": 5},
+        {"bits": 3, "error_feedback": True},
+        {"levels": "standard", "norm": "l2"},
+        {"levels": "exponential", "block_size": "bucket"},
+    ],
+    ids=["default", "dense lanes", "error feedback", "L2 norms", "a norm for a bucket"],
 )
 def test_a_stream_of_its_own_gives_the_same_bytes(
     options: dict[str, Any], stays: str, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +126,7 @@ def test_a_stream_of_its_own_gives_the_same_bytes(
         optimizer = hvd.DistributedOptimizer(
             torch.optim.SGD([parameter], lr=1.0),
             [("parameter", parameter)],
-            compression=GlobalQSGD(block_size=256, **options),
+            compression=GlobalQSGD(**{"block_size": 256, **options}),
         )
         side = torch.cuda.Stream() if place == "cuda" else None
         results = []

@@ -121,11 +121,7 @@ class ndarray:
         return ndarray(self._values[key])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        assert isinstance(value, ndarray), "CuPy compiles a kernel for this; use fill()"
-        target, source = self._values[key], value._values
-        Stream.current().require(target.ctypes.data, source.ctypes.data)
-        copies.append(source.nbytes)
-        Stream.current().give(lambda: target.__setitem__(..., source))
+        raise AssertionError("CuPy compiles a kernel for one element; use Kernels.copy()")
 
     @property
     def data(self) -> Any:
@@ -397,6 +393,8 @@ def copy(target: int, source: int, size: int, *_: Any) -> None:
     ctypes.memmove(target, source, size)
     if is_device(source) != is_device(target):
         (downloads if is_device(source) else uploads).append(size)
+    elif is_device(source):
+        copies.append(size)
 
 
 def copy_later(target: int, source: int, size: int, kind: int, stream: int) -> None:
