@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,13 @@ _log = Log(__name__)
 VARIABLE = "GQ_HOROVOD_GPU_CODES"
 
 _BUILD = "build it with HOROVOD_GPU_OPERATIONS=NCCL"
+_HIERARCHICAL = "HOROVOD_HIERARCHICAL_ALLGATHER"
+
+
+def number_of(variable: str) -> int:
+    """A variable as Horovod reads numbers: what its text begins with; 0 where that is none."""
+    found = re.match(r"\s*[+-]?\d+", os.environ.get(variable, ""))
+    return int(found[0]) if found else 0
 
 
 def horovod_takes_them() -> bool:
@@ -41,6 +49,25 @@ def kernels_problem(index: int) -> str | None:
     return device.problem(index)
 
 
+def allgather_problem() -> str | None:
+    """Why Horovod's Allgather cannot take what lies on a GPU, with the remedy; None if it can.
+
+    Horovod 0.28.1 asks for MPI's hierarchical one before NCCL's (CreateOperationManager), also for
+    tensors on a GPU, and copies from there as if it were host memory: a segmentation fault.
+    """
+    if not hvd.mpi_enabled():
+        return None
+    if _HIERARCHICAL in os.environ:
+        # Of a single host Horovod leaves it out.
+        taken = number_of(_HIERARCHICAL) > 0 and hvd.size() != hvd.local_size()
+        cause = f"{_HIERARCHICAL} asks for"
+    else:
+        taken, cause = number_of("HOROVOD_AUTOTUNE") > 0, "HOROVOD_AUTOTUNE tries"
+    if not taken:
+        return None
+    return f"{cause} an Allgather that works in host memory alone; set {_HIERARCHICAL}=0"
+
+
 def resident() -> bool:
     """Whether codes of this rank's gradients can stay on its GPU: Horovod takes them there.
 
@@ -48,7 +75,9 @@ def resident() -> bool:
     """
     if os.environ.get(VARIABLE, "1") == "0" or not torch.cuda.is_initialized():
         return False
-    return bool(hvd.nccl_built()) and kernels_problem(torch.cuda.current_device()) is None
+    if not hvd.nccl_built() or allgather_problem() is not None:
+        return False
+    return kernels_problem(torch.cuda.current_device()) is None
 
 
 def may_be_resident() -> bool:
@@ -71,6 +100,8 @@ def say_once(index: int) -> None:
         problems.append(
             f"Horovod was built without NCCL, so codes travel through host memory; {_BUILD}"
         )
+    elif (problem := allgather_problem()) is not None:
+        problems.append(f"codes travel through host memory, because {problem}")
     if (problem := kernels_problem(index)) is not None:
         problems.append(f"{problem}; until then they are copied to the host whole")
     for problem in problems:

@@ -444,6 +444,46 @@ def test_ranks_agree_whether_codes_stay(
     assert torch.equal(plain(result), expected)
 
 
+@pytest.mark.parametrize(
+    ("variables", "hosts", "mpi", "stay"),
+    [
+        ({"HOROVOD_AUTOTUNE": "1"}, 1, True, False),
+        ({"HOROVOD_AUTOTUNE": "1"}, 2, False, True),
+        ({"HOROVOD_AUTOTUNE": "1", "HOROVOD_HIERARCHICAL_ALLGATHER": "0"}, 2, True, True),
+        ({"HOROVOD_HIERARCHICAL_ALLGATHER": "1"}, 2, True, False),
+        ({"HOROVOD_HIERARCHICAL_ALLGATHER": "1"}, 1, True, True),
+    ],
+)
+def test_codes_leave_the_gpu_where_horovod_would_read_them_as_host_memory(
+    variables: dict[str, str],
+    hosts: int,
+    mpi: bool,
+    stay: bool,
+    name: str,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """MPI's hierarchical Allgather comes before NCCL's, and takes tensors of any device."""
+    if TRANSPORT == "mpi" and not mpi:
+        pytest.skip("messages need it")
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    expected = plugin.allreduce(own, name, compression=compression)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(hvd, "mpi_enabled", lambda: mpi)
+    monkeypatch.setattr(hvd, "local_size", lambda: hvd.size() // hosts)
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    with caplog.at_level(logging.WARNING):
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
+    _require_residence(stay and TRANSPORT == "horovod")
+    assert torch.equal(plain(result), expected)
+    said = [own.getMessage() for own in caplog.records if getattr(own, "event", "") == "gpu"]
+    assert len(said) == int(hvd.rank() == 0 and not stay)
+    assert all("set HOROVOD_HIERARCHICAL_ALLGATHER=0" in text for text in said)
+
+
 def test_statistics_of_a_gpu(resident: bool, name: str) -> None:
     if by_nodes():
         pytest.skip("there are none of codes of means")
