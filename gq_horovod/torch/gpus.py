@@ -185,7 +185,10 @@ def follow_kernels(device: torch.device) -> None:
 
 def _completes_early() -> bool:
     """Whether Horovod calls operations complete that a GPU is still at."""
-    return os.environ.get("HOROVOD_ENABLE_ASYNC_COMPLETION", "0") not in ("", "0")
+    return any(
+        number_of(variable) > 0
+        for variable in ("HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS")
+    )
 
 
 @cache

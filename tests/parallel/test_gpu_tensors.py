@@ -549,14 +549,15 @@ def test_a_rank_that_has_joined_before_is_not_waited_for(name: str, resident: bo
     hvd.join()
 
 
+@pytest.mark.parametrize("variable", ["HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS"])
 @pytest.mark.parametrize("early", ["0", "1"])
 def test_operations_that_are_called_complete_early(
-    early: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+    early: str, variable: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Horovod then has its stream wait for a GPU, and ours has to wait for that."""
     if TRANSPORT == "mpi":
         pytest.skip("no operations of Horovod's on a GPU")
-    monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", early)
+    monkeypatch.setenv(variable, early)
     compression = plugin.GlobalQSGD(levels="two-hop")
     plugin.allreduce(on_gpu(gradients((6000,))[hvd.rank()]), name, compression=compression)
     waited = (gpus.kernel_stream(fake_gpu.GPU), DEFAULT) in fake_gpu.Stream.waits
