@@ -68,16 +68,20 @@ def allgather_problem() -> str | None:
     return f"{cause} an Allgather that works in host memory alone; set {_HIERARCHICAL}=0"
 
 
-def resident() -> bool:
+def resident(device: torch.device) -> bool:
     """Whether codes of this rank's gradients can stay on its GPU: Horovod takes them there.
 
-    A rank that has not used a GPU yet cannot say so, and has no gradients on one.
+    `device` is that of the first tensor that is reduced. Where that is the host's, gradients may
+    lie on the current GPU; a rank that has not used one yet cannot say so. No other GPU is looked
+    at: a process takes memory on every one that it looks at.
     """
-    if os.environ.get(VARIABLE, "1") == "0" or not torch.cuda.is_initialized():
+    if os.environ.get(VARIABLE, "1") == "0":
         return False
     if not hvd.nccl_built() or allgather_problem() is not None:
         return False
-    return kernels_problem(torch.cuda.current_device()) is None
+    if device.type == "cuda":
+        return kernels_problem(device.index) is None
+    return torch.cuda.is_initialized() and kernels_problem(torch.cuda.current_device()) is None
 
 
 def may_be_resident() -> bool:

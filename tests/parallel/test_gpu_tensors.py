@@ -484,6 +484,20 @@ def test_codes_leave_the_gpu_where_horovod_would_read_them_as_host_memory(
     assert all("set HOROVOD_HIERARCHICAL_ALLGATHER=0" in text for text in said)
 
 
+def test_no_other_gpu_is_looked_at(name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one may be another rank's, where a program has named its GPU in every call."""
+    monkeypatch.setattr(
+        gpus, "kernels_problem", lambda index: None if index == 1 else "another process has it"
+    )
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    host, device = (plugin.GlobalQSGD(transport=TRANSPORT) for _ in range(2))
+    expected = plugin.allreduce(own, name, compression=host)
+    result = plugin.allreduce(on_gpu(own, fake_gpu.SECOND), name, compression=device)
+    _require_residence(TRANSPORT == "horovod")
+    assert result.device == fake_gpu.SECOND
+    assert torch.equal(plain(result), expected)
+
+
 def test_statistics_of_a_gpu(resident: bool, name: str) -> None:
     if by_nodes():
         pytest.skip("there are none of codes of means")
