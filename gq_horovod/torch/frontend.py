@@ -654,7 +654,9 @@ class TorchFrontend(Frontend):
             # One node is no reason to leave out what was asked for.
             if found.has_levels or (self.config.hierarchical is True and found.ranks_per_node > 1):
                 plan = self._plan(len(found.nodes), "nodes")  # before anything is begun for it
-                own = nodes.reached(found, group.rank, members, places, self.config.transport)
+                own = nodes.reached(
+                    *(found, group.rank, members, places, self.config.transport, group.resident)
+                )
         else:
             own = found
         if isinstance(own, str):
