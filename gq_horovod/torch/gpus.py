@@ -46,6 +46,8 @@ def kernels_problem(index: int) -> str | None:
         from mpi_ops.kernels import device
     except ImportError as error:
         return f"CuPy does not import ({error}): `pip install gq-horovod[cuda12]`"
+    # PyTorch keeps what it has freed, which may be all that is left, and CuPy cannot ask it.
+    device.release_memory = torch.cuda.empty_cache
     return device.problem(index)
 
 

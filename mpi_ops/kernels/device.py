@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
@@ -239,6 +239,11 @@ def problem(device: int) -> str | None:
 # ------------------------------------------------------------------------------------------ kernels
 
 
+# Called where CuPy finds no memory, before it looks once more: gives back what somebody else keeps
+# of a device and does not use. None: nobody does.
+release_memory: Callable[[], object] | None = None
+
+
 class Device(Kernels):
     """The kernels for device memory."""
 
@@ -249,6 +254,15 @@ class Device(Kernels):
     def address(self, array: Any) -> int:
         pointer: int = array.data.ptr
         return pointer
+
+    def empty(self, size: int, dtype: DTypeLike) -> Any:
+        try:
+            return cupy.empty(size, dtype=dtype)
+        except MemoryError:
+            if release_memory is None:
+                raise
+        release_memory()
+        return cupy.empty(size, dtype=dtype)
 
     def random(self, dither: NDArray[np.uint32]) -> tuple[Any, ...]:
         return tuple(dither.view(np.uint64))

@@ -148,6 +148,20 @@ def test_a_stream_of_its_own_gives_the_same_bytes(
         assert torch.equal(one, other)
 
 
+def test_memory_that_pytorch_does_not_use_is_given_back() -> None:
+    """Where our kernels need some, and PyTorch keeps all that is left of the GPU."""
+    from gq_horovod.torch import gpus
+    from mpi_ops.kernels import device
+
+    assert gpus.kernels_problem(torch.cuda.current_device()) is None
+    left = 64 << 20
+    free, _ = torch.cuda.mem_get_info()
+    kept = torch.empty(free - left, dtype=torch.uint8, device="cuda")
+    del kept
+    assert torch.cuda.mem_get_info()[0] < 8 * left
+    assert device.KERNELS.empty(8 * left, "uint8").nbytes == 8 * left
+
+
 def test_no_graph_is_captured_meanwhile() -> None:
     from gq_horovod.torch import GlobalQSGD
 

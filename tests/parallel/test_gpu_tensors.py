@@ -687,6 +687,37 @@ def test_kernels_are_waited_for_after_an_error(
     assert (DEFAULT, gpus.kernel_stream(fake_gpu.GPU)) in fake_gpu.Stream.waits
 
 
+@pytest.mark.parametrize("enough", [True, False])
+def test_memory_that_pytorch_does_not_use_is_given_back(
+    enough: bool, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps what it has freed, which may be all that is left of a GPU."""
+    free, emptied = [False], []
+    original = gpu.cupy.empty
+
+    def empty(*arguments: Any, **options: Any) -> Any:
+        if not free[0]:
+            raise MemoryError("of the GPU")
+        return original(*arguments, **options)
+
+    def empty_cache() -> None:
+        emptied.append(free[0])
+        free[0] = enough
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    expected = plugin.allreduce(own, name, compression=plugin.GlobalQSGD(transport=TRANSPORT))
+    monkeypatch.setattr(gpu.cupy, "empty", empty)
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    if enough:
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
+        assert torch.equal(plain(result), expected)
+        assert emptied == [False]
+        return
+    with pytest.raises(MemoryError, match="of the GPU"):
+        plugin.allreduce(on_gpu(own), name, compression=compression)
+
+
 @pytest.mark.parametrize("when", ["in a hook", "in step()"])
 @pytest.mark.parametrize("elements", [6000, 30])
 def test_no_graph_is_captured_meanwhile(
