@@ -93,7 +93,19 @@ def may_be_resident() -> bool:
 
 @cache
 def say_once(index: int) -> None:
-    """Log, on the first rank, what keeps gradients on the GPU of this index from its kernels."""
+    """Log, on the first rank, what keeps gradients on the GPU of this index from its kernels.
+
+    And on the second rank of a host, that it has the GPU of the first one.
+    """
+    if hvd.local_rank() == 1 and index == 0 and torch.cuda.device_count() > 1:
+        _log.say(
+            logging.WARNING,
+            "gpu-shared",
+            f"gradients of rank {hvd.rank()}, the second of its host, lie on the first of "
+            f"{torch.cuda.device_count()} GPUs, which the first rank has, too; call "
+            "torch.cuda.set_device(hvd.local_rank()) after hvd.init(), before anything is on a GPU",
+            gpus=torch.cuda.device_count(),
+        )
     if hvd.rank() != 0:
         return
     problems = []

@@ -162,6 +162,32 @@ def test_memory_that_pytorch_does_not_use_is_given_back() -> None:
     assert device.KERNELS.empty(8 * left, "uint8").nbytes == 8 * left
 
 
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_steps_take_no_more_memory_than_the_first_ones(levels: Any) -> None:
+    """Backward passes, whose gradients lie elsewhere in every step, and which nobody waits for."""
+    import cupy
+
+    from gq_horovod.torch import GlobalQSGD
+
+    layers = [torch.nn.Linear(512, 512, device="cuda") for _ in range(8)]
+    model = torch.nn.Sequential(*layers)
+    compression = GlobalQSGD(levels=levels, bucket_bytes=2 << 20)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model.named_parameters(),
+        compression=compression,
+    )
+    taken = []
+    for step in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(64 + step % 3, 512, device="cuda")).square().mean().backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+        pool = cupy.get_default_memory_pool()
+        taken.append((torch.cuda.memory_reserved(), pool.total_bytes()))
+    assert all(last <= before for before, last in zip(taken[19], taken[-1], strict=True))
+
+
 def test_no_graph_is_captured_meanwhile() -> None:
     from gq_horovod.torch import GlobalQSGD
 

@@ -498,6 +498,30 @@ def test_no_other_gpu_is_looked_at(name: str, gpu: Any, monkeypatch: pytest.Monk
     assert torch.equal(plain(result), expected)
 
 
+@pytest.mark.usefixtures("several_ranks", "gpu")
+@pytest.mark.parametrize(
+    ("device", "count", "shared"),
+    [(fake_gpu.GPU, 2, True), (fake_gpu.GPU, 1, False), (fake_gpu.SECOND, 2, False)],
+    ids=["the first of two", "the only one", "the second of two"],
+)
+def test_ranks_that_share_a_gpu_beside_others_are_told(
+    device: torch.device,
+    count: int,
+    shared: bool,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As where nobody calls torch.cuda.set_device; without NCCL nothing else says so."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    own = on_gpu(gradients((6000,))[hvd.rank()], device)
+    with caplog.at_level(logging.WARNING):
+        plugin.allreduce(own, name, compression=plugin.GlobalQSGD(transport=TRANSPORT))
+    said = [own for own in caplog.records if getattr(own, "event", "") == "gpu-shared"]
+    assert len(said) == int(shared and hvd.local_rank() == 1)
+    assert all("torch.cuda.set_device(hvd.local_rank())" in own.getMessage() for own in said)
+
+
 def test_statistics_of_a_gpu(resident: bool, name: str) -> None:
     if by_nodes():
         pytest.skip("there are none of codes of means")
