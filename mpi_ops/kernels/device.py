@@ -533,6 +533,9 @@ def pinned(size: int, dtype: DTypeLike) -> NDArray[Any]:
     return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(size_bytes, 1)), dtype, size)
 
 
+_DONE, _NOT_READY = 0, 600  # of cudaEventQuery
+
+
 class Copying(NamedTuple):
     """A copy in flight."""
 
@@ -540,8 +543,15 @@ class Copying(NamedTuple):
     target: Any
 
     def ready(self) -> bool:
-        """Whether it is complete, and with it what its stream had to do before."""
-        return bool(self.event.done)
+        """Whether it is complete, and with it what its stream had to do before.
+
+        Raises CUDARuntimeError where the GPU has failed, also at something else: CuPy's `done` is
+        false for ever then.
+        """
+        status = runtime.eventQuery(self.event.ptr)
+        if status not in (_DONE, _NOT_READY):
+            raise runtime.CUDARuntimeError(status)
+        return bool(status == _DONE)
 
     def wait(self) -> Any:
         """The target, after blocking until it is complete."""

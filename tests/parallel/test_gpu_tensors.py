@@ -711,6 +711,19 @@ def test_kernels_are_waited_for_after_an_error(
     assert (DEFAULT, gpus.kernel_stream(fake_gpu.GPU)) in fake_gpu.Stream.waits
 
 
+def test_a_gpu_that_has_failed_is_an_error(
+    name: str, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an assertion in a kernel of the model; copies are then never complete."""
+    own = on_gpu(gradients((6000,), tag=4)[hvd.rank()])
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    plugin.allreduce(own, name, compression=compression)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_cupy.Event, "failure", 710)
+        with pytest.raises(fake_cupy.CUDARuntimeError, match="710"):
+            plugin.allreduce(own, name, compression=compression)
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_memory_that_pytorch_does_not_use_is_given_back(
     enough: bool, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
