@@ -588,7 +588,7 @@ def test_a_rank_that_has_joined_before_is_not_waited_for(name: str, resident: bo
 
 
 @pytest.mark.parametrize("variable", ["HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS"])
-@pytest.mark.parametrize("early", ["0", "1"])
+@pytest.mark.parametrize("early", ["0", "1", "true"])  # Horovod reads a number
 def test_operations_that_are_called_complete_early(
     early: str, variable: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
