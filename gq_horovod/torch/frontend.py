@@ -619,7 +619,10 @@ class TorchFrontend(Frontend):
             self.config.FUNCTION,
         )
         places = agreed[-nodes.numbers(group.ranks) :]
+        could_stay = group.resident
         group.adopt(agreed[: -len(places)])
+        if could_stay and not group.resident and group.rank == 0:
+            gpus.say_that_others_cannot(self.config.FUNCTION)
         members, placed = process_set.ranks or list(range(hvd.size())), group.nodes
         if everyone and not group.placed:  # all ranks have to be there
             self._place(group, members, places)

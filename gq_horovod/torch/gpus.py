@@ -131,6 +131,18 @@ def say_once(index: int) -> None:
         )
 
 
+def say_that_others_cannot(function: str) -> None:
+    """Log that codes could stay on this rank's GPU, and not on those of all ranks."""
+    _log.say(
+        logging.WARNING,
+        "gpu",
+        f"{function}: codes travel through host memory, because another rank cannot keep them on "
+        "its GPU; `gq-horovod doctor`, started as the ranks are, says which one and why, or "
+        f"{VARIABLE} or Horovod's variables are not the same on all ranks",
+        function=function,
+    )
+
+
 @cache
 def say_what_waits(device: torch.device, function: str) -> None:
     """Log, on the first rank, that codes wait for the backward pass, if they do on this GPU."""

@@ -428,20 +428,32 @@ def test_what_is_not_finite_reaches_every_rank_and_is_named(
 
 
 @pytest.mark.usefixtures("several_ranks")
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(
+    ("levels", "unable"), [("standard", 0), ("exponential", 1), ("two-hop", 0)]
+)
 def test_ranks_agree_whether_codes_stay(
-    levels: Any, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+    levels: Any,
+    unable: int,
+    name: str,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Where one rank's cannot, those of all ranks pass through host memory."""
     own = gradients((6000,), tag=4)[hvd.rank()]
     compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
     expected = plugin.allreduce(own, name, compression=compression)
-    if hvd.rank() == 0:
+    if hvd.rank() == unable:
         monkeypatch.setenv(gpus.VARIABLE, "0")
     compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
-    result = plugin.allreduce(on_gpu(own), name, compression=compression)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
     _require_residence(resident=False)
     assert torch.equal(plain(result), expected)
+    said = [own for own in caplog.records if getattr(own, "event", "") == "gpu"]
+    assert len(said) == int(hvd.rank() == 0 != unable and TRANSPORT == "horovod")
+    assert all("gq-horovod doctor" in own.getMessage() for own in said)
 
 
 @pytest.mark.parametrize(
