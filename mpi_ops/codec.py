@@ -105,11 +105,12 @@ def _spread(norm: Norms, norms: Norms) -> None:
 
     By copies, twice as many elements each time: CuPy would compile a kernel for one number to all.
     """
-    norms[:1] = norm
+    kernels = kernels_for(norms)
+    kernels.copy(norm, norms[:1])
     done = 1
     while done < norms.size:
         more = min(done, norms.size - done)
-        norms[done : done + more] = norms[:more]
+        kernels.copy(norms[:more], norms[done : done + more])
         done += more
 
 
@@ -256,9 +257,10 @@ def norms_of_share(norms: Norms, count: int, rank: int, plan: Plan) -> Norms:
     there = norms[rank * size : (rank + 1) * size]
     if there.size == size:
         return there
-    own: Norms = kernels_for(norms).empty(size, INT32)
+    kernels = kernels_for(norms)
+    own: Norms = kernels.empty(size, INT32)
     own.fill(0)
-    own[: there.size] = there
+    kernels.copy(there, own[: there.size])
     return own
 
 

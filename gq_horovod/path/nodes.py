@@ -192,11 +192,12 @@ class _Among:
     def allreduce_max(self, array: NDArray[np.int32], name: str) -> Handle:
         """Of norms, and of what goes beside them."""
         count, own = self._count, slice(self._begin, self._begin + self._count)
+        kernels = codec.kernels_for(array)
         with self._memory.entered():
-            every = codec.kernels_for(array).empty(self._all + array.size - count, np.int32)
+            every = kernels.empty(self._all + array.size - count, np.int32)
             every[: self._all].fill(0)
-            every[own] = array[:count]
-            every[self._all :] = array[count:]
+            kernels.copy(array[:count], every[own])
+            kernels.copy(array[count:], every[self._all :])
         handle = self._everyone.allreduce_max(every, name)
         return _Own(handle, array, own, self._all, self._memory)
 
@@ -218,9 +219,10 @@ class _Own(NamedTuple):
 
     def wait(self) -> NDArray[np.int32]:
         found, count = self.handle.wait(), self.own.stop - self.own.start
+        kernels = codec.kernels_for(self.array)
         with self.memory.entered():
-            self.array[:count] = found[self.own]
-            self.array[count:] = found[self.all :]
+            kernels.copy(found[self.own], self.array[:count])
+            kernels.copy(found[self.all :], self.array[count:])
         return self.array
 
 

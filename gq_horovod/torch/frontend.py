@@ -134,7 +134,7 @@ class TorchFrontend(Frontend):
                 f"{self.config.FUNCTION}: tensor {caller.name!r} must not require gradients, "
                 "because the quantized mean is not differentiable; pass tensor.detach()."
             )
-        group = self._group(caller.process_set)
+        group = self._group(caller.process_set, tensor.device)
         if caller.optimizer is not None:
             with _settling:
                 settled = self._optimizers.get(caller.optimizer)
@@ -573,8 +573,11 @@ class TorchFrontend(Frontend):
 
     # --------------------------------------------------------------------------------------- groups
 
-    def _group(self, process_set: Any) -> Group:
-        """State for a process set, whose ranks have compared how they are configured."""
+    def _group(self, process_set: Any, device: torch.device) -> Group:
+        """State for a process set, whose ranks have compared how they are configured.
+
+        `device` is that of the tensor that is to be reduced.
+        """
         self.require_process_set(process_set)
         key = () if process_set.process_set_id == 0 else tuple(process_set.ranks)
         group = self._groups.get(key)
@@ -582,10 +585,12 @@ class TorchFrontend(Frontend):
             with _agreeing.setdefault(key, threading.RLock()):
                 group = self._groups.get(key)  # another thread may have been faster
                 if group is None or not _current(group, process_set):
-                    group = self._agree(key, group, process_set)
+                    group = self._agree(key, group, process_set, device)
         return group
 
-    def _agree(self, key: tuple[int, ...], before: Group | None, process_set: Any) -> Group:
+    def _agree(
+        self, key: tuple[int, ...], before: Group | None, process_set: Any, device: torch.device
+    ) -> Group:
         """A group on whose state the ranks of the process set agree."""
         log.identify(hvd.rank(), hvd.size())
         numbering.install(speaks=hvd.rank() == 0)
@@ -594,7 +599,8 @@ class TorchFrontend(Frontend):
         joins = _joins()
         group = before
         if group is None or group.session is not numbering.session() or group.pipeline.closed:
-            group = self._new_group(key, process_set, 0 if before is None else before.end_step)
+            first = 0 if before is None else before.end_step
+            group = self._new_group(key, process_set, first, device)
         elif group.collectives.process_set.process_set_id != process_set.process_set_id:
             group.pipeline.give_up()  # what a process set that was removed has begun
         group.collectives = Collectives(process_set)
@@ -613,7 +619,10 @@ class TorchFrontend(Frontend):
             self.config.FUNCTION,
         )
         places = agreed[-nodes.numbers(group.ranks) :]
+        could_stay = group.resident
         group.adopt(agreed[: -len(places)])
+        if could_stay and not group.resident and group.rank == 0:
+            gpus.say_that_others_cannot(self.config.FUNCTION)
         members, placed = process_set.ranks or list(range(hvd.size())), group.nodes
         if everyone and not group.placed:  # all ranks have to be there
             self._place(group, members, places)
@@ -648,7 +657,9 @@ class TorchFrontend(Frontend):
             # One node is no reason to leave out what was asked for.
             if found.has_levels or (self.config.hierarchical is True and found.ranks_per_node > 1):
                 plan = self._plan(len(found.nodes), "nodes")  # before anything is begun for it
-                own = nodes.reached(found, group.rank, members, places, self.config.transport)
+                own = nodes.reached(
+                    *(found, group.rank, members, places, self.config.transport, group.resident)
+                )
         else:
             own = found
         if isinstance(own, str):
@@ -686,7 +697,9 @@ class TorchFrontend(Frontend):
             text = str(error).replace(f"{parties} ranks", f"{parties} {what}")
             raise ValueError(text) from None
 
-    def _new_group(self, key: tuple[int, ...], process_set: Any, before: int) -> Group:
+    def _new_group(
+        self, key: tuple[int, ...], process_set: Any, before: int, device: torch.device
+    ) -> Group:
         """A group that begins with what was loaded, or else after the step `before`."""
         ranks = process_set.size()
         try:
@@ -711,7 +724,9 @@ class TorchFrontend(Frontend):
             first_step=before,
             base=before,
             resident=(
-                self.config.transport == "horovod" and self._method() is None and gpus.resident()
+                self.config.transport == "horovod"
+                and self._method() is None
+                and gpus.resident(device)
             ),
         )
         if self.config.levels == "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,13 @@ _log = Log(__name__)
 VARIABLE = "GQ_HOROVOD_GPU_CODES"
 
 _BUILD = "build it with HOROVOD_GPU_OPERATIONS=NCCL"
+_HIERARCHICAL = "HOROVOD_HIERARCHICAL_ALLGATHER"
+
+
+def number_of(variable: str) -> int:
+    """A variable as Horovod reads numbers: what its text begins with; 0 where that is none."""
+    found = re.match(r"\s*[+-]?\d+", os.environ.get(variable, ""))
+    return int(found[0]) if found else 0
 
 
 def horovod_takes_them() -> bool:
@@ -41,17 +49,44 @@ def kernels_problem(index: int) -> str | None:
             f"CuPy does not import ({error}): `pip install 'gq-horovod[cuda13]'` (or cuda12, for "
             "an older driver)"
         )
+    # PyTorch keeps what it has freed, which may be all that is left, and CuPy cannot ask it.
+    device.release_memory = torch.cuda.empty_cache
     return device.problem(index)
 
 
-def resident() -> bool:
+def allgather_problem() -> str | None:
+    """Why Horovod's Allgather cannot take what lies on a GPU, with the remedy; None if it can.
+
+    Horovod 0.28.1 asks for MPI's hierarchical one before NCCL's (CreateOperationManager), also for
+    tensors on a GPU, and copies from there as if it were host memory: a segmentation fault.
+    """
+    if not hvd.mpi_enabled():
+        return None
+    if _HIERARCHICAL in os.environ:
+        # Of a single host Horovod leaves it out.
+        taken = number_of(_HIERARCHICAL) > 0 and hvd.size() != hvd.local_size()
+        cause = f"{_HIERARCHICAL} asks for"
+    else:
+        taken, cause = number_of("HOROVOD_AUTOTUNE") > 0, "HOROVOD_AUTOTUNE tries"
+    if not taken:
+        return None
+    return f"{cause} an Allgather that works in host memory alone; set {_HIERARCHICAL}=0"
+
+
+def resident(device: torch.device) -> bool:
     """Whether codes of this rank's gradients can stay on its GPU: Horovod takes them there.
 
-    A rank that has not used a GPU yet cannot say so, and has no gradients on one.
+    `device` is that of the first tensor that is reduced. Where that is the host's, gradients may
+    lie on the current GPU; a rank that has not used one yet cannot say so. No other GPU is looked
+    at: a process takes memory on every one that it looks at.
     """
-    if os.environ.get(VARIABLE, "1") == "0" or not torch.cuda.is_initialized():
+    if os.environ.get(VARIABLE, "1") == "0":
         return False
-    return bool(hvd.nccl_built()) and kernels_problem(torch.cuda.current_device()) is None
+    if not hvd.nccl_built() or allgather_problem() is not None:
+        return False
+    if device.type == "cuda":
+        return kernels_problem(device.index) is None
+    return torch.cuda.is_initialized() and kernels_problem(torch.cuda.current_device()) is None
 
 
 def may_be_resident() -> bool:
@@ -61,7 +96,19 @@ def may_be_resident() -> bool:
 
 @cache
 def say_once(index: int) -> None:
-    """Log, on the first rank, what keeps gradients on the GPU of this index from its kernels."""
+    """Log, on the first rank, what keeps gradients on the GPU of this index from its kernels.
+
+    And on the second rank of a host, that it has the GPU of the first one.
+    """
+    if hvd.local_rank() == 1 and index == 0 and torch.cuda.device_count() > 1:
+        _log.say(
+            logging.WARNING,
+            "gpu-shared",
+            f"gradients of rank {hvd.rank()}, the second of its host, lie on the first of "
+            f"{torch.cuda.device_count()} GPUs, which the first rank has, too; call "
+            "torch.cuda.set_device(hvd.local_rank()) after hvd.init(), before anything is on a GPU",
+            gpus=torch.cuda.device_count(),
+        )
     if hvd.rank() != 0:
         return
     problems = []
@@ -74,6 +121,8 @@ def say_once(index: int) -> None:
         problems.append(
             f"Horovod was built without NCCL, so codes travel through host memory; {_BUILD}"
         )
+    elif (problem := allgather_problem()) is not None:
+        problems.append(f"codes travel through host memory, because {problem}")
     if (problem := kernels_problem(index)) is not None:
         problems.append(f"{problem}; until then they are copied to the host whole")
     for problem in problems:
@@ -83,6 +132,18 @@ def say_once(index: int) -> None:
             f"gradients lie on a GPU, but {problem}",
             problem=problem,
         )
+
+
+def say_that_others_cannot(function: str) -> None:
+    """Log that codes could stay on this rank's GPU, and not on those of all ranks."""
+    _log.say(
+        logging.WARNING,
+        "gpu",
+        f"{function}: codes travel through host memory, because another rank cannot keep them on "
+        "its GPU; `gq-horovod doctor`, started as the ranks are, says which one and why, or "
+        f"{VARIABLE} or Horovod's variables are not the same on all ranks",
+        function=function,
+    )
 
 
 @cache
@@ -157,7 +218,10 @@ def follow_kernels(device: torch.device) -> None:
 
 def _completes_early() -> bool:
     """Whether Horovod calls operations complete that a GPU is still at."""
-    return os.environ.get("HOROVOD_ENABLE_ASYNC_COMPLETION", "0") not in ("", "0")
+    return any(
+        number_of(variable) > 0
+        for variable in ("HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS")
+    )
 
 
 @cache

@@ -21,12 +21,13 @@ from mpi_ops.nodes import Placement, placement
 from ..log import Log
 from ..path.nodes import Nodes
 from ..path.pipeline import poll_all
-from . import numbering
+from . import gpus, numbering
 from .collectives import Collectives
 
 _log = Log(__name__)
 
 _DYNAMIC = "HOROVOD_DYNAMIC_PROCESS_SETS"
+_STREAMS = "HOROVOD_NUM_NCCL_STREAMS"
 
 # How long a rank that shuts Horovod down waits for ranks of other nodes to do so as well.
 _LEAVE_SECONDS = 10.0
@@ -39,21 +40,23 @@ _reduced: dict[tuple[int, ...], tuple[object, Collectives]] = {}
 def table(place: int, ranks: int) -> list[int]:
     """What ranks take the maximum of, to know where all are; `place` is this one's of so many.
 
-    Whether one of them cannot add process sets, whether nodes differ, and the node of each rank.
+    Whether one of them cannot add process sets, whether nodes differ, whether NCCL has several
+    streams, and the node of each rank.
     """
     nodes = [0] * ranks
     nodes[place] = _node() + 1
-    return [int(not _can_add()), int(not hvd_ops.is_homogeneous()), *nodes]
+    several = gpus.number_of(_STREAMS) > 1
+    return [int(not _can_add()), int(not hvd_ops.is_homogeneous()), int(several), *nodes]
 
 
 def numbers(ranks: int) -> int:
     """How many that are."""
-    return 2 + ranks
+    return 3 + ranks
 
 
 def where(agreed: Sequence[int]) -> Placement | str:
     """Where all ranks are, from the maxima; or why there are no two levels."""
-    _, uneven, *found = agreed
+    _, uneven, _, *found = agreed
     return "nodes have different numbers of ranks" if uneven else placement(found)
 
 
@@ -67,7 +70,12 @@ def pays(resident: bool) -> bool:
 
 
 def reached(
-    found: Placement, rank: int, members: Sequence[int], agreed: Sequence[int], transport: str
+    found: Placement,
+    rank: int,
+    members: Sequence[int],
+    agreed: Sequence[int],
+    transport: str,
+    resident: bool,
 ) -> Nodes | str:
     """What a rank reaches the others by, or why it cannot; the same on every rank.
 
@@ -77,9 +85,17 @@ def reached(
         members: ranks of Horovod that the group has.
         agreed: the maxima.
         transport: of the options.
+        resident: whether codes stay on GPUs.
     """
     if transport == "mpi":
         return _by_messages(found, rank, members)
+    if resident and agreed[2]:
+        # It takes the next stream, with a communicator of its own, after every operation on GPUs in
+        # any process set (GPUOpContext::FinalizeGPUQueue); and ranks differ in their numbers.
+        return (
+            "Horovod takes NCCL's streams in turn, and ranks of different process sets would not "
+            f"take the same one: unset {_STREAMS} on all ranks"
+        )
     return _by_process_sets(found, rank, members, dynamic=not agreed[0])
 
 
@@ -127,7 +143,7 @@ def leave() -> None:
 def say(function: str, problem: str) -> None:
     """Log why gradients are not reduced by nodes; loud where that can be changed."""
     _log.say(
-        logging.WARNING if _DYNAMIC in problem else logging.INFO,
+        logging.WARNING if _DYNAMIC in problem or _STREAMS in problem else logging.INFO,
         "nodes",
         f"{function}: gradients are reduced among all ranks, and not by nodes, because {problem}",
         function=function,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
@@ -239,6 +239,11 @@ def problem(device: int) -> str | None:
 # ------------------------------------------------------------------------------------------ kernels
 
 
+# Called where CuPy finds no memory, before it looks once more: gives back what somebody else keeps
+# of a device and does not use. None: nobody does.
+release_memory: Callable[[], object] | None = None
+
+
 class Device(Kernels):
     """The kernels for device memory."""
 
@@ -249,6 +254,15 @@ class Device(Kernels):
     def address(self, array: Any) -> int:
         pointer: int = array.data.ptr
         return pointer
+
+    def empty(self, size: int, dtype: DTypeLike) -> Any:
+        try:
+            return cupy.empty(size, dtype=dtype)
+        except MemoryError:
+            if release_memory is None:
+                raise
+        release_memory()
+        return cupy.empty(size, dtype=dtype)
 
     def random(self, dither: NDArray[np.uint32]) -> tuple[Any, ...]:
         return tuple(dither.view(np.uint64))
@@ -276,6 +290,12 @@ class Device(Kernels):
     def download(self, staged: Any, array: Any) -> None:
         if staged is not array:
             array[:] = begin_copy(staged, pinned(array.size, array.dtype)).wait()
+
+    def copy(self, source: Any, target: Any) -> None:
+        # For an assignment of one element CuPy would compile a kernel, in the middle of a step.
+        stream = cupy.cuda.get_current_stream()
+        pointers = target.data.ptr, source.data.ptr
+        runtime.memcpyAsync(*pointers, source.nbytes, runtime.memcpyDefault, stream.ptr)
 
     def wait(self) -> None:
         cupy.cuda.get_current_stream().synchronize()
@@ -513,6 +533,9 @@ def pinned(size: int, dtype: DTypeLike) -> NDArray[Any]:
     return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(size_bytes, 1)), dtype, size)
 
 
+_DONE, _NOT_READY = 0, 600  # of cudaEventQuery
+
+
 class Copying(NamedTuple):
     """A copy in flight."""
 
@@ -520,8 +543,15 @@ class Copying(NamedTuple):
     target: Any
 
     def ready(self) -> bool:
-        """Whether it is complete, and with it what its stream had to do before."""
-        return bool(self.event.done)
+        """Whether it is complete, and with it what its stream had to do before.
+
+        Raises CUDARuntimeError where the GPU has failed, also at something else: CuPy's `done` is
+        false for ever then.
+        """
+        status = runtime.eventQuery(self.event.ptr)
+        if status not in (_DONE, _NOT_READY):
+            raise runtime.CUDARuntimeError(status)
+        return bool(status == _DONE)
 
     def wait(self) -> Any:
         """The target, after blocking until it is complete."""

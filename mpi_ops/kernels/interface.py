@@ -231,6 +231,10 @@ class Kernels(ABC):
         """
 
     @abstractmethod
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy between arrays of one size and dtype, where kernels are called."""
+
+    @abstractmethod
     def wait(self) -> None:
         """Wait for the kernels that were called."""
 

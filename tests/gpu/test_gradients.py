@@ -103,8 +103,14 @@ def test_the_same_bytes_as_in_host_memory(
 @pytest.mark.parametrize("stays", ["0", "1"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bits": 5}, {"bits": 3, "error_feedback": True}, {"levels": "standard", "norm": "l2"}],
-    ids=["default", "dense lanes", "error feedback", "L2 norms"],
+    [
+        {},
+        {"bits": 5},
+        {"bits": 3, "error_feedback": True},
+        {"levels": "standard", "norm": "l2"},
+        {"levels": "exponential", "block_size": "bucket"},
+    ],
+    ids=["default", "dense lanes", "error feedback", "L2 norms", "a norm for a bucket"],
 )
 def test_a_stream_of_its_own_gives_the_same_bytes(
     options: dict[str, Any], stays: str, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +126,7 @@ def test_a_stream_of_its_own_gives_the_same_bytes(
         optimizer = hvd.DistributedOptimizer(
             torch.optim.SGD([parameter], lr=1.0),
             [("parameter", parameter)],
-            compression=GlobalQSGD(block_size=256, **options),
+            compression=GlobalQSGD(**{"block_size": 256, **options}),
         )
         side = torch.cuda.Stream() if place == "cuda" else None
         results = []
@@ -140,6 +146,49 @@ def test_a_stream_of_its_own_gives_the_same_bytes(
 
     for one, other in zip(train("cpu"), train("cuda"), strict=True):
         assert torch.equal(one, other)
+
+
+def test_memory_that_pytorch_does_not_use_is_given_back() -> None:
+    """Where our kernels need some, and PyTorch keeps all that is left of the GPU."""
+    from gq_horovod.torch import gpus
+    from mpi_ops.kernels import device
+
+    assert gpus.kernels_problem(torch.cuda.current_device()) is None
+    left = 64 << 20
+    free, _ = torch.cuda.mem_get_info()
+    kept = torch.empty(free - left, dtype=torch.uint8, device="cuda")
+    del kept
+    assert torch.cuda.mem_get_info()[0] < 8 * left
+    assert device.KERNELS.empty(8 * left, "uint8").nbytes == 8 * left
+
+
+@pytest.mark.parametrize("levels", ["standard", "exponential", "two-hop"])
+def test_steps_take_no_more_memory_than_the_first_ones(
+    levels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole backward passes, whose activations differ in size from step to step."""
+    import cupy
+
+    from gq_horovod.torch import GlobalQSGD
+
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")  # an optimizer of one rank has hooks only then
+    layers = [torch.nn.Linear(512, 512, device="cuda") for _ in range(8)]
+    model = torch.nn.Sequential(*layers)
+    compression = GlobalQSGD(levels=levels, bucket_bytes=2 << 20)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model.named_parameters(),
+        compression=compression,
+    )
+    taken = []
+    for step in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(64 + step % 3, 512, device="cuda")).square().mean().backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+        pool = cupy.get_default_memory_pool()
+        taken.append((torch.cuda.memory_reserved(), pool.total_bytes()))
+    assert all(last <= before for before, last in zip(taken[19], taken[-1], strict=True))
 
 
 def test_no_graph_is_captured_meanwhile() -> None:

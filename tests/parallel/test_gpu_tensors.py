@@ -428,20 +428,110 @@ def test_what_is_not_finite_reaches_every_rank_and_is_named(
 
 
 @pytest.mark.usefixtures("several_ranks")
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(
+    ("levels", "unable"), [("standard", 0), ("exponential", 1), ("two-hop", 0)]
+)
 def test_ranks_agree_whether_codes_stay(
-    levels: Any, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+    levels: Any,
+    unable: int,
+    name: str,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Where one rank's cannot, those of all ranks pass through host memory."""
     own = gradients((6000,), tag=4)[hvd.rank()]
     compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
     expected = plugin.allreduce(own, name, compression=compression)
-    if hvd.rank() == 0:
+    if hvd.rank() == unable:
         monkeypatch.setenv(gpus.VARIABLE, "0")
     compression = plugin.GlobalQSGD(levels=levels, transport=TRANSPORT)
-    result = plugin.allreduce(on_gpu(own), name, compression=compression)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
     _require_residence(resident=False)
     assert torch.equal(plain(result), expected)
+    said = [own for own in caplog.records if getattr(own, "event", "") == "gpu"]
+    assert len(said) == int(hvd.rank() == 0 != unable and TRANSPORT == "horovod")
+    assert all("gq-horovod doctor" in own.getMessage() for own in said)
+
+
+@pytest.mark.parametrize(
+    ("variables", "hosts", "mpi", "stay"),
+    [
+        ({"HOROVOD_AUTOTUNE": "1"}, 1, True, False),
+        ({"HOROVOD_AUTOTUNE": "1"}, 2, False, True),
+        ({"HOROVOD_AUTOTUNE": "1", "HOROVOD_HIERARCHICAL_ALLGATHER": "0"}, 2, True, True),
+        ({"HOROVOD_HIERARCHICAL_ALLGATHER": "1"}, 2, True, False),
+        ({"HOROVOD_HIERARCHICAL_ALLGATHER": "1"}, 1, True, True),
+    ],
+)
+def test_codes_leave_the_gpu_where_horovod_would_read_them_as_host_memory(
+    variables: dict[str, str],
+    hosts: int,
+    mpi: bool,
+    stay: bool,
+    name: str,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """MPI's hierarchical Allgather comes before NCCL's, and takes tensors of any device."""
+    if TRANSPORT == "mpi" and not mpi:
+        pytest.skip("messages need it")
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    expected = plugin.allreduce(own, name, compression=compression)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(hvd, "mpi_enabled", lambda: mpi)
+    monkeypatch.setattr(hvd, "local_size", lambda: hvd.size() // hosts)
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    with caplog.at_level(logging.WARNING):
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
+    _require_residence(stay and TRANSPORT == "horovod")
+    assert torch.equal(plain(result), expected)
+    said = [own.getMessage() for own in caplog.records if getattr(own, "event", "") == "gpu"]
+    assert len(said) == int(hvd.rank() == 0 and not stay)
+    assert all("set HOROVOD_HIERARCHICAL_ALLGATHER=0" in text for text in said)
+
+
+def test_no_other_gpu_is_looked_at(name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one may be another rank's, where a program has named its GPU in every call."""
+    monkeypatch.setattr(
+        gpus, "kernels_problem", lambda index: None if index == 1 else "another process has it"
+    )
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    host, device = (plugin.GlobalQSGD(transport=TRANSPORT) for _ in range(2))
+    expected = plugin.allreduce(own, name, compression=host)
+    result = plugin.allreduce(on_gpu(own, fake_gpu.SECOND), name, compression=device)
+    _require_residence(TRANSPORT == "horovod")
+    assert result.device == fake_gpu.SECOND
+    assert torch.equal(plain(result), expected)
+
+
+@pytest.mark.usefixtures("several_ranks", "gpu")
+@pytest.mark.parametrize(
+    ("device", "count", "shared"),
+    [(fake_gpu.GPU, 2, True), (fake_gpu.GPU, 1, False), (fake_gpu.SECOND, 2, False)],
+    ids=["the first of two", "the only one", "the second of two"],
+)
+def test_ranks_that_share_a_gpu_beside_others_are_told(
+    device: torch.device,
+    count: int,
+    shared: bool,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As where nobody calls torch.cuda.set_device; without NCCL nothing else says so."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    own = on_gpu(gradients((6000,))[hvd.rank()], device)
+    with caplog.at_level(logging.WARNING):
+        plugin.allreduce(own, name, compression=plugin.GlobalQSGD(transport=TRANSPORT))
+    said = [own for own in caplog.records if getattr(own, "event", "") == "gpu-shared"]
+    assert len(said) == int(shared and hvd.local_rank() == 1)
+    assert all("torch.cuda.set_device(hvd.local_rank())" in own.getMessage() for own in said)
 
 
 def test_statistics_of_a_gpu(resident: bool, name: str) -> None:
@@ -509,14 +599,15 @@ def test_a_rank_that_has_joined_before_is_not_waited_for(name: str, resident: bo
     hvd.join()
 
 
-@pytest.mark.parametrize("early", ["0", "1"])
+@pytest.mark.parametrize("variable", ["HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS"])
+@pytest.mark.parametrize("early", ["0", "1", "true"])  # Horovod reads a number
 def test_operations_that_are_called_complete_early(
-    early: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+    early: str, variable: str, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Horovod then has its stream wait for a GPU, and ours has to wait for that."""
     if TRANSPORT == "mpi":
         pytest.skip("no operations of Horovod's on a GPU")
-    monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", early)
+    monkeypatch.setenv(variable, early)
     compression = plugin.GlobalQSGD(levels="two-hop")
     plugin.allreduce(on_gpu(gradients((6000,))[hvd.rank()]), name, compression=compression)
     waited = (gpus.kernel_stream(fake_gpu.GPU), DEFAULT) in fake_gpu.Stream.waits
@@ -630,6 +721,50 @@ def test_kernels_are_waited_for_after_an_error(
         with pytest.raises(MemoryError):
             plugin.allreduce(on_gpu(own), name, compression=compression)
     assert (DEFAULT, gpus.kernel_stream(fake_gpu.GPU)) in fake_gpu.Stream.waits
+
+
+def test_a_gpu_that_has_failed_is_an_error(
+    name: str, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an assertion in a kernel of the model; copies are then never complete."""
+    own = on_gpu(gradients((6000,), tag=4)[hvd.rank()])
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    plugin.allreduce(own, name, compression=compression)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_cupy.Event, "failure", 710)
+        with pytest.raises(fake_cupy.CUDARuntimeError, match="710"):
+            plugin.allreduce(own, name, compression=compression)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_memory_that_pytorch_does_not_use_is_given_back(
+    enough: bool, name: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps what it has freed, which may be all that is left of a GPU."""
+    free, emptied = [False], []
+    original = gpu.cupy.empty
+
+    def empty(*arguments: Any, **options: Any) -> Any:
+        if not free[0]:
+            raise MemoryError("of the GPU")
+        return original(*arguments, **options)
+
+    def empty_cache() -> None:
+        emptied.append(free[0])
+        free[0] = enough
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    own = gradients((6000,), tag=4)[hvd.rank()]
+    expected = plugin.allreduce(own, name, compression=plugin.GlobalQSGD(transport=TRANSPORT))
+    monkeypatch.setattr(gpu.cupy, "empty", empty)
+    compression = plugin.GlobalQSGD(transport=TRANSPORT)
+    if enough:
+        result = plugin.allreduce(on_gpu(own), name, compression=compression)
+        assert torch.equal(plain(result), expected)
+        assert emptied == [False]
+        return
+    with pytest.raises(MemoryError, match="of the GPU"):
+        plugin.allreduce(on_gpu(own), name, compression=compression)
 
 
 @pytest.mark.parametrize("when", ["in a hook", "in step()"])

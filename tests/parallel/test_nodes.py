@@ -24,7 +24,7 @@ from test_optimizer import backward, make_optimizer, make_parameters
 from gq_horovod.path import agreement
 from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.research.torch_baselines import QSGD, PowerSGD
-from gq_horovod.torch import GlobalQSGD, allreduce, nodes
+from gq_horovod.torch import GlobalQSGD, allreduce, gpus, nodes
 from mpi_ops.nodes import placement
 
 SHAPES = {"matrix": (300, 100), "vector": (5003,), "small": (40,), "wide": (7, 3000)}
@@ -261,7 +261,7 @@ def test_an_elastic_job(
     assert ("in an elastic job" in said("nodes")) is warned
 
 
-@pytest.mark.parametrize("reason", ["uneven", "numbers", "sets"])
+@pytest.mark.parametrize("reason", ["uneven", "numbers", "sets", "streams of NCCL"])
 def test_where_it_cannot_be(
     reason: str, said: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +274,11 @@ def test_where_it_cannot_be(
         expected = "nodes have 3, 1 ranks"
     elif TRANSPORT == "mpi":
         pytest.skip("messages need no process sets")
+    elif reason == "streams of NCCL":
+        monkeypatch.setattr(gpus, "resident", lambda device: True)
+        if hvd.rank() == 1:
+            monkeypatch.setenv("HOROVOD_NUM_NCCL_STREAMS", "2")
+        expected = "unset HOROVOD_NUM_NCCL_STREAMS"
     else:
         monkeypatch.setattr(nodes, "_known", dict)
         monkeypatch.setattr(nodes, "_can_add", lambda: hvd.rank() != 1)

@@ -121,11 +121,7 @@ class ndarray:
         return ndarray(self._values[key])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        assert isinstance(value, ndarray), "CuPy compiles a kernel for this; use fill()"
-        target, source = self._values[key], value._values
-        Stream.current().require(target.ctypes.data, source.ctypes.data)
-        copies.append(source.nbytes)
-        Stream.current().give(lambda: target.__setitem__(..., source))
+        raise AssertionError("CuPy compiles a kernel for one element; use Kernels.copy()")
 
     @property
     def data(self) -> Any:
@@ -356,18 +352,28 @@ DEFAULT_STREAM = Stream(null=True)
 
 
 class Event:
-    """What a stream had to do; where streams are deferred, done the third time somebody asks."""
+    """What a stream had to do; where streams are deferred, done the third time somebody asks.
+
+    As CuPy's, it is never done where the device has failed.
+    """
 
     waits_allowed: ClassVar[bool] = True
+    failure: ClassVar[int] = 0  # CUDA's number of what the device has failed at
 
     def __init__(self, disable_timing: bool = False) -> None:
-        self._asked, self._stream = 0, DEFAULT_STREAM
+        self._asked, self._stream, self.ptr = 0, DEFAULT_STREAM, self
+
+    def query(self) -> int:
+        """What cudaEventQuery returns; CuPy raises nothing."""
+        return self.failure or (0 if self.done else 600)
 
     def record(self, stream: Stream) -> None:
         self._stream = stream
 
     @property
     def done(self) -> bool:
+        if self.failure:
+            return False
         self._asked += 1
         if self._asked >= 3 or not Stream.deferred:
             self._stream.flush()
@@ -397,6 +403,8 @@ def copy(target: int, source: int, size: int, *_: Any) -> None:
     ctypes.memmove(target, source, size)
     if is_device(source) != is_device(target):
         (downloads if is_device(source) else uploads).append(size)
+    elif is_device(source):
+        copies.append(size)
 
 
 def copy_later(target: int, source: int, size: int, kind: int, stream: int) -> None:
@@ -451,6 +459,7 @@ def modules() -> dict[str, types.ModuleType]:
                 "getDevice": Device.current,
                 "getDeviceCount": lambda: DEVICES,
                 "pointerGetAttributes": pointer_attributes,
+                "eventQuery": Event.query,
                 "CUDARuntimeError": CUDARuntimeError,
                 "streamPerThread": Stream.PER_THREAD,
                 "memoryTypeDevice": 2,
