@@ -6,6 +6,7 @@ Needs NumPy and an MPI library only; tests/launch/test_mpi_libraries.py runs it 
 from __future__ import annotations
 
 import threading
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -275,6 +276,17 @@ def test_each_thread_may_have_a_communicator() -> None:
     for own in results:
         assert len(own) == 20
         assert np.array_equal(own[0], expected)
+
+
+def test_ranks_wait_in_another_order_on_several_communicators() -> None:
+    x = rank_inputs(150_000, tag=10)[COMM.rank]
+    requests = [iallreduce(x, COMM.Dup()) for _ in range(3)]
+    end = time.monotonic() + 60
+    for request in requests[:: -1 if COMM.rank % 2 else 1]:
+        while not request.test():
+            assert time.monotonic() < end, "each waits for what the other does not advance"
+    for request in requests:
+        assert np.array_equal(request.wait(), requests[0].wait())
 
 
 def test_a_communicator_freed_with_reductions_in_flight() -> None:
