@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -123,7 +124,7 @@ class _Channel:
 _channels: list[_Channel] = []
 
 
-def _advance_beside(own: _Channel) -> None:
+def _advance_beside(own: _Channel | None) -> None:
     """Advance what is in flight on other communicators; their owners are told of errors."""
     for other in list(_channels):
         if other is own or not other.in_flight:
@@ -142,11 +143,24 @@ def _release(comm: MPI.Comm, keyval: int, channel: _Channel) -> None:
 
 
 @atexit.register
-def _release_all() -> None:
-    """The program may have finalized MPI before it ends."""
-    if lifetime.problem() is None:
-        for channel in list(_channels):
-            channel.free()
+def _leave() -> None:
+    """At the end of this process: complete what others wait for, or end the job with an error.
+
+    They would wait for ever, or MPI would end while it writes to memory that is gone. (The program
+    may have finalized MPI before.)
+    """
+    if lifetime.problem() is not None:
+        return
+    end = time.monotonic() + lifetime.LEAVE_SECONDS
+    while any(own.in_flight and own.broken is None for own in _channels):
+        _advance_beside(None)
+        if time.monotonic() > end:
+            break
+        os.sched_yield()
+    if any(own.in_flight for own in _channels):
+        lifetime.end_job("mpi_ops.allreduce")
+    for channel in list(_channels):
+        channel.free()
 
 
 @cache
