@@ -343,6 +343,9 @@ def iallreduce(
     except Exception as error:  # whatever it is: the other ranks wait for this one
         problem = error  # raised once they have been told
         description = {"error": f"{type(error).__name__}: {error}"}
+    except BaseException as error:  # an interrupt: the next call is not the one that others make
+        channel.broken = channel.broken or error
+        raise
     with channel.lock:
         channel.require_whole()
         operation = channel.next_operation()  # counted on every rank, also where it is refused

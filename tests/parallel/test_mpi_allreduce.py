@@ -352,6 +352,24 @@ def test_what_fails_before_the_start_is_told_to_all(monkeypatch: pytest.MonkeyPa
     check_same_bytes(allreduce(x, comm))
 
 
+def test_an_interrupt_before_the_start_stops_those_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other ranks may be in that call, which they would take the next one for."""
+    comm, x = COMM.Dup(), np.ones(1000, np.float32)
+
+    def stop(*arguments: Any) -> Any:
+        raise KeyboardInterrupt("of a test")
+
+    monkeypatch.setattr(codec, "norms", stop)
+    with pytest.raises(KeyboardInterrupt, match="of a test"):
+        allreduce(x, comm)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"stopped on this rank by KeyboardInterrupt: of a test"):
+        allreduce(x, comm)
+    check_same_bytes(allreduce(x, COMM))  # other communicators work
+
+
 def test_an_operation_that_was_freed_is_made_again() -> None:
     codes, total = np.zeros(64, np.uint8), np.ones(64, np.uint8)
     for value in (8, np.int64(8)):
