@@ -454,7 +454,16 @@ def _as_array(array: Any) -> tuple[Any, Any]:
                 "the host first."
             ) from error
         return cupy, cupy.asarray(array)
-    return np, np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
+    if not hasattr(array, "__dlpack__"):
+        return np, np.asarray(array)
+    try:
+        return np, np.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:
+        raise TypeError(
+            "mpi_ops.allreduce: array must be one that NumPy can read by DLPack, got a "
+            f"{type(array).__name__} that it cannot ({error}); pass a NumPy array of its memory, "
+            "of bfloat16 in torch x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)."
+        ) from error
 
 
 def _readable(xp: Any, values: Any) -> Any:
