@@ -7,7 +7,12 @@ module imports mpi4py.
 
 from __future__ import annotations
 
+import sys
+
 from mpi4py import MPI
+
+# How long a rank that ends goes on with what other ranks need to complete theirs.
+LEAVE_SECONDS = 10.0
 
 
 def problem() -> str | None:
@@ -29,3 +34,14 @@ def require(function: str) -> None:
         raise RuntimeError(
             f"{function}: MPI must be initialized and not finalized, but here {found}."
         )
+
+
+def end_job(function: str) -> None:
+    """End all ranks, where this one ends while others wait for what it cannot complete."""
+    print(
+        f"{function}: rank {MPI.COMM_WORLD.rank} ends while codes are on their way that other "
+        "ranks wait for, so it ends the job; see its first error.",
+        file=sys.stderr,
+        flush=True,
+    )
+    MPI.COMM_WORLD.Abort(1)

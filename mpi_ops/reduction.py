@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -67,6 +68,7 @@ class _Channel:
     # What stopped an operation on this rank alone; its traceback keeps the buffers that MPI uses.
     broken: BaseException | None = None
     nodes: _Nodes | None = None  # once somebody reduces by nodes
+    may_split: bool = True  # whether whoever advances operations here may wait for all ranks
     left: bool = False  # by the user, who has freed the communicator
 
     def next_operation(self) -> int:
@@ -79,6 +81,16 @@ class _Channel:
         while self.in_flight[0].operation <= operation - at_once:
             yield
         return operation % at_once * sets * TAGS
+
+    def advance(self, may_split: bool) -> None:
+        """Advance all operations, as far as they get without waiting; the lock is held."""
+        self.may_split = may_split
+        try:
+            for request in list(self.in_flight):
+                if self.broken is None:
+                    request._advance()
+        finally:
+            self.may_split = True
 
     def require_whole(self) -> None:
         """Raise RuntimeError where an operation stopped halfway: no other would be complete."""
@@ -112,6 +124,18 @@ class _Channel:
 _channels: list[_Channel] = []
 
 
+def _advance_beside(own: _Channel | None) -> None:
+    """Advance what is in flight on other communicators; their owners are told of errors."""
+    for other in list(_channels):
+        if other is own or not other.in_flight:
+            continue
+        if other.lock.acquire(blocking=False):  # else another thread advances it
+            try:
+                other.advance(may_split=False)
+            finally:
+                other.lock.release()
+
+
 def _release(comm: MPI.Comm, keyval: int, channel: _Channel) -> None:
     with channel.lock:
         if channel in _channels:
@@ -119,11 +143,24 @@ def _release(comm: MPI.Comm, keyval: int, channel: _Channel) -> None:
 
 
 @atexit.register
-def _release_all() -> None:
-    """The program may have finalized MPI before it ends."""
-    if lifetime.problem() is None:
-        for channel in list(_channels):
-            channel.free()
+def _leave() -> None:
+    """At the end of this process: complete what others wait for, or end the job with an error.
+
+    They would wait for ever, or MPI would end while it writes to memory that is gone. (The program
+    may have finalized MPI before.)
+    """
+    if lifetime.problem() is not None:
+        return
+    end = time.monotonic() + lifetime.LEAVE_SECONDS
+    while any(own.in_flight and own.broken is None for own in _channels):
+        _advance_beside(None)
+        if time.monotonic() > end:
+            break
+        os.sched_yield()
+    if any(own.in_flight for own in _channels):
+        lifetime.end_job("mpi_ops.allreduce")
+    for channel in list(_channels):
+        channel.free()
 
 
 @cache
@@ -157,7 +194,10 @@ def _channel(comm: Any) -> _Channel:
 
 
 class Request:
-    """A reduction in flight. Communication advances inside test() and wait() only."""
+    """A reduction in flight.
+
+    Communication advances inside test() and wait() only: that of all requests of this process.
+    """
 
     def __init__(
         self, channel: _Channel, operation: int, steps: Reduction, out: NDArray[Any]
@@ -177,15 +217,14 @@ class Request:
                 if MPI.Is_finalized():
                     lifetime.require("mpi_ops.iallreduce")
                 # The others too: another rank may be waiting for a message of theirs.
-                for request in list(channel.in_flight):
-                    if channel.broken is None:
-                        request._advance()
+                channel.advance(may_split=True)
             if self._error is not None:
                 raise self._error
             if self not in channel.in_flight:
                 return True
             channel.require_whole()
-            return False
+        _advance_beside(channel)
+        return False
 
     def wait(self) -> NDArray[Any]:
         """The result, after blocking until it is complete."""
@@ -284,10 +323,12 @@ def iallreduce(
     exchange nothing before the oldest are complete. Errors are raised by test() and wait(), which
     any thread may call. `comm` may be freed before.
 
+    Ranks may wait in any order, also for requests on different communicators.
+
     Making communicators blocks until all ranks do the same. The first call on `comm` duplicates it.
     The first hierarchical one splits the duplicate when all that was started before is complete on
-    this rank: in the call, or in the test() or wait() of any request, which other ranks then have
-    to call as well.
+    this rank: in the call, or in the test() or wait() of any request of `comm`, which other ranks
+    then have to call as well.
     """
     channel = _channel(comm)
     problem: Exception | None = None
@@ -302,6 +343,9 @@ def iallreduce(
     except Exception as error:  # whatever it is: the other ranks wait for this one
         problem = error  # raised once they have been told
         description = {"error": f"{type(error).__name__}: {error}"}
+    except BaseException as error:  # an interrupt: the next call is not the one that others make
+        channel.broken = channel.broken or error
+        raise
     with channel.lock:
         channel.require_whole()
         operation = channel.next_operation()  # counted on every rank, also where it is refused
@@ -410,7 +454,16 @@ def _as_array(array: Any) -> tuple[Any, Any]:
                 "cuda12, for an older driver), or copy it to the host first."
             ) from error
         return cupy, cupy.asarray(array)
-    return np, np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
+    if not hasattr(array, "__dlpack__"):
+        return np, np.asarray(array)
+    try:
+        return np, np.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:
+        raise TypeError(
+            "mpi_ops.allreduce: array must be one that NumPy can read by DLPack, got a "
+            f"{type(array).__name__} that it cannot ({error}); pass a NumPy array of its memory, "
+            "of bfloat16 in torch x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)."
+        ) from error
 
 
 def _readable(xp: Any, values: Any) -> Any:
@@ -467,7 +520,9 @@ def _reduction(
     if prepared.hierarchical:
         if channel.nodes is None:
             # To split waits for all ranks. They may wait for what has begun before, so that first.
-            while any(other.operation < operation for other in channel.in_flight):
+            while not channel.may_split or any(
+                other.operation < operation for other in channel.in_flight
+            ):
                 yield
             channel.nodes = _Nodes.of(channel.comm)
         channel.turn += 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import sys
 import threading
 import time
 import weakref
@@ -40,8 +39,6 @@ from .pipeline import Array, Pipeline
 # pipeline that is given up.
 _running: set[Running] = set()
 
-# How long a rank that ends goes on with the exchanges that others need to complete theirs.
-_LEAVE_SECONDS = 10.0
 # How long a rank goes on with its own exchanges when another one has ended.
 _LAST_SECONDS = 1.0
 # How long the norms of a tensor may take from one rank to another.
@@ -145,17 +142,11 @@ def leave() -> None:
         for exchange in list(_running):
             with contextlib.suppress(Exception):  # known by now: this is the end
                 exchange.ready()
-        if time.monotonic() > begin + _LEAVE_SECONDS:
+        if time.monotonic() > begin + lifetime.LEAVE_SECONDS:
             break
         time.sleep(_POLL_SECONDS)
     if _running and not _mpi.ended:
-        print(
-            f"GlobalQSGD: rank {MPI.COMM_WORLD.rank} ends while codes are on their way that other "
-            "ranks wait for, so it ends the job; see its first error.",
-            file=sys.stderr,
-            flush=True,
-        )
-        MPI.COMM_WORLD.Abort(1)
+        lifetime.end_job("GlobalQSGD")
 
 
 class Messages:

@@ -438,7 +438,7 @@ class InFlight:
 
     def __init__(self, task: Task) -> None:
         self.name = task.name
-        self.error: Exception | None = None  # what one of its operations or stages raised
+        self.error: BaseException | None = None  # what one of its operations or stages raised
         self.task = task
         self._delivered: deque[tuple[Any, Any]] = deque()
         self._output: Tensors | None = None
@@ -474,8 +474,8 @@ class InFlight:
     def advance(self) -> bool:
         """Go on to the next operation if this one is complete. Whether there was progress.
 
-        Raises nothing: an error belongs to this tensor, and is met by whoever asks for it. Those
-        who ask for another one would not know what to say about it.
+        Raises no error: it belongs to this tensor, and is met by whoever asks for it. Those who ask
+        for another one would not know what to say about it. (An interrupt is the program's.)
         """
         if self._handle is None:
             return False
@@ -488,7 +488,17 @@ class InFlight:
         except Exception as error:
             self._handle = None
             self.error = error
+        except BaseException as error:
+            self._handle = None
+            self.error = error
+            raise
         return True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended here by what no other rank knows of: those wait for its operations."""
+        own = self.error
+        return isinstance(own, MemoryError) or not (own is None or isinstance(own, Exception))
 
     def decode(self) -> Tensors:
         """Decode what has been delivered so far, and return the means, which then have that much.
@@ -543,6 +553,7 @@ class Pipeline:
         self._waiting: dict[str, InFlight] = {}  # not done, by when they last advanced
         self._advances = 0
         self.closed: str | None = None  # why it takes nothing more
+        self._stopped: BaseException | None = None  # what stopped a reduction on this rank alone
         # By thread that waits: for which tensor, and what changes with every progress.
         self.idle: dict[int, tuple[str, int]] = {}
         with _making:
@@ -560,6 +571,8 @@ class Pipeline:
                     raise RuntimeError(
                         f"{self._function}: {task.name!r} cannot be reduced, because {self.closed}."
                     )
+                if self._stopped is not None:
+                    raise self._halted(task.name)
                 abandoned = self._in_flight.get(task.name)
                 if abandoned is None:
                     self.poll(_PATIENCE)
@@ -568,6 +581,16 @@ class Pipeline:
                     self._await(started)
                     return started
             self.settle(abandoned)  # nobody asked for its error either
+
+    def _halted(self, name: str) -> RuntimeError:
+        """The error of what comes after a reduction that was stopped on this rank alone."""
+        error = RuntimeError(
+            f"{self._function}: {name!r} cannot be reduced, because a reduction was stopped on "
+            f"this rank by {type(self._stopped).__name__}: {self._stopped}. Other ranks wait for "
+            "it, so end this process, or start Horovod anew on all ranks."
+        )
+        error.__cause__ = self._stopped
+        return error
 
     def has_abandoned(self, name: str) -> bool:
         """Whether a reduction of that name was started and never asked for."""
@@ -613,8 +636,12 @@ class Pipeline:
 
     def _advance(self, reduction: InFlight) -> bool:
         """Advance one, and wait for its next operation behind those that began before it."""
-        if not reduction.advance():
-            return False
+        try:
+            if not reduction.advance():
+                return False
+        finally:
+            if reduction.stopped:
+                self._stopped = reduction.error
         self._advances += 1
         self._unwritten.pop(reduction.name, None)
         self._waiting.pop(reduction.name, None)
@@ -656,8 +683,10 @@ class Pipeline:
         """
         try:
             self.settle(reduction, decode=True)
-            if reduction.error is not None:
+            if isinstance(reduction.error, Exception):
                 raise reduction.error
+            if reduction.error is not None:
+                raise self._halted(reduction.name)
             return reduction.decode()
         except Exception:
             self.give_up()

@@ -529,6 +529,13 @@ class Together:
 Cut = Callable[[], Iterable[tuple[Bucket, Sequence[Any]]]]
 
 
+def _names(optimizer: Any) -> list[str]:
+    """Of an optimizer's parameters; Horovod may have been given those of a whole model."""
+    names = optimizer._parameter_names
+    parameters = (own for part in optimizer.param_groups for own in part["params"])
+    return [names[own] for own in parameters if own in names]
+
+
 class Settled:
     """The buckets of an optimizer among the ranks of a group."""
 
@@ -551,7 +558,7 @@ class Settled:
                     for bucket, parameters in cut()
                     for parameter, member in zip(parameters, bucket.places(), strict=True)
                 }
-                self._compare(own, min(optimizer._parameter_names.values()), str(way))
+                self._compare(own, min(_names(optimizer)), str(way))
                 known = self._members[id(way)] = way, own
             self.known = known[1]
             return known[1]

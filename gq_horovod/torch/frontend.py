@@ -508,7 +508,7 @@ class TorchFrontend(Frontend):
         """What this rank waits for.
 
         Horovod's operations for our tensors, all others while tensors of ours are in flight (which
-        move only when this rank comes back from them), and our own loops.
+        other ranks may have to complete before they begin those), and our own loops.
         """
         given = {number: own.name for number, (_, own) in list(self._handed.items())}
         groups = list(self._groups.values())

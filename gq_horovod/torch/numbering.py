@@ -34,7 +34,7 @@ from horovod.torch import mpi_ops as hvd_ops
 
 from ..log import Log
 from ..path.buckets import REMEDY_CAPACITY
-from ..path.pipeline import POLL_SECONDS, pipelines
+from ..path.pipeline import POLL_SECONDS, pipelines, poll_all
 from .compiled import never_traced
 
 __all__ = ["OURS", "Library", "install", "library", "session", "uninstall"]
@@ -208,12 +208,17 @@ class Library:
         """Wait for an operation while something of ours is in flight.
 
         Horovod would take a whole core for as long as it waits, from ranks that share it. What is
-        in flight is not advanced: where this operation is a token that tells that ranks disagree,
-        others would start what some never do.
+        in flight advances meanwhile, since other ranks may begin this operation behind it. Not
+        where this is a token or a gradient: where one tells that ranks disagree, others would start
+        what some never do.
         """
         try:
+            advances = None
             while not self.original.horovod_torch_poll(handle) and pipelines():
-                time.sleep(POLL_SECONDS)
+                if advances is None:
+                    advances = not self._described(handle)
+                if not (advances and poll_all()):
+                    time.sleep(POLL_SECONDS)
             result = self.original.horovod_torch_wait_and_clear(handle)
             # After an error Horovod may be about to drop tensors while it keeps others waiting.
             self._held.pop(handle, None)
@@ -229,6 +234,10 @@ class Library:
         """What our classes know about an operation that has failed."""
         if "with Join" in error and ".gq." in self.name(handle):
             return _JOINED
+        return self._described(handle)
+
+    def _described(self, handle: int) -> str:
+        """What our classes say of an operation's tensors; "" where these are none of theirs."""
         of, *_ = hvd_ops._handle_map.get(handle, (None,))
         members = of if isinstance(of, (tuple, list)) else (of,)
         explained = (own.explain(member) for own in self.frontends for member in members)

@@ -94,6 +94,32 @@ def test_the_program_starts_and_ends_mpi_itself(
         assert f"rank {rank} is through" in text, job.report()
 
 
+LEFT = Path(__file__).with_name("left_in_flight.py")
+
+
+@pytest.mark.parametrize("transport", ["mpirun", "mpich"])
+@pytest.mark.parametrize("how", ["nobody waits", "one does not wait"])
+@pytest.mark.usefixtures("mpich")
+def test_ranks_that_end_complete_what_is_in_flight(
+    transport: str, how: str, tmp_path: Path
+) -> None:
+    job = launch(transport, 2, [LEFT, how], LIMIT_SECONDS, tmp_path)
+    assert (job.status, job.timed_out) == (0, False), job.report()
+    for rank, text in job.ranks.items():
+        assert f"rank {rank} is through" in text, job.report()
+
+
+@pytest.mark.parametrize("transport", ["mpirun", "mpich"])
+@pytest.mark.usefixtures("mpich")
+def test_a_rank_that_ends_with_an_error_ends_the_job(transport: str, tmp_path: Path) -> None:
+    """The others would wait for it for ever."""
+    job = launch(transport, 2, [LEFT, "an error on one"], LIMIT_SECONDS, tmp_path)
+    assert job.status != 0, job.report()
+    assert not job.timed_out, job.report()
+    assert "MemoryError: of a test" in job.ranks[0], job.report()
+    assert "mpi_ops.allreduce: rank 0 ends while codes are on their way" in job.ranks[0]
+
+
 @pytest.mark.large
 @pytest.mark.parametrize(("transport", "library"), [("mpirun", "Open MPI"), ("mpich", "MPICH")])
 @pytest.mark.usefixtures("mpich")

@@ -384,6 +384,31 @@ def test_two_optimizers_of_one_compression(levels: str, name: str, operations: l
 
 
 @needs_ranks
+@LEVELS
+def test_two_optimizers_that_are_given_the_names_of_both(
+    levels: str, name: str, operations: list[str]
+) -> None:
+    """Of a whole model, as Horovod allows. Ranks begin in another order."""
+    one, other = parameters(), parameters()
+    named = [(f"{name}.{key}", own) for key, own in one.items()]
+    named += [(f"{name}.o.{key}", own) for key, own in other.items()]
+    compression = make(levels)
+    optimizers = [
+        hvd.DistributedOptimizer(torch.optim.SGD(own.values(), lr=0.125), named, compression)
+        for own in (one, other)
+    ]
+    for step in range(2):
+        for own in (one, other) if hvd.rank() % 2 else (other, one):
+            backward(own, step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    rows = all_bytes([own.detach() for both in (one, other) for own in both.values()])
+    assert len(rows.unique(dim=0)) == 1
+    assert len(operations) == 4
+
+
+@needs_ranks
 def test_a_gradient_of_another_dtype_goes_by_itself(name: str, operations: list[str]) -> None:
     own = parameters()
     optimizer = optimizer_of(own, make(), name)

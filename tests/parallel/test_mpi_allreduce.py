@@ -6,6 +6,7 @@ Needs NumPy and an MPI library only; tests/launch/test_mpi_libraries.py runs it 
 from __future__ import annotations
 
 import threading
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -277,6 +278,17 @@ def test_each_thread_may_have_a_communicator() -> None:
         assert np.array_equal(own[0], expected)
 
 
+def test_ranks_wait_in_another_order_on_several_communicators() -> None:
+    x = rank_inputs(150_000, tag=10)[COMM.rank]
+    requests = [iallreduce(x, COMM.Dup()) for _ in range(3)]
+    end = time.monotonic() + 60
+    for request in requests[:: -1 if COMM.rank % 2 else 1]:
+        while not request.test():
+            assert time.monotonic() < end, "each waits for what the other does not advance"
+    for request in requests:
+        assert np.array_equal(request.wait(), requests[0].wait())
+
+
 def test_a_communicator_freed_with_reductions_in_flight() -> None:
     x = rank_inputs(150_000, tag=9)[COMM.rank]
     expected = allreduce(x, COMM.Dup())
@@ -322,6 +334,8 @@ def test_what_stops_a_reduction_halfway_stops_those_after_it(
         with pytest.raises(RuntimeError, match=text):
             function(x, comm)
     check_same_bytes(allreduce(x, COMM))  # other communicators work
+    # At its end this process would wait for these, and end the job.
+    reduction._channels[:] = [own for own in reduction._channels if own.broken is None]
 
 
 def test_what_fails_before_the_start_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +350,24 @@ def test_what_fails_before_the_start_is_told_to_all(monkeypatch: pytest.MonkeyPa
         allreduce(x, comm)
     monkeypatch.undo()
     check_same_bytes(allreduce(x, comm))
+
+
+def test_an_interrupt_before_the_start_stops_those_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other ranks may be in that call, which they would take the next one for."""
+    comm, x = COMM.Dup(), np.ones(1000, np.float32)
+
+    def stop(*arguments: Any) -> Any:
+        raise KeyboardInterrupt("of a test")
+
+    monkeypatch.setattr(codec, "norms", stop)
+    with pytest.raises(KeyboardInterrupt, match="of a test"):
+        allreduce(x, comm)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"stopped on this rank by KeyboardInterrupt: of a test"):
+        allreduce(x, comm)
+    check_same_bytes(allreduce(x, COMM))  # other communicators work
 
 
 def test_an_operation_that_was_freed_is_made_again() -> None:

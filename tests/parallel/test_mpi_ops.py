@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import horovod.torch as hvd
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,22 @@ def test_sums_shapes_and_outputs() -> None:
     turned = allreduce(own.numpy().T, COMM, levels="standard")  # not contiguous
     check_mean(torch.from_numpy(turned), [x.T.contiguous() for x in inputs], compressor("standard"))
     assert allreduce(np.empty(0, np.float32), COMM).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(1000, dtype=torch.bfloat16), torch.ones(1000, requires_grad=True)],
+    ids=["bfloat16", "requires_grad"],
+)
+def test_tensors_that_numpy_cannot_read(x: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match=r"array must be one that NumPy can read.*got a Tensor"):
+        allreduce(x, COMM)
+    own = x.detach()
+    if own.dtype == torch.bfloat16:
+        result = allreduce(own.view(torch.int16).numpy().view(ml_dtypes.bfloat16), COMM)
+    else:
+        result = allreduce(own, COMM)
+    assert np.array_equal(result.astype(np.float32), np.ones(1000, np.float32))
 
 
 def test_several_in_flight_finish_in_any_order() -> None:

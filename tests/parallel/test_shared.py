@@ -307,6 +307,27 @@ def test_optimizers_that_step_in_another_order_on_every_rank(
                 optimizers[place].step()
 
 
+@LEVELS
+def test_an_operation_of_the_program_before_the_step_or_behind_it(levels: str, name: str) -> None:
+    """Those that wait for it have to go on with codes, which the others wait for first."""
+    if hvd.size() == 1:
+        pytest.skip("needs another rank")
+    parameter = torch.nn.Parameter(torch.zeros(50_000))
+    compression = GlobalQSGD(levels=levels, min_elements=0, transport=TRANSPORT)
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = hvd.DistributedOptimizer(sgd, [(name, parameter)], compression)
+    for turn in range(3):
+        own = gradients(50_000, tag=80 + turn)[hvd.rank()]
+        (parameter * own).sum().backward()
+        for what in ("loss", "step") if hvd.rank() % 2 else ("step", "loss"):
+            if what == "step":
+                optimizer.step()
+            else:
+                hvd.allreduce(torch.ones(1), name=f"{name}.loss")
+        optimizer.zero_grad()
+    check_replicas(parameter.detach())
+
+
 # ----------------------------------------------------------------------------------------- wrappers
 
 

@@ -680,6 +680,31 @@ def test_a_pipeline_that_is_closed_takes_nothing_more() -> None:
         job.submit(0, x, "next")
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_stops_a_reduction_on_one_rank_alone(
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for its codes, so that nothing after it would ever be complete."""
+    job = Job(2)
+    xs = gradients(2, 500)
+    started = [job.submit(rank, x) for rank, x in enumerate(xs)]
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise kind("of a test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.codec, "quantize_parcel", stop)
+        with pytest.raises(kind, match="of a test"):
+            job.pipelines[0].finish(started[0])
+    text = f"stopped on this rank by {kind.__name__}: of a test"
+    for name in ("w", "another"):
+        with pytest.raises(RuntimeError, match=f"'{name}' cannot be reduced.*{text}"):
+            job.submit(0, xs[0], name)
+    if kind is not MemoryError:
+        with pytest.raises(RuntimeError, match=text):
+            job.pipelines[0].finish(started[0])
+
+
 def test_an_output_that_cannot_be_allocated_is_an_error() -> None:
     """What is in flight with it is given up."""
     job = Job(1)
