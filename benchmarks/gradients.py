@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from rich.progress import track
 from rich.table import Table
 
 MODELS = "transformer,deeplight,convnet,denoiser"
-METHODS = "standard,exponential-4,two-hop-3,two-hop-4,two-hop-5,two-hop-6,two-hop,qsgd-4,qsgd-8"
+METHODS = (
+    "standard,exponential-4,two-hop-3,two-hop-4,two-hop-5,two-hop-6,two-hop,qsgd-4,qsgd-8,"
+    "two-hop-3-varied,two-hop-4-varied,two-hop-5-varied"
+)
 # Shares of a run after which gradients are looked at; until a tenth the learning rate rises.
 MOMENTS = {"early": 0.05, "middle": 0.5, "late": 1.0}
 # At each of them, of so many steps one after the other: of one alone it depends on the batch.
@@ -42,24 +46,22 @@ class Watched(quality.Reducer):
     def __init__(self, methods: list[str], ranks: int, moments: dict[int, str]) -> None:
         super().__init__("none", ranks)
         self._moments = moments  # by step
-        self._others = {name: quality.Reducer(name, ranks) for name in methods}
-        self._calls: dict[str, int] = {}  # of each parameter
+        self._others = {name: quality.reducer(name, ranks) for name in methods}
+        self._step = 0
         # By moment and method: squared error, and squared mean, over parameters and steps.
         self._sums: dict[tuple[str, str], list[float]] = {}
 
-    def mean(self, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
-        mean = super().mean(name, gradients)
-        step = self._calls.get(name, 0)
-        self._calls[name] = step + 1
-        if step in self._moments:
-            exact = torch.stack(gradients).double().mean(dim=0)
-            size = float((exact**2).sum())
+    def means(self, gradients: dict[str, list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        moment = self._moments.get(self._step)
+        self._step += 1
+        if moment is not None:
+            exact = {name: torch.stack(own).double().mean(dim=0) for name, own in gradients.items()}
             for method, reducer in self._others.items():
-                off = reducer.mean(name, gradients).double() - exact
-                sums = self._sums.setdefault((self._moments[step], method), [0.0, 0.0])
-                sums[0] += float((off**2).sum())
-                sums[1] += size
-        return mean
+                sums = self._sums.setdefault((moment, method), [0.0, 0.0])
+                for name, result in reducer.means(dict(gradients)):
+                    sums[0] += float(((result.double() - exact[name]) ** 2).sum())
+                    sums[1] += float((exact[name] ** 2).sum())
+        return super().means(gradients)
 
     def errors(self) -> dict[str, dict[str, float]]:
         """Of each method, by moment."""

@@ -27,11 +27,12 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 import workloads  # beside this file; it finds examples/common
 from common.schedules import warm_linear
@@ -44,6 +45,7 @@ import gq_horovod.research
 import mpi_ops
 from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.research.torch_baselines import QSGD, IntSGD, PowerSGD
+from gq_horovod.research.varied import VariedRanks
 from gq_horovod.torch import GlobalQSGD, TorchFrontend
 from mpi_ops import wire
 from mpi_ops.kernels import host
@@ -135,6 +137,10 @@ METHODS: dict[str, Callable[[], TorchFrontend] | None] = {
     "qsgd-4-elias": lambda: QSGD(bits=4, coding="elias"),
     "intsgd-8": lambda: IntSGD(scale="gradient"),  # Adam's updates are not as large as gradients
     "powersgd-4": lambda: PowerSGD(rank=4),
+    # The options of a budget: gq_horovod.research.varied, which no job can have yet.
+    "two-hop-3-varied": lambda: GlobalQSGD(levels="two-hop", bits=3),
+    "two-hop-4-varied": lambda: GlobalQSGD(levels="two-hop", bits=4),
+    "two-hop-5-varied": lambda: GlobalQSGD(levels="two-hop", bits=5),
 }
 
 
@@ -152,6 +158,11 @@ class Reducer:
         if self._own is not None:
             self._simulated = SimulatedRanks(self._own.config, ranks, self._own._method())
 
+    def means(self, gradients: dict[str, list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The mean over ranks of each parameter's gradients, which are dropped on the way."""
+        for name in list(gradients):
+            yield name, self.mean(name, gradients.pop(name))
+
     def mean(self, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The mean over ranks of one parameter's gradients."""
         if self._own is None or not self._own._eligible(name, gradients[0]):
@@ -167,6 +178,40 @@ class Reducer:
     def sent(self) -> float:
         """Bytes that a rank sends in a step, in the mean over steps."""
         return sum(map(statistics.fmean, self._sent.values()))
+
+
+class VariedReducer(Reducer):
+    """Averages all gradients of a step at once, with widths that vary between their blocks."""
+
+    def __init__(self, name: str, ranks: int) -> None:
+        super().__init__(name, ranks)
+        assert self._own is not None
+        self._varied = VariedRanks(self._own.config, ranks)
+
+    def means(self, gradients: dict[str, list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self._own is not None
+        together = [name for name, own in gradients.items() if self._own._eligible(name, own[0])]
+        # Every tensor begins with a block.
+        parts = [[self._padded(own) for own in gradients[name]] for name in together]
+        mean, sent = self._varied.average(
+            "step", [np.concatenate(part) for part in zip(*parts, strict=True)]
+        )
+        self._sent.setdefault("step", []).append(sent)
+        first = 0
+        for name, part in zip(together, parts, strict=True):
+            like = gradients.pop(name)[0]
+            flat = torch.from_numpy(mean[first : first + like.numel()])
+            yield name, flat.reshape(like.shape)
+            first += len(part[0])
+        yield from super().means(gradients)
+
+    def _padded(self, tensor: torch.Tensor) -> np.ndarray:
+        return np.pad(tensor.numpy().ravel(), (0, -tensor.numel() % self._varied.block_size))
+
+
+def reducer(name: str, ranks: int) -> Reducer:
+    """That of a method."""
+    return (VariedReducer if name.endswith("-varied") else Reducer)(name, ranks)
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:
@@ -211,8 +256,8 @@ def train(
             for name, parameter in named.items():
                 assert parameter.grad is not None
                 gradients[name].append(parameter.grad)
-        for name, parameter in named.items():
-            parameter.grad = reducer.mean(name, gradients.pop(name))
+        for name, mean in reducer.means(gradients):
+            named[name].grad = mean
         optimizer.step()
         schedule.step()
         if (step + 1) % max(steps // evaluations, 1) == 0 or step + 1 == steps:
@@ -485,7 +530,7 @@ def main() -> None:
             else:
                 progress.update(bar, description=f"{ranks} ranks, {name}, seed {seed}")
                 run = train(
-                    *(workload, Reducer(name, ranks), seed, steps, evaluations, options.sgd),
+                    *(workload, reducer(name, ranks), seed, steps, evaluations, options.sgd),
                     lambda: progress.advance(bar),
                 )
                 path.write_text(json.dumps(run))
