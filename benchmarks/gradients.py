@@ -32,7 +32,7 @@ from rich.table import Table
 MODELS = "transformer,deeplight,convnet,denoiser"
 METHODS = (
     "standard,exponential-4,two-hop-3,two-hop-4,two-hop-5,two-hop-6,two-hop,qsgd-4,qsgd-8,"
-    "two-hop-3-varied,two-hop-4-varied,two-hop-5-varied"
+    "two-hop-4-varied,two-hop-5-varied,two-hop-4-least-square,two-hop-5-least-square"
 )
 # Shares of a run after which gradients are looked at; until a tenth the learning rate rises.
 MOMENTS = {"early": 0.05, "middle": 0.5, "late": 1.0}

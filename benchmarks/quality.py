@@ -137,11 +137,17 @@ METHODS: dict[str, Callable[[], TorchFrontend] | None] = {
     "qsgd-4-elias": lambda: QSGD(bits=4, coding="elias"),
     "intsgd-8": lambda: IntSGD(scale="gradient"),  # Adam's updates are not as large as gradients
     "powersgd-4": lambda: PowerSGD(rank=4),
-    # The options of a budget: gq_horovod.research.varied, which no job can have yet.
+    # The options of a budget, and below the power of norms: gq_horovod.research.varied, which no
+    # job can have yet.
     "two-hop-3-varied": lambda: GlobalQSGD(levels="two-hop", bits=3),
     "two-hop-4-varied": lambda: GlobalQSGD(levels="two-hop", bits=4),
     "two-hop-5-varied": lambda: GlobalQSGD(levels="two-hop", bits=5),
+    "two-hop-4-least-square": lambda: GlobalQSGD(levels="two-hop", bits=4),
+    "two-hop-5-least-square": lambda: GlobalQSGD(levels="two-hop", bits=5),
 }
+
+# How the names of those end whose widths vary -> the power.
+VARIED = {"-varied": 1.0, "-least-square": 2.0}
 
 
 # --------------------------------------------------------------------------------------- reduction
@@ -183,10 +189,10 @@ class Reducer:
 class VariedReducer(Reducer):
     """Averages all gradients of a step at once, with widths that vary between their blocks."""
 
-    def __init__(self, name: str, ranks: int) -> None:
+    def __init__(self, name: str, ranks: int, power: float) -> None:
         super().__init__(name, ranks)
         assert self._own is not None
-        self._varied = VariedRanks(self._own.config, ranks)
+        self._varied = VariedRanks(self._own.config, ranks, power)
 
     def means(self, gradients: dict[str, list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         assert self._own is not None
@@ -211,7 +217,10 @@ class VariedReducer(Reducer):
 
 def reducer(name: str, ranks: int) -> Reducer:
     """That of a method."""
-    return (VariedReducer if name.endswith("-varied") else Reducer)(name, ranks)
+    for end, power in VARIED.items():
+        if name.endswith(end):
+            return VariedReducer(name, ranks, power)
+    return Reducer(name, ranks)
 
 
 def _buffer(tensor: torch.Tensor) -> Buffer:

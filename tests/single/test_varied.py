@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gq_horovod.path.config import Config
+from gq_horovod.research.simulation import SimulatedRanks
 from gq_horovod.research.varied import WIDTHS, VariedRanks, allot
+from mpi_ops.kernels.host import Buffer
 from mpi_ops.wire import wire
 
 RANKS, BLOCK = 4, 256
@@ -18,8 +20,8 @@ LEVELS = np.array([1, 4, 7, 19, 41, 127])
 BITS = np.array([2.2, 3.4, 4.2, 5.5, 6.6, 8.2])
 
 
-def total(norms: np.ndarray, chosen: np.ndarray) -> float:
-    return float(((norms.astype(np.float64) / LEVELS[chosen]) ** 2).sum())
+def total(norms: np.ndarray, chosen: np.ndarray, power: float) -> float:
+    return float((norms.astype(np.float64) ** power / LEVELS[chosen] ** 2).sum())
 
 
 @given(
@@ -30,37 +32,38 @@ def test_the_budget_holds_and_larger_norms_have_no_fewer_bits(
     norms: list[float], budget: float
 ) -> None:
     own = np.array(norms, np.float32)
-    chosen = allot(own, LEVELS, BITS, budget)
+    chosen = allot(own, LEVELS, BITS, budget, 2.0)
     assert BITS[chosen].mean() <= budget + 1e-9
     assert (np.diff(chosen[np.argsort(own, kind="stable")]) >= 0).all()
 
 
-def test_no_other_choice_of_its_bits_has_less_error() -> None:
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_no_other_choice_of_its_bits_has_less_error(power: float) -> None:
     random = np.random.default_rng(0)
     for _ in range(20):
         norms = np.exp(2 * random.standard_normal(5)).astype(np.float32)
-        chosen = allot(norms, LEVELS, BITS, 4.5)
+        chosen = allot(norms, LEVELS, BITS, 4.5, power)
         bits = BITS[chosen].sum()
         others = (np.array(own) for own in itertools.product(range(len(LEVELS)), repeat=5))
-        best = min(total(norms, own) for own in others if BITS[own].sum() <= bits + 1e-9)
-        assert total(norms, chosen) == pytest.approx(best)
+        best = min(total(norms, own, power) for own in others if BITS[own].sum() <= bits + 1e-9)
+        assert total(norms, chosen, power) == pytest.approx(best)
 
 
 def test_blocks_that_are_alike_have_the_width_of_the_budget_or_the_next_below() -> None:
     norms = np.ones(10, np.float32)
     for place, bits in enumerate(BITS):
-        assert set(allot(norms, LEVELS, BITS, bits + 0.01)) == {place}
+        assert set(allot(norms, LEVELS, BITS, bits + 0.01, 2.0)) == {place}
 
 
 @pytest.mark.parametrize("budget", [0.0, 2.0])
 def test_the_smallest_width_where_the_budget_has_none(budget: float) -> None:
-    assert set(allot(np.array([1, 2, 3], np.float32), LEVELS, BITS, budget)) == {0}
+    assert set(allot(np.array([1, 2, 3], np.float32), LEVELS, BITS, budget, 2.0)) == {0}
 
 
 def test_norms_that_are_not_finite() -> None:
     norms = np.array([np.inf, 1, np.nan, 1e-3], np.float32)
-    finite = allot(np.array([0, 1, 0, 1e-3], np.float32), LEVELS, BITS, 4.2)
-    np.testing.assert_array_equal(allot(norms, LEVELS, BITS, 4.2), finite)
+    finite = allot(np.array([0, 1, 0, 1e-3], np.float32), LEVELS, BITS, 4.2, 1.0)
+    np.testing.assert_array_equal(allot(norms, LEVELS, BITS, 4.2, 1.0), finite)
 
 
 def gradients(blocks: int, seed: int = 0) -> list[np.ndarray]:
@@ -75,7 +78,7 @@ def test_less_error_for_the_same_bytes(bits: int) -> None:
     config = Config(levels="two-hop", bits=bits)
     own = gradients(2048)
     exact = np.mean(own, axis=0, dtype=np.float64)
-    mean, sent = VariedRanks(config, RANKS).average("own", own)
+    mean, sent = VariedRanks(config, RANKS, power=2.0).average("own", own)
     error = ((mean - exact) ** 2).sum() / (exact**2).sum()
     fixed = wire(len(own[0]), config.plan(RANKS))
     assert sent <= 1.04 * fixed.sent  # shares of each width are padded
@@ -118,6 +121,15 @@ def test_two_runs_are_the_same() -> None:
     ]
     np.testing.assert_array_equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
+
+
+def test_power_zero_is_one_width() -> None:
+    own, config = gradients(64), Config(levels="two-hop", bits=4)
+    mean, sent = VariedRanks(config, RANKS, power=0.0).average("own", own)
+    out = np.empty_like(own[0])
+    ranks = SimulatedRanks(config, RANKS)
+    assert sent == ranks.reduce("own.4", list(map(Buffer.of, own)), Buffer.of(out))
+    np.testing.assert_array_equal(mean, out)
 
 
 def test_widths_ascend_in_levels_and_bytes() -> None:
