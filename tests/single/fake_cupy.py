@@ -342,6 +342,12 @@ class Stream:
         while self._work:
             self._work.pop(0)()
 
+    def drop(self) -> None:
+        """What a device that has failed does not do; its memory may be gone by now."""
+        self._work.clear()
+        for target in [own for own, stream in _arriving.items() if stream is self]:
+            del _arriving[target]
+
     def synchronize(self) -> None:
         waits.append(self)
         self.flush()
@@ -365,7 +371,10 @@ class Event:
 
     def query(self) -> int:
         """What cudaEventQuery returns; CuPy raises nothing."""
-        return self.failure or (0 if self.done else 600)
+        if self.failure:
+            self._stream.drop()
+            return self.failure
+        return 0 if self.done else 600
 
     def record(self, stream: Stream) -> None:
         self._stream = stream
