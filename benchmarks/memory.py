@@ -28,26 +28,19 @@ from tools import ranks as launcher
 STEPS = 2
 
 
-def peak() -> int:
-    """Bytes of memory that this process had at most so far.
-
-    From the kernel's table, since getrusage() begins with the peak of the process that started it.
-    """
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
-
-
 def run_rank(model: str, method: str) -> None:
     """One rank: rank 0 prints a line of JSON with bytes."""
+    import workloads  # noqa: F401  # finds examples/common
+    from common.loop import peak_memory
+
     job = Torch(shapes(model), {method: METHODS[method]})
-    before = peak()
+    before = peak_memory()
     for _ in range(STEPS):
         job.step(method)
     job.barrier()
     if job.rank == 0:
         gradients = 4 * sum(parameter.numel() for parameter in job.parameters)
-        found = {"gradients": gradients, "before": before, "peak": peak()}
+        found = {"gradients": gradients, "before": before, "peak": peak_memory()}
         print(RESULT + json.dumps(found), flush=True)
 
 

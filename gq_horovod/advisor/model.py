@@ -309,10 +309,6 @@ class Cluster:
         """Seconds of an Allgather of `size` bytes in all."""
         return self._seconds(self.to_all(size), size, self.gather_efficiency)
 
-    def messages(self, size: float) -> float:
-        """Seconds in which each rank sends an n-th of `size` bytes to every other rank."""
-        return self._seconds(self.to_each, size, self.message_efficiency)
-
 
 @lru_cache(maxsize=4096)  # asked for every chunk, at every bandwidth that `break_even` tries
 def share_reached(efficiency: Efficiency, size: float) -> float:

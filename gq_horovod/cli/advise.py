@@ -96,6 +96,7 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
     sizes, compute, overlap = options.params, options.step_compute, options.overlap
     base = model.step_time(NONE, sizes, cluster, compute, overlap)
     rows: list[dict[str, Any]] = []
+    complexity: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for method in methods_for(cluster):
         reason = method.why_not(cluster)
@@ -110,6 +111,7 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
             found = model.break_even(method, reference, sizes, cluster, compute, overlap)
             return None if math.isinf(found) else found
 
+        complexity[method.name] = method.complexity
         rows.append(
             {
                 "method": method.name,
@@ -125,11 +127,10 @@ def advice(options: argparse.Namespace) -> dict[str, Any]:
                 "candidate": method.recommended,
             }
         )
-    complexity = {method.name: method.complexity for method in methods_for(cluster)}
     candidates = [row for row in rows if row["candidate"]]
-    candidates.sort(key=lambda row: complexity[row["method"]])
     fastest = min(row["step_seconds"] for row in candidates)
-    best = next(row for row in candidates if row["step_seconds"] < WORTHWHILE * fastest)
+    near = (row for row in candidates if row["step_seconds"] < WORTHWHILE * fastest)
+    best = min(near, key=lambda row: complexity[row["method"]])
     return {
         "cluster": asdict(cluster),
         "parameters": sum(sizes),
